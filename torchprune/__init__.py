@@ -1,0 +1,34 @@
+"""torchprune: pruning for PyTorch as parametrizations.
+
+>>> import torch, torchprune
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+>>> model = torchprune.sparsify(model, torchprune.MagnitudeSpec(pattern="2:4"))
+>>> torchprune.report(model).sparsity
+0.5
+>>> model = torchprune.fold(model)
+"""
+
+from torchprune.errors import TorchpruneError
+from torchprune.masking import apply_masks, densify, fold, masks
+from torchprune.patterns import NM, Block, Unstructured
+from torchprune.report import report
+from torchprune.sparsify import sparsify
+from torchprune.specs import MagnitudeSpec, SparseGPTSpec, WandaSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "Block",
+    "MagnitudeSpec",
+    "SparseGPTSpec",
+    "TorchpruneError",
+    "Unstructured",
+    "WandaSpec",
+    "apply_masks",
+    "densify",
+    "fold",
+    "masks",
+    "report",
+    "sparsify",
+]

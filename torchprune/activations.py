@@ -1,0 +1,103 @@
+"""What waiting batches hold in memory: measured, and on request kept in half the bytes.
+
+A coroutine that waits inside a model's forward keeps its activations in the local variables of its
+frames. They are found there, counted, and can be stored in a 16-bit dtype while the batch waits:
+the storage of a float32 tensor is copied, emptied, and filled again before the batch goes on, so
+every view of it stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from torchprune.batches import Batch
+
+_SMALLEST = 1 << 14
+"""Bytes below which a storage is not worth storing otherwise."""
+
+
+class Held:
+    """The activations of all waiting batches.
+
+    Args:
+        model, batches: their own tensors are nobody's activations and are left alone.
+        dtype: 16-bit dtype to hold float32 activations in, or None to only count.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype | None):
+        self.model, self.dtype = model, dtype
+        self.bytes: dict[int, int] = {}
+        self._packed: dict[int, list[tuple[torch.UntypedStorage, Tensor]]] = {}
+        self._inputs = {_address(t) for batch in batches for t in batch.tensors()}
+        self._fixed: set[int] = set()
+
+    def new_round(self) -> None:
+        """Note the tensors modules own now, caches made on the way included."""
+        self._fixed = self._inputs | {
+            _address(t) for m in self.model.modules() for t in _tensors_in(vars(m).values(), 2)
+        }
+
+    def store(self, index: int, waiting: greenlet.greenlet) -> None:
+        """Count (and pack) what a batch holds, now that it waits."""
+        found = {
+            _address(t): t
+            for frame in _frames(waiting.gr_frame)
+            for t in _tensors_in(frame.f_locals.values(), 2)
+        }
+        mine = [t for address, t in found.items() if address not in self._fixed]
+        self.bytes[index] = sum(t.untyped_storage().nbytes() for t in mine)
+        if self.dtype is None:
+            return
+        packed = self._packed.setdefault(index, [])
+        for tensor in mine:
+            storage = tensor.untyped_storage()
+            if tensor.dtype != torch.float32 or storage.nbytes() < _SMALLEST:
+                continue
+            flat = torch.empty(0, dtype=torch.float32, device=tensor.device).set_(storage)
+            small = flat.to(self.dtype)
+            packed.append((storage, small))
+            self.bytes[index] -= storage.nbytes() - small.nbytes
+            storage.resize_(0)
+
+    @contextmanager
+    def at_hand(self, index: int, waiting: greenlet.greenlet) -> Iterator[None]:
+        """A waiting batch's activations unpacked for a while."""
+        self.restore(index)
+        yield
+        if self.dtype is not None:
+            self.store(index, waiting)
+
+    def restore(self, index: int) -> None:
+        """Give a batch its activations back, before it goes on."""
+        for storage, small in self._packed.pop(index, []):
+            storage.resize_(small.numel() * 4)
+            flat = torch.empty(0, dtype=torch.float32, device=small.device).set_(storage)
+            flat.copy_(small)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _tensors_in(values: Any, depth: int) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.device.type != "meta":
+                yield value
+        elif depth and isinstance(value, dict):
+            yield from _tensors_in(value.values(), depth - 1)
+        elif depth and isinstance(value, list | tuple) and len(value) < 256:
+            yield from _tensors_in(value, depth - 1)

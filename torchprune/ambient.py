@@ -1,0 +1,99 @@
+"""Thread-wide state around calibration: grad mode, autocast, eval mode, caches.
+
+Coroutines share their thread's state, so a batch that stops inside the model's own
+`torch.no_grad()` or `torch.autocast()` must hand the driver's state back while it waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What a forward pass may switch for its thread."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    function_modes: int
+
+    @staticmethod
+    def now() -> Modes:
+        """The thread's present state."""
+        return Modes(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            tuple(
+                (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+                for d in _AUTOCAST_DEVICES
+            ),
+            len(_get_current_function_mode_stack()),
+        )
+
+
+@contextmanager
+def restored(outer: Modes) -> Iterator[None]:
+    """Go back to an outer state for a while; the present one returns at the end."""
+    now = Modes.now()
+    inner_modes: list[TorchFunctionMode] = []
+    while len(_get_current_function_mode_stack()) > outer.function_modes:
+        inner_modes.append(_pop_mode())
+    try:
+        with ExitStack() as stack:
+            if now.inference != outer.inference:
+                stack.enter_context(torch.inference_mode(outer.inference))
+            for have, want in zip(now.autocast, outer.autocast, strict=True):
+                if have != want:
+                    device, enabled, dtype = want
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            stack.enter_context(torch.set_grad_enabled(outer.grad))
+            yield
+    finally:
+        for mode in reversed(inner_modes):
+            torch.overrides._push_mode(mode)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """No grad, no autocast, float32 products in full precision (no TF32, no bf16 passes)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            for device in _AUTOCAST_DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def calibration_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no key-value caches, plain Python forwards; all restored at the end."""
+    training = [module for module in model.modules() if module.training]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        for config in caching:
+            config.use_cache = False  # a cache would only hold every key and value until the end
+        torch.backends.mha.set_fastpath_enabled(False)  # it goes around the layers' own forward
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for config in caching:
+            config.use_cache = True
+        for module in training:
+            module.training = True

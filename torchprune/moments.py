@@ -1,0 +1,91 @@
+"""What a layer's inputs leave behind: sums of squares, or the whole second moment.
+
+All sums are float32 whatever the model's dtype, products in full precision (no TF32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLE_ROWS = 512
+"""Input rows kept per group to measure the output error where no second moment is collected."""
+
+_CHUNK = 8192
+_PANELS = 6
+
+
+@dataclass(eq=False)
+class Moments:
+    """Statistics of one layer's inputs, a slice per group of its `weights.View`.
+
+    Attributes:
+        square: (groups, cols) float32, sum over input rows of x_j^2.
+        gram: (groups, cols, cols) float32, sum of x x^T; only the upper triangle is filled until
+            `full_gram`. None where the method does not need it.
+        rows: input rows seen by each group.
+        batches: batches that reached the layer.
+        sample: per group, up to SAMPLE_ROWS input rows spread over the batches.
+    """
+
+    square: Tensor
+    gram: Tensor | None
+    rows: list[int]
+    sample: list[list[Tensor]]
+    batches: int = 0
+    finished: bool = False
+
+    @staticmethod
+    def empty(groups: int, cols: int, device: torch.device, *, gram: bool) -> Moments:
+        """Zero statistics."""
+        return Moments(
+            square=torch.zeros(groups, cols, device=device),
+            gram=torch.zeros(groups, cols, cols, device=device) if gram else None,
+            rows=[0] * groups,
+            sample=[[] for _ in range(groups)],
+        )
+
+    def add(self, inputs: Sequence[Tensor], sample_rows: int = 0) -> None:
+        """Add one batch: per group a (rows, cols) matrix, of any floating dtype."""
+        self.batches += 1
+        for group, x in enumerate(inputs):
+            if not x.shape[0]:
+                continue
+            self.rows[group] += x.shape[0]
+            if sample_rows:
+                step = max(1, x.shape[0] // sample_rows)
+                self.sample[group].append(x[::step][:sample_rows].float())
+            for chunk in x.split(_CHUNK):
+                wide = chunk.float()
+                if self.gram is not None:
+                    _add_gram(self.gram[group], wide)
+                else:
+                    self.square[group] += wide.square().sum(0)
+
+    def finish(self) -> None:
+        """Complete the second moment's lower triangle and read the squares off its diagonal."""
+        if self.gram is not None and not self.finished:
+            self.finished = True
+            for gram in self.gram:
+                gram.copy_(gram.triu() + gram.triu(1).T)
+            self.square = self.gram.diagonal(dim1=1, dim2=2).clone()
+
+    def is_finite(self) -> bool:
+        """Whether no statistic is inf or NaN (a gram is finite if its diagonal is)."""
+        return bool(self.square.isfinite().all())
+
+    def samples(self, group: int) -> Tensor | None:
+        """(rows, cols) float32 sampled inputs of a group, or None."""
+        return torch.cat(self.sample[group]) if self.sample[group] else None
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    """gram += x^T x on and above the diagonal: a few panels do little more than half the work."""
+    cols = x.shape[1]
+    width = max(64, -(-cols // _PANELS))
+    for start in range(0, cols, width):
+        stop = min(start + width, cols)
+        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])

@@ -1,0 +1,179 @@
+"""A spec met with a model: the printable list of what becomes what, and what is left alone, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from torchprune.errors import SpecError, TargetError
+from torchprune.masking import Mask, mask_of, original_of
+from torchprune.patterns import NM, check_shape, prune_count
+from torchprune.selection import (
+    Layer,
+    as_selectors,
+    check_used,
+    is_exact,
+    layers_of,
+    matches,
+    output_head,
+    repeated_blocks,
+    tied_to,
+)
+from torchprune.specs import Goal, Spec
+from torchprune.weights import View, view_of
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A layer that will be pruned, how, and its weight's view as matrices."""
+
+    layer: Layer
+    goal: Goal
+    view: View
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter behind the layer, without its mask."""
+        return original_of(self.layer.module, self.layer.tensor)
+
+    @property
+    def mask(self) -> Mask | None:
+        """The mask the layer already carries, if any."""
+        return mask_of(self.layer.module, self.layer.tensor)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Targets in registration order, the layers left dense with their reasons, the blocks."""
+
+    targets: list[Target]
+    skipped: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{t.name}  {t.view.groups}x{t.view.rows}x{t.view.cols}  {t.goal}" for t in self.targets
+        ]
+        return "\n".join([*lines, *(f"{k}  dense: {why}" for k, why in self.skipped.items())])
+
+
+def make_plan(model: nn.Module, spec: Spec) -> Plan:
+    """Decide every layer's fate before anything is touched.
+
+    Raises:
+        TargetError: a selector matches nothing, or names a layer that cannot be pruned.
+        SpecError: a layer's shape cannot hold its pattern, or it is already sparser.
+    """
+    layers = list(layers_of(model))
+    blocks = repeated_blocks(model)
+    targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
+    for what, selectors in (("targets", targets), ("ignore", ignore)):
+        for selector in selectors:
+            check_used(what, selector, model, layers)
+    goals = {}
+    for key in spec.overrides:
+        check_used("overrides", key, model, layers)
+        goals[key] = spec.override_goal(key)
+
+    inside = {id(m) for block in blocks.values() for m in block.modules()}
+    head, ties = output_head(model), tied_to(model)
+    chosen: list[Target] = []
+    skipped: dict[str, str] = {}
+    for layer in layers:
+        named = any(is_exact(s, layer) for s in targets)
+        if targets and not any(matches(s, layer) for s in targets):
+            continue
+        if any(matches(s, layer) for s in ignore):
+            skipped[layer.name] = "ignored"
+            continue
+        if not targets and blocks and id(layer.module) not in inside:
+            skipped[layer.name] = "outside the repeated blocks"
+            continue
+        if layer.module is head and not named:
+            skipped[layer.name] = "output head (name it in targets to prune it)"
+            continue
+        if reason := _obstacle(layer, ties):
+            if named:
+                raise TargetError(f"targets: {layer.name!r} cannot be pruned: {reason}")
+            skipped[layer.name] = reason
+            continue
+        key = next((k for k in goals if matches(k, layer)), None)
+        goal = spec.goal if key is None else goals[key]
+        if goal is None:
+            skipped[layer.name] = f"dense by overrides[{key!r}]"
+            continue
+        shape = original_of(layer.module, layer.tensor).shape
+        chosen.append(_checked(Target(layer, goal, view_of(layer.module, shape)), spec))
+    if not chosen:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise TargetError(
+            f"nothing to prune in this {type(model).__name__}: "
+            + (why or "it holds no Linear, Conv or fused expert weights")
+        )
+    if spec.scope == "global":
+        _check_global(chosen, spec)
+    return Plan(chosen, skipped, blocks)
+
+
+def _obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
+    """Why a layer cannot carry a mask, or None."""
+    module, tensor = layer.module, layer.tensor
+    if parametrize.is_parametrized(module, tensor) and mask_of(module, tensor) is None:
+        return (
+            f"its {tensor} already has another parametrization; "
+            "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    weight = original_of(module, tensor)
+    if not isinstance(weight, nn.Parameter):
+        return f"its {tensor} is a {type(weight).__name__}, not a Parameter"
+    if not weight.is_floating_point():
+        return f"its {tensor} is {weight.dtype}; prune before quantizing"
+    if type(weight.data) is not Tensor and type(weight) is not nn.Parameter:
+        return f"its {tensor} is a {type(weight).__name__}, which holds no plain dense values"
+    if weight.device.type == "meta":
+        return f"its {tensor} is on the meta device and has no values"
+    if weight.numel() == 0:
+        return f"its {tensor} is empty"
+    names = ties.get(weight.untyped_storage().data_ptr(), [])
+    if names:
+        others = [n for n in names if n not in (layer.key, _original_key(layer))]
+        return f"its {tensor} is tied to {', '.join(others)}"
+    return None
+
+
+def _original_key(layer: Layer) -> str:
+    prefix = layer.key.removesuffix(layer.tensor)
+    return f"{prefix}parametrizations.{layer.tensor}.original"
+
+
+def _checked(target: Target, spec: Spec) -> Target:
+    view, goal, name = target.view, target.goal, target.name
+    if isinstance(goal.pattern, NM):
+        check_shape(goal.pattern, view.rows, view.axis, name)
+    check_shape(goal.pattern, view.rows, view.cols, name)
+    mask = target.mask
+    if mask is not None and not isinstance(goal.pattern, NM):
+        already = mask.mask.numel() - int(torch.count_nonzero(mask.mask))
+        wanted = prune_count(mask.mask.numel(), goal.sparsity)
+        if already > wanted and spec.scope != "global":
+            raise SpecError(
+                f"{name}: it is already {already / mask.mask.numel():.4g} sparse and "
+                f"{goal.sparsity:.4g} was asked; masks only grow: torchprune.densify(model) first"
+            )
+    return target
+
+
+def _check_global(targets: list[Target], spec: Spec) -> None:
+    goals = {str(t.goal) for t in targets}
+    if len(goals) > 1 or isinstance(targets[0].goal.pattern, NM):
+        raise SpecError(
+            f"{type(spec).__name__}: scope \"global\" shares one budget, so every layer needs the "
+            f"same unstructured or block goal, got {', '.join(sorted(goals))}"
+        )

@@ -1,0 +1,152 @@
+"""The one maker of masks: a score and a pattern give exactly the asked count of zeros.
+
+Scores are float32 and at least 0; `BARRED` marks weights that must go first (they were pruned
+before). Ties are settled by place: of equal scores the one of lower index is pruned first, which is
+what the references' stable ascending sort does. Masks are True where a weight is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from torchprune.errors import SpecError
+from torchprune.patterns import NM, Block, Pattern, Unstructured, prune_count
+
+BARRED = -1.0
+"""The score of a weight that is already pruned: below every real score."""
+
+
+def project(score: Tensor, pattern: Pattern, sparsity: float | Fraction, scope: str) -> Tensor:
+    """The mask that keeps the best-scored weights the pattern allows.
+
+    Args:
+        score: (rows, cols) float32, no NaN, at least 0 or BARRED.
+        pattern: for `NM`, cols must be a multiple of m; for `Block`, of the tile.
+        sparsity: share of weights (of tiles, for `Block`) to prune; `NM` has its own.
+        scope: "row" prunes floor(cols * sparsity) of every row, "layer" floor(rows * cols *
+            sparsity) of the matrix. `NM` groups are their own scope.
+
+    Returns:
+        (rows, cols) bool, True = kept.
+    """
+    return project_each([score], pattern, sparsity, scope)[0]
+
+
+def project_each(
+    scores: Sequence[Tensor], pattern: Pattern, sparsity: float | Fraction, scope: str
+) -> list[Tensor]:
+    """`project` for several matrices; with scope "global" they share one budget."""
+    if isinstance(pattern, NM):
+        return [_keep_of_groups(score, pattern) for score in scores]
+    if isinstance(pattern, Block):
+        tiles = [tile_scores(score, pattern) for score in scores]
+        kept = project_each(tiles, Unstructured(), sparsity, scope)
+        return [spread_tiles(mask, pattern) for mask in kept]
+    if scope == "row":
+        return [keep_largest(score, prune_count(score.shape[1], sparsity)) for score in scores]
+    if scope == "layer":
+        return [
+            keep_largest_overall([score], prune_count(score.numel(), sparsity))[0]
+            for score in scores
+        ]
+    if scope == "global":
+        total = sum(score.numel() for score in scores)
+        return keep_largest_overall(scores, prune_count(total, sparsity))
+    raise SpecError(f'scope {scope!r} is not understood; accepted: "row", "layer", "global"')
+
+
+def keep_largest(score: Tensor, pruned: int) -> Tensor:
+    """Mask (rows, cols) that drops exactly `pruned` of each row, lowest score and index first."""
+    rows, cols = score.shape
+    if pruned <= 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    if pruned >= cols:
+        return torch.zeros_like(score, dtype=torch.bool)
+    limit = score.kthvalue(pruned, dim=1, keepdim=True).values
+    keep = score > limit
+    missing = (cols - pruned) - keep.sum(1)  # how many of those equal to the limit are kept
+    tied = missing.nonzero().flatten()
+    if tied.numel():
+        equal = score[tied] == limit[tied]
+        rank_from_end = equal.flip(1).cumsum(1).flip(1)
+        keep[tied] |= equal & (rank_from_end <= missing[tied, None])
+    return keep
+
+
+def keep_largest_overall(scores: Sequence[Tensor], pruned: int) -> list[Tensor]:
+    """Masks over several tensors taken together, dropping exactly `pruned` in all.
+
+    The limit is found by bisection over float bit patterns (which order like the floats they
+    stand for), so nothing is sorted and nothing is concatenated. Of equal scores the one in the
+    earlier tensor, then of lower index, is pruned first.
+    """
+    total = sum(score.numel() for score in scores)
+    if pruned <= 0:
+        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    if pruned >= total:
+        return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    # `+ 0.0` turns -0.0 into 0.0, whose bits order correctly; barred scores are negative bits.
+    bits = [(score.contiguous() + 0.0).view(torch.int32) for score in scores]
+    low, high = -1, 0x7F800000
+    while low < high:
+        middle = (low + high) // 2
+        if sum(int((b <= middle).sum()) for b in bits) >= pruned:
+            high = middle
+        else:
+            low = middle + 1
+    keep = [b > low for b in bits]
+    surplus = (total - pruned) - sum(int(k.sum()) for k in keep)
+    for bit, mask in zip(reversed(bits), reversed(keep), strict=True):
+        if surplus <= 0:
+            break
+        equal = bit == low if low >= 0 else bit < 0
+        last = equal.flatten().nonzero().flatten()[-surplus:]
+        mask.view(-1)[last] = True
+        surplus -= last.numel()
+    return keep
+
+
+def _keep_of_groups(score: Tensor, pattern: NM) -> Tensor:
+    rows, cols = score.shape
+    lanes = score.reshape(-1, pattern.m).T.contiguous()
+    return keep_of_lanes(lanes, pattern.n).T.reshape(rows, cols)
+
+
+def keep_of_lanes(lanes: Tensor, n: int) -> Tensor:
+    """Of m lanes (m, ...) keep the n best at every place; ties drop the lower lane first.
+
+    The rank of a lane is the number of lanes that go before it in ascending order, counted by
+    m * m whole-tensor comparisons: for the small m of N:M patterns far cheaper than sorting.
+    """
+    m = lanes.shape[0]
+    if m > 32:
+        order = lanes.argsort(dim=0, stable=True)
+        return torch.zeros_like(lanes, dtype=torch.bool).scatter_(0, order[m - n :], True)
+    rank = torch.zeros(lanes.shape, dtype=torch.uint8, device=lanes.device)
+    for i in range(m):
+        if i:
+            rank[i] += (lanes[:i] <= lanes[i]).sum(0, dtype=torch.uint8)
+        if i + 1 < m:
+            rank[i] += (lanes[i + 1 :] < lanes[i]).sum(0, dtype=torch.uint8)
+    return rank >= m - n
+
+
+def tile_scores(score: Tensor, block: Block) -> Tensor:
+    """(rows/R, cols/C) score of each tile: the root of its summed squares (barred tiles stay so).
+
+    A squared score is the error its removal causes, so a tile's is the sum over its weights.
+    """
+    rows, cols = score.shape
+    tiles = score.reshape(rows // block.rows, block.rows, cols // block.cols, block.cols)
+    barred = (tiles < 0).all(3).all(1)
+    summed = torch.linalg.vector_norm(tiles.clamp_min(0), dim=(1, 3))
+    return summed.masked_fill(barred, BARRED)
+
+
+def spread_tiles(mask: Tensor, block: Block) -> Tensor:
+    """A mask of tiles written out to a mask of weights."""
+    return mask.repeat_interleave(block.rows, 0).repeat_interleave(block.cols, 1)

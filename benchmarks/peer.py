@@ -18,14 +18,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-PEER_PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+Prune = Callable[[PreTrainedModel, Tensor], None]  # in place, with windows (count, length)
 MASK_STRUCTURES = {"unstructured": "0:0", "2:4": "2:4"}  # the peer counts the pruned ones
 
 
@@ -52,7 +54,7 @@ class Result:
     peak_bytes: int  # highest during
     zeros: int  # exact zeros in the linear layers of the blocks
     weights: int
-    lm_head_zeros: int
+    head_zeros: int  # nobody prunes the head: these are the dense model's
     perplexity: float | None
     versions: dict[str, str]
 
@@ -101,10 +103,8 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
-def measure(
-    job: Job, prune: Callable[[PreTrainedModel, Tensor], None], packages: tuple[str, ...]
-) -> Result:
-    """Load, run ``prune(model, calibration)`` under the clock, count zeros and evaluate."""
+def measure(job: Job, prune: Prune, versions: dict[str, str]) -> Result:
+    """Load, run ``prune`` under the clock, count zeros and evaluate."""
     torch.set_num_threads(job.threads)
     windows = load_file(job.windows)
     model = load(job.model)
@@ -126,16 +126,16 @@ def measure(
         peak_bytes=highest,
         zeros=sum(int((weight == 0).sum()) for weight in weights),
         weights=sum(weight.numel() for weight in weights),
-        lm_head_zeros=int((model.get_output_embeddings().weight == 0).sum()),
+        head_zeros=int((model.lm_head.weight == 0).sum()),
         perplexity=perplexity(model, windows["evaluation"]) if job.evaluate else None,
-        versions={package: version(package) for package in packages},
+        versions=versions | {name: version(name) for name in ("transformers", "torch")},
     )
 
 
 # --- llm-compressor ------------------------------------------------------------------------------
 
 
-def prune_with_peer(job: Job) -> Callable[[PreTrainedModel, Tensor], None]:
+def prune_with_peer(job: Job) -> Prune:
     """Its one-shot entry point with every default; imports and tokenizer are not timed."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -151,7 +151,7 @@ def prune_with_peer(job: Job) -> Callable[[PreTrainedModel, Tensor], None]:
 
     def prune(model: PreTrainedModel, calibration: Tensor) -> None:
         rows = [{"input_ids": row} for row in calibration]
-        batches = torch.utils.data.DataLoader(rows, batch_size=1)
+        batches: DataLoader[Any] = DataLoader(rows, batch_size=1)  # type: ignore[arg-type]
         oneshot(model=model, processor=tokenizer, dataset=batches, recipe=recipe)
 
     return prune
@@ -161,7 +161,8 @@ def main() -> None:
     """Do the job of the one argument; everything but the result goes to standard error."""
     answer, sys.stdout = sys.stdout, sys.stderr
     job = Job(**json.loads(sys.argv[1]))
-    result = measure(job, prune_with_peer(job), PEER_PACKAGES)
+    versions = {name: version(name) for name in ("llmcompressor", "compressed-tensors")}
+    result = measure(job, prune_with_peer(job), versions)
     print(json.dumps(asdict(result)), file=answer)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from peer import Job, Result, measure
+from peer import Job, Prune, Result, measure
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -57,7 +57,7 @@ def forward(model: PreTrainedModel, calibration: Tensor) -> None:
             model(row[None])
 
 
-def prune_with_ours(job: Job) -> Callable[[PreTrainedModel, Tensor], None]:
+def prune_with_ours(job: Job) -> Prune:
     """Prune and fold, so that plain modules with zeros in their weights remain, as the peer's."""
     import torchprune
 
@@ -79,11 +79,13 @@ def prune_with_ours(job: Job) -> Callable[[PreTrainedModel, Tensor], None]:
 def work(job: Job) -> None:
     """Do one job of ours and print its result, a JSON line; all else goes to standard error."""
     answer, sys.stdout = sys.stdout, sys.stderr
-    packages = ("transformers", "torch")
     if job.method == "forward":
-        result = measure(job, forward, packages)
+        result = measure(job, forward, {})
     else:
-        result = measure(job, prune_with_ours(job), ("torchprune", *packages))
+        sys.path.insert(0, str(ROOT))
+        import torchprune
+
+        result = measure(job, prune_with_ours(job), {"torchprune": torchprune.__version__})
     print(json.dumps(asdict(result)), file=answer)
 
 
@@ -101,9 +103,14 @@ def peer_python() -> Path:
 
 
 def run(command: list[str], threads: int) -> Result:
-    """The result that a worker printed."""
-    quiet = {"LLM_COMPRESSOR_LOG_DISABLED": "true", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | quiet | {"OMP_NUM_THREADS": str(threads)}
+    """The result that a worker printed.
+
+    Threads sleep while they wait: with OpenMP's default they spin, and on a machine that others
+    use too, processor seconds then measure the neighbours.
+    """
+    openmp = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    quiet = {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | openmp | quiet
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[:3])} failed:\n{done.stderr[-4000:]}")

@@ -83,7 +83,7 @@ class Held:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

@@ -82,7 +82,7 @@ def read_batches(
         raise CalibrationError(f"max_batches must be at least 1, got {max_batches}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     taken = islice(iter(data), max_batches + 1)
-    batches = []
+    batches: list[Batch] = []
     for item in taken:
         if len(batches) == max_batches:
             return batches, True

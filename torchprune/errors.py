@@ -23,7 +23,7 @@ class CalibrationError(TorchpruneError, RuntimeError):
 
 
 class MaskError(TorchpruneError, ValueError):
-    """A mask does not fit its weight, or an operation needs masks or dense weights that are absent."""
+    """A mask does not fit its weight, or masks or dense weights that are needed are absent."""
 
 
 class CheckpointError(TorchpruneError, ValueError):

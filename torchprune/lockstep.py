@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,7 +165,8 @@ class Calibration:
     def collect(self) -> Stop:
         """Run every batch through the dense model, then give all statistics at once."""
         self._pausing = False
-        for self._current in range(len(self.batches)):
+        for index in range(len(self.batches)):
+            self._current = index
             self._forward()
             self._shareable = [g for g in self._shareable if g.alive()]
         return [(self.targets[i], self._complete(i)) for i in sorted(self._gathered)]
@@ -230,9 +231,7 @@ class Calibration:
 
     def _token_mask(self, target: Target, shape: torch.Size) -> Tensor | None:
         batch = self.batches[self._current]
-        return batch.token_mask(
-            shape[:-1], target.name, encoder_decoder=self._encoder_decoder
-        )
+        return batch.token_mask(shape[:-1], target.name, encoder_decoder=self._encoder_decoder)
 
     def _reached(self, index: int, read: _Read, pauses: bool) -> None:
         """A batch is about to run a layer."""

@@ -57,7 +57,9 @@ class Moments:
             self.rows[group] += x.shape[0]
             if sample_rows:
                 step = max(1, x.shape[0] // sample_rows)
-                self.sample[group].append(x[::step][:sample_rows].float())
+                rows = x.detach()[::step][:sample_rows]
+                # A copy: a view would keep the whole activation, and whatever watches it, alive.
+                self.sample[group].append(rows.to(torch.float32, copy=True))
             for chunk in x.split(_CHUNK):
                 wide = chunk.float()
                 if self.gram is not None:

@@ -12,7 +12,9 @@ from fractions import Fraction
 
 from torchprune.errors import SpecError
 
-ACCEPTED = '"unstructured", "n:m" such as "2:4" (keeps n of every m), "block:RxC" such as "block:4x4"'
+ACCEPTED = (
+    '"unstructured", "n:m" such as "2:4" (keeps n of every m), "block:RxC" such as "block:4x4"'
+)
 
 
 @dataclass(frozen=True)
@@ -114,5 +116,5 @@ def check_shape(pattern: Pattern, rows: int, cols: int, name: str) -> None:
     if isinstance(pattern, Block) and (rows % pattern.rows or cols % pattern.cols):
         raise SpecError(
             f"{name}: pattern {pattern} needs rows divisible by {pattern.rows} and columns by "
-            f"{pattern.cols}, got a matrix {rows} x {cols}; ignore the layer or override its pattern"
+            f"{pattern.cols}, got {rows} x {cols}; ignore the layer or override its pattern"
         )

@@ -104,10 +104,10 @@ def make_plan(model: nn.Module, spec: Spec) -> Plan:
                 raise TargetError(f"targets: {layer.name!r} cannot be pruned: {reason}")
             skipped[layer.name] = reason
             continue
-        key = next((k for k in goals if matches(k, layer)), None)
-        goal = spec.goal if key is None else goals[key]
+        override = next((k for k in goals if matches(k, layer)), None)
+        goal = spec.goal if override is None else goals[override]
         if goal is None:
-            skipped[layer.name] = f"dense by overrides[{key!r}]"
+            skipped[layer.name] = f"dense by overrides[{override!r}]"
             continue
         shape = original_of(layer.module, layer.tensor).shape
         chosen.append(_checked(Target(layer, goal, view_of(layer.module, shape)), spec))
@@ -174,6 +174,6 @@ def _check_global(targets: list[Target], spec: Spec) -> None:
     goals = {str(t.goal) for t in targets}
     if len(goals) > 1 or isinstance(targets[0].goal.pattern, NM):
         raise SpecError(
-            f"{type(spec).__name__}: scope \"global\" shares one budget, so every layer needs the "
+            f'{type(spec).__name__}: scope "global" shares one budget, so every layer needs the '
             f"same unstructured or block goal, got {', '.join(sorted(goals))}"
         )

@@ -61,7 +61,7 @@ def project_each(
 
 def keep_largest(score: Tensor, pruned: int) -> Tensor:
     """Mask (rows, cols) that drops exactly `pruned` of each row, lowest score and index first."""
-    rows, cols = score.shape
+    cols = score.shape[1]
     if pruned <= 0:
         return torch.ones_like(score, dtype=torch.bool)
     if pruned >= cols:
@@ -132,7 +132,8 @@ def keep_of_lanes(lanes: Tensor, n: int) -> Tensor:
             rank[i] += (lanes[:i] <= lanes[i]).sum(0, dtype=torch.uint8)
         if i + 1 < m:
             rank[i] += (lanes[i + 1 :] < lanes[i]).sum(0, dtype=torch.uint8)
-    return rank >= m - n
+    keep: Tensor = rank >= m - n
+    return keep
 
 
 def tile_scores(score: Tensor, block: Block) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -146,7 +147,7 @@ class Report:
             )
         table.add_section()
         table.add_row("total", "", "", "", "", f"{self.zeros:,}", f"{self.sparsity:.2%}", "", "")
-        console = Console(width=140, record=True, file=_Nowhere())
+        console = Console(width=140, record=True, file=io.StringIO())
         console.print(table)
         return console.export_text().rstrip() + "\n" + "\n".join(self._remarks())
 
@@ -171,16 +172,6 @@ class Report:
         layers = [f"{y.name}: {y.method} {y.pattern}, {y.sparsity:.2%} zero" for y in self.layers]
         hint = "(a table with pip install 'torchprune[cli]')"
         return "\n".join([*layers, *self._remarks(), hint, json.dumps(self.to_dict()["total"])])
-
-
-class _Nowhere:
-    """A file that forgets: rich records what it prints."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        return None
 
 
 def report(model: nn.Module) -> Report:

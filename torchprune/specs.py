@@ -71,7 +71,7 @@ class Spec:
     scopes: ClassVar[tuple[str, ...]]
     needs_data: ClassVar[bool]
 
-    def __new__(cls, *args: object, **options: object) -> Spec:  # noqa: PYI034 (dataclasses)
+    def __new__(cls, *args: object, **options: object) -> Spec:
         known = [f.name for f in fields(cls)] if hasattr(cls, "__dataclass_fields__") else []
         for option in options:
             if option not in known:
@@ -103,7 +103,8 @@ class Spec:
     @property
     def goal(self) -> Goal:
         """The goal of every layer without an override."""
-        assert isinstance(self.pattern, Unstructured | NM | Block) and self.sparsity is not None
+        assert isinstance(self.pattern, Unstructured | NM | Block)
+        assert self.sparsity is not None
         return Goal(self.pattern, self.sparsity)
 
     def override_goal(self, key: str) -> Goal | None:
@@ -200,7 +201,7 @@ class SparseGPTSpec(Spec):
             raise SpecError(f"SparseGPTSpec: damping must be above 0, got {self.damping!r}")
         if not (isinstance(self.block_size, int) and self.block_size > 0):
             raise SpecError(
-                f"SparseGPTSpec: block_size must be a positive whole number, got {self.block_size!r}"
+                f"SparseGPTSpec: block_size must be a whole number above 0, got {self.block_size!r}"
             )
 
 

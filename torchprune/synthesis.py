@@ -57,9 +57,11 @@ def synthesise(
     model.eval()
     found: list[Tensor] = []
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), tqdm(
-        total=sequences, desc="sampling text", unit="sequence", disable=not progress
-    ) as bar:
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        tqdm(total=sequences, desc="sampling text", unit="sequence", disable=not progress) as bar,
+    ):
         torch.manual_seed(seed)
         while len(found) < sequences:
             count = min(_TOGETHER, sequences - len(found))

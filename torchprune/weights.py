@@ -127,8 +127,9 @@ def _patches(conv: ConvNd, x: Tensor) -> Tensor:
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     for axis in range(space):
         x = x.unfold(2 + axis, extent[axis], conv.stride[axis])
-    steps = tuple(slice(None, None, d) for d in dilation)
-    x = x[(..., *steps)]  # (batch, in, *positions, *kernel)
+    for axis, step in enumerate(dilation):
+        taken = torch.arange(0, extent[axis], step, device=x.device)
+        x = x.index_select(2 + space + axis, taken)  # (batch, in, *positions, *kernel)
     batch, channels = x.shape[:2]
     positions = int(torch.Size(x.shape[2 : 2 + space]).numel())
     taps = int(torch.Size(kernel).numel())

@@ -28,7 +28,6 @@ from torchprune.projection import (
     tile_scores,
 )
 
-
 _LEAF = 32
 """Columns that are swept one by one before their errors reach the rest by a matrix product."""
 

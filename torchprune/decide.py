@@ -1,0 +1,204 @@
+"""From a layer's weights and statistics to its change: where patterns, scores and solvers meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchprune.changes import Change
+from torchprune.errors import CalibrationError
+from torchprune.masking import Record
+from torchprune.methods.magnitude import magnitude_score
+from torchprune.methods.sparsegpt import Factor, factorise, sparsegpt
+from torchprune.methods.wanda import wanda_score
+from torchprune.moments import Moments
+from torchprune.plan import Target
+from torchprune.projection import BARRED, project_each
+from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
+
+
+def by_magnitude(targets: Sequence[Target], spec: Spec, note: str = "") -> Iterator[Change]:
+    """The changes that magnitude alone decides; with scope "global" all targets share a budget."""
+    together = [list(targets)] if spec.scope == "global" else [[t] for t in targets]
+    for some in together:
+        keeps = _masks(some, [[magnitude_score(w) for w in groups_of(t)] for t in some], spec)
+        for target, keep in zip(some, keeps, strict=True):
+            tokens = 0 if spec.needs_data else None
+            record = Record("magnitude", str(target.goal), tokens=tokens, note=note)
+            yield Change(target, target.view.from_matrix(keep, target.weight.shape), record)
+
+
+@dataclass
+class Decider:
+    """Turns the statistics that calibration yields into changes, layer by layer.
+
+    Attributes:
+        spec: the method and its options.
+        batches: how many batches calibrate, to tell which layers only some of them reach.
+        warnings: what the user must know, filled as layers pass.
+    """
+
+    spec: WandaSpec | SparseGPTSpec
+    batches: int
+    warnings: list[str] = field(default_factory=list)
+    _factors: dict[int, Factor] = field(default_factory=dict)
+    _factors_of: Moments | None = None
+
+    def changes(self, stop: Sequence[tuple[Target, Moments]]) -> Iterator[Change]:
+        """The changes of the layers of one stop."""
+        if isinstance(self.spec, WandaSpec) and self.spec.scope == "global":
+            targets = [t for t, _ in stop]
+            keeps = _masks(targets, [self._scores(t, m) for t, m in stop], self.spec)
+            for (target, moments), keep in zip(stop, keeps, strict=True):
+                yield self._change(target, moments, keep, None)
+            return
+        for target, moments in stop:
+            if isinstance(self.spec, SparseGPTSpec):
+                values, keep, notes = self._solve(self.spec, target, moments)
+                yield self._change(target, moments, keep, values, notes)
+            else:
+                keep = _masks([target], [self._scores(target, moments)], self.spec)[0]
+                yield self._change(target, moments, keep, None)
+
+    def unreached(self, target: Target) -> Change:
+        """The change of a layer that no batch reached: by magnitude, and said so."""
+        note = "no calibration batch reached it: pruned by magnitude"
+        self.warnings.append(f"{target.name}: {note}")
+        local = MagnitudeSpec(scope="layer" if self.spec.scope == "global" else self.spec.scope)
+        return next(by_magnitude([target], local, note))
+
+    def _scores(self, target: Target, moments: Moments) -> list[Tensor]:
+        """Wanda's score of each group, magnitude's where no token reached the group."""
+        return [
+            wanda_score(w, square) if rows else magnitude_score(w)
+            for w, square, rows in zip(groups_of(target), moments.square, moments.rows, strict=True)
+        ]
+
+    def _solve(
+        self, spec: SparseGPTSpec, target: Target, moments: Moments
+    ) -> tuple[list[Tensor], Tensor, list[str]]:
+        """SparseGPT group by group, magnitude where no token reached the group."""
+        values, keeps, notes = [], [], []
+        for group, weight in enumerate(groups_of(target)):
+            if not moments.rows[group]:
+                values.append(weight.float())
+                score = [[magnitude_score(weight)]]
+                keeps.append(_masks([target], score, spec, groups=[group])[0][0])
+                continue
+            factor = self._factor(spec, target, moments, group)
+            if factor.damping != spec.damping:
+                notes.append(f"damping raised to {factor.damping:g} to factorise")
+            goal, barred = target.goal, _barred(target)
+            value, keep = sparsegpt(
+                weight,
+                factor,
+                goal.pattern,
+                goal.sparsity,
+                spec.scope or "layer",
+                spec.block_size,
+                None if barred is None else barred[group],
+            )
+            values.append(value)
+            keeps.append(keep)
+        return values, torch.stack(keeps), notes
+
+    def _factor(self, spec: SparseGPTSpec, target: Target, moments: Moments, group: int) -> Factor:
+        """The factor of a group's inputs, made once for all layers that share the moments."""
+        if self._factors_of is not moments:
+            self._factors_of, self._factors = moments, {}
+        if group not in self._factors:
+            assert moments.gram is not None
+            self._factors[group] = factorise(
+                moments.gram[group], moments.rows[group], spec.damping, target.name
+            )
+        return self._factors[group]
+
+    def _change(
+        self,
+        target: Target,
+        moments: Moments,
+        keep: Tensor,
+        values: list[Tensor] | None,
+        notes: Sequence[str] = (),
+    ) -> Change:
+        notes = [*dict.fromkeys(notes)]
+        if idle := [g for g, rows in enumerate(moments.rows) if not rows]:
+            which = "experts" if target.view.kind.startswith("experts") else "groups"
+            notes.append(f"no tokens reached {which} {_few(idle)}: pruned by magnitude")
+            self.warnings.append(f"{target.name}: {notes[-1]}")
+        if moments.batches < self.batches:
+            notes.append(f"reached by {moments.batches} of {self.batches} batches")
+        weight, new = target.weight, None
+        if values is not None:
+            new = target.view.from_matrix(torch.stack(values).to(weight.dtype), weight.shape)
+        record = Record(
+            self.spec.method,
+            str(target.goal),
+            updates_weights=new is not None,
+            error=_relative_error(target, moments, keep, values),
+            tokens=sum(moments.rows),
+            note="; ".join(notes),
+        )
+        return Change(target, target.view.from_matrix(keep, weight.shape), record, new)
+
+
+def groups_of(target: Target) -> Tensor:
+    """(groups, rows, cols): a target's weights as they act now, zero where already masked."""
+    weight, mask = target.weight.detach(), target.mask
+    return target.view.to_matrix(weight if mask is None else torch.where(mask.mask, weight, 0))
+
+
+def _barred(target: Target) -> Tensor | None:
+    """(groups, rows, cols) bool: weights that an earlier mask pruned. They stay pruned."""
+    return None if target.mask is None else target.view.to_matrix(~target.mask.mask)
+
+
+def _masks(
+    targets: Sequence[Target],
+    scores: Sequence[Sequence[Tensor]],
+    spec: Spec,
+    groups: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """One (groups, rows, cols) mask a target, from a score a group; earlier zeros stay zeros.
+
+    Raises:
+        CalibrationError: naming the layer, if a score is NaN.
+    """
+    flat = []
+    for target, own in zip(targets, scores, strict=True):
+        barred = _barred(target)
+        for group, score in zip(groups or range(len(own)), own, strict=True):
+            if bool(score.isnan().any()):
+                raise CalibrationError(
+                    f"{target.name}: its scores hold NaN (an infinite weight on an input that is "
+                    "always zero); repair the weights or ignore the layer"
+                )
+            flat.append(score if barred is None else score.masked_fill(barred[group], BARRED))
+    goal = targets[0].goal
+    kept = iter(project_each(flat, goal.pattern, goal.sparsity, spec.scope or "layer"))
+    return [torch.stack([next(kept) for _ in own]) for own in scores]
+
+
+def _relative_error(
+    target: Target, moments: Moments, keep: Tensor, values: list[Tensor] | None
+) -> float | None:
+    """||X (W - W')^T||^2 / ||X W^T||^2: exact from a second moment, else on sampled inputs."""
+    lost = total = 0.0
+    for g, dense in enumerate(groups_of(target)):
+        w = dense.float()
+        gone = w - torch.where(keep[g], w if values is None else values[g], 0)
+        if moments.gram is not None:
+            lost += float((gone @ moments.gram[g]).mul_(gone).sum())
+            total += float((w @ moments.gram[g]).mul_(w).sum())
+        elif (x := moments.samples(g)) is not None:
+            lost += float((x @ gone.T).square().sum())
+            total += float((x @ w.T).square().sum())
+    return lost / total if total > 0 else None
+
+
+def _few(items: Sequence[int]) -> str:
+    shown = ", ".join(map(str, items[:8]))
+    return shown if len(items) <= 8 else f"{shown} and {len(items) - 8} more"

@@ -19,6 +19,8 @@ from torchprune.plan import Target
 from torchprune.projection import BARRED, project_each
 from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
 
+_ROWS_MEASURED = 128
+
 
 def by_magnitude(targets: Sequence[Target], spec: Spec, note: str = "") -> Iterator[Change]:
     """The changes that magnitude alone decides; with scope "global" all targets share a budget."""
@@ -53,15 +55,14 @@ class Decider:
             targets = [t for t, _ in stop]
             keeps = _masks(targets, [self._scores(t, m) for t, m in stop], self.spec)
             for (target, moments), keep in zip(stop, keeps, strict=True):
-                yield self._change(target, moments, keep, None)
+                yield self._change(target, moments, keep)
             return
         for target, moments in stop:
             if isinstance(self.spec, SparseGPTSpec):
-                values, keep, notes = self._solve(self.spec, target, moments)
-                yield self._change(target, moments, keep, values, notes)
+                yield self._solved(self.spec, target, moments)
             else:
                 keep = _masks([target], [self._scores(target, moments)], self.spec)[0]
-                yield self._change(target, moments, keep, None)
+                yield self._change(target, moments, keep)
 
     def unreached(self, target: Target) -> Change:
         """The change of a layer that no batch reached: by magnitude, and said so."""
@@ -77,22 +78,22 @@ class Decider:
             for w, square, rows in zip(groups_of(target), moments.square, moments.rows, strict=True)
         ]
 
-    def _solve(
-        self, spec: SparseGPTSpec, target: Target, moments: Moments
-    ) -> tuple[list[Tensor], Tensor, list[str]]:
+    def _solved(self, spec: SparseGPTSpec, target: Target, moments: Moments) -> Change:
         """SparseGPT group by group, magnitude where no token reached the group."""
+        goal, barred = target.goal, _barred(target)
         values, keeps, notes = [], [], []
+        lost = total = 0.0
         for group, weight in enumerate(groups_of(target)):
-            if not moments.rows[group]:
-                values.append(weight.float())
+            rows = moments.rows[group]
+            if not rows:
                 score = [[magnitude_score(weight)]]
+                values.append(weight.float())
                 keeps.append(_masks([target], score, spec, groups=[group])[0][0])
                 continue
             factor = self._factor(spec, target, moments, group)
             if factor.damping != spec.damping:
                 notes.append(f"damping raised to {factor.damping:g} to factorise")
-            goal, barred = target.goal, _barred(target)
-            value, keep = sparsegpt(
+            value, keep, squared = sparsegpt(
                 weight,
                 factor,
                 goal.pattern,
@@ -103,7 +104,14 @@ class Decider:
             )
             values.append(value)
             keeps.append(keep)
-        return values, torch.stack(keeps), notes
+            assert moments.gram is not None
+            lost += squared * rows / 2  # H is 2/n times the second moment
+            total += _output_square(weight.float(), moments.gram[group])
+        new = target.view.from_matrix(
+            torch.stack(values).to(target.weight.dtype), target.weight.shape
+        )
+        error = lost / total if total > 0 else None
+        return self._change(target, moments, torch.stack(keeps), new, error, notes)
 
     def _factor(self, spec: SparseGPTSpec, target: Target, moments: Moments, group: int) -> Factor:
         """The factor of a group's inputs, made once for all layers that share the moments."""
@@ -121,7 +129,8 @@ class Decider:
         target: Target,
         moments: Moments,
         keep: Tensor,
-        values: list[Tensor] | None,
+        new: Tensor | None = None,
+        error: float | None = None,
         notes: Sequence[str] = (),
     ) -> Change:
         notes = [*dict.fromkeys(notes)]
@@ -131,18 +140,16 @@ class Decider:
             self.warnings.append(f"{target.name}: {notes[-1]}")
         if moments.batches < self.batches:
             notes.append(f"reached by {moments.batches} of {self.batches} batches")
-        weight, new = target.weight, None
-        if values is not None:
-            new = target.view.from_matrix(torch.stack(values).to(weight.dtype), weight.shape)
         record = Record(
             self.spec.method,
             str(target.goal),
             updates_weights=new is not None,
-            error=_relative_error(target, moments, keep, values),
+            error=_sampled_error(target, moments, keep) if new is None else error,
             tokens=sum(moments.rows),
             note="; ".join(notes),
         )
-        return Change(target, target.view.from_matrix(keep, weight.shape), record, new)
+        mask = target.view.from_matrix(keep, target.weight.shape)
+        return Change(target, mask, record, new)
 
 
 def groups_of(target: Target) -> Tensor:
@@ -182,21 +189,22 @@ def _masks(
     return [torch.stack([next(kept) for _ in own]) for own in scores]
 
 
-def _relative_error(
-    target: Target, moments: Moments, keep: Tensor, values: list[Tensor] | None
-) -> float | None:
-    """||X (W - W')^T||^2 / ||X W^T||^2: exact from a second moment, else on sampled inputs."""
+def _sampled_error(target: Target, moments: Moments, keep: Tensor) -> float | None:
+    """||X (W - W')^T||^2 / ||X W^T||^2 on sampled inputs, of weights that were only masked."""
     lost = total = 0.0
-    for g, dense in enumerate(groups_of(target)):
-        w = dense.float()
-        gone = w - torch.where(keep[g], w if values is None else values[g], 0)
-        if moments.gram is not None:
-            lost += float((gone @ moments.gram[g]).mul_(gone).sum())
-            total += float((w @ moments.gram[g]).mul_(w).sum())
-        elif (x := moments.samples(g)) is not None:
-            lost += float((x @ gone.T).square().sum())
+    for group, weight in enumerate(groups_of(target)):
+        x = moments.samples(group)
+        if x is not None:
+            w = weight.float()
+            lost += float((x @ w.masked_fill(keep[group], 0).T).square().sum())
             total += float((x @ w.T).square().sum())
     return lost / total if total > 0 else None
+
+
+def _output_square(weight: Tensor, gram: Tensor) -> float:
+    """||X W^T||^2 = tr(W G W^T); of many rows, an evenly spaced part stands for all."""
+    part = weight[:: max(1, len(weight) // _ROWS_MEASURED)]
+    return float((part @ gram).mul_(part).sum()) * len(weight) / len(part)
 
 
 def _few(items: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +68,15 @@ class _Gathered:
     def holds(self, batch: int, x: Tensor | None) -> bool:
         """Whether a batch's tensor, unchanged since, is already counted."""
         ref, version = self.sources.get(batch, (None, -1))
-        return x is not None and ref is not None and ref() is x and x._version == version
+        return x is not None and ref is not None and ref() is x and _version(x) == version
 
     def alive(self) -> bool:
         """Whether the tensors may still be read by another layer."""
         return any(ref() is not None for ref, _ in self.sources.values())
+
+
+class _AllReached(BaseException):
+    """Unwinds a block's dense pass once its last layer has been reached. Not an error."""
 
 
 class Calibration:
@@ -110,6 +114,7 @@ class Calibration:
         self._waiting: dict[int, list[int]] = {}  # place -> batches; a place is a target's index
         self._reads: dict[int, list[_Read]] = {}  # target -> reads of the batches that wait at it
         self._gathered: dict[int, _Gathered] = {}  # target -> its statistics, until it is pruned
+        self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._shareable: list[_Gathered] = []
         self._runs: list[greenlet.greenlet] = []
@@ -244,6 +249,11 @@ class Calibration:
             self._pause(index)
         else:
             self._add_running(index, read)
+            missing = self._missing.get(read.batch)
+            if missing is not None:
+                missing.discard(index)
+                if not missing:  # what is left of the dense pass would be thrown away
+                    raise _AllReached
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
@@ -252,7 +262,10 @@ class Calibration:
 
         def twice(*args: Any, **kwargs: Any) -> Any:
             if place not in self._done and self._pausing:
-                forward(*args, **kwargs)
+                self._missing[self._current] = set(self._members[place])
+                with suppress(_AllReached):
+                    forward(*args, **kwargs)
+                self._missing.pop(self._current, None)
                 self._pause(place)
             return forward(*args, **kwargs)
 
@@ -277,7 +290,7 @@ class Calibration:
         with ambient.exact():
             gathered.moments.add(read.rows(), sample)
         if read.x is not None:
-            gathered.sources[read.batch] = (weakref.ref(read.x), read.x._version)
+            gathered.sources[read.batch] = (weakref.ref(read.x), _version(read.x))
 
     def _matching(self, index: int, reads: Sequence[_Read], *, whole: bool) -> _Gathered | None:
         """Statistics of another layer that were taken from exactly these tensors."""
@@ -329,3 +342,8 @@ class Calibration:
                 'sequential="layer" for this model'
             )
         self._count(gathered, read)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written in place; inference tensors do not count that."""
+    return 0 if x.is_inference() else x._version

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLE_ROWS = 512
+SAMPLE_ROWS = 256
 """Input rows kept per group to measure the output error where no second moment is collected."""
 
 _CHUNK = 8192

@@ -16,6 +16,8 @@ from torch import Tensor
 from torchprune.errors import SpecError
 from torchprune.patterns import NM, Block, Pattern, Unstructured, prune_count
 
+_QUICKSELECT_UP_TO = 1 << 26
+
 BARRED = -1.0
 """The score of a weight that is already pruned: below every real score."""
 
@@ -80,8 +82,8 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
 def keep_largest_overall(scores: Sequence[Tensor], pruned: int) -> list[Tensor]:
     """Masks over several tensors taken together, dropping exactly `pruned` in all.
 
-    The limit is found by bisection over float bit patterns (which order like the floats they
-    stand for), so nothing is sorted and nothing is concatenated. Of equal scores the one in the
+    The limit is found among float bit patterns, which order like the floats they stand for, so
+    nothing is sorted and nothing is concatenated. Of equal scores the one in the
     earlier tensor, then of lower index, is pruned first.
     """
     total = sum(score.numel() for score in scores)
@@ -91,23 +93,44 @@ def keep_largest_overall(scores: Sequence[Tensor], pruned: int) -> list[Tensor]:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
     # `+ 0.0` turns -0.0 into 0.0, whose bits order correctly; barred scores are negative bits.
     bits = [(score.contiguous() + 0.0).view(torch.int32) for score in scores]
-    low, high = -1, 0x7F800000
-    while low < high:
-        middle = (low + high) // 2
-        if sum(int((b <= middle).sum()) for b in bits) >= pruned:
-            high = middle
-        else:
-            low = middle + 1
-    keep = [b > low for b in bits]
+    limit = _bits_of_rank(bits, pruned)
+    keep = [b > limit for b in bits]
     surplus = (total - pruned) - sum(int(k.sum()) for k in keep)
     for bit, mask in zip(reversed(bits), reversed(keep), strict=True):
         if surplus <= 0:
             break
-        equal = bit == low if low >= 0 else bit < 0
+        equal = bit == limit if limit >= 0 else bit < 0
         last = equal.flatten().nonzero().flatten()[-surplus:]
         mask.view(-1)[last] = True
         surplus -= last.numel()
     return keep
+
+
+def _bits_of_rank(bits: Sequence[Tensor], rank: int) -> int:
+    """The bit pattern of the rank-th smallest score, -1 if that one is barred.
+
+    One tensor: quickselect. Several, or a huge one: bisection over patterns, which copies nothing
+    until few candidates are left, and then looks at those only.
+    """
+    if len(bits) == 1 and bits[0].numel() <= _QUICKSELECT_UP_TO:
+        return max(-1, int(bits[0].flatten().kthvalue(rank).values))
+    low, high = -1, 0x7F800000
+    pool = [b.flatten() for b in bits]
+    below, size = 0, sum(b.numel() for b in pool)
+    while low < high:
+        middle = (low + high) // 2
+        under = [b <= middle for b in pool]
+        count = sum(int(torch.count_nonzero(u)) for u in under)
+        lower = below + count >= rank
+        if lower:
+            high, left = middle, count
+        else:
+            low, left = middle + 1, size - count
+        if 2 * left < size:
+            pool = [b[u if lower else ~u] for b, u in zip(pool, under, strict=True)]
+            size = left
+            below += 0 if lower else count
+    return low
 
 
 def _keep_of_groups(score: Tensor, pattern: NM) -> Tensor:

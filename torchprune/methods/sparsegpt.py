@@ -28,6 +28,7 @@ from torchprune.projection import (
     tile_scores,
 )
 
+_INVERT_DIRECTLY = 192
 _LEAF = 32
 """Columns that are swept one by one before their errors reach the rest by a matrix product."""
 
@@ -40,11 +41,13 @@ class Factor:
         upper: (cols, cols) float32 U, with U^T U = (H + damping)^-1.
         dead: (cols,) bool, inputs that were always zero.
         damping: the damping that succeeded, as a share of the mean diagonal.
+        ridge: what was added to the diagonal of H = 2/n sum of x x^T.
     """
 
     upper: Tensor
     dead: Tensor
     damping: float
+    ridge: float
 
 
 def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
@@ -84,10 +87,25 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
                 f"damping {share:g}; check the calibration data, or give the layer another method"
             )
         share = min(share * 10, 1.0)
-    identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
     # flip(V) = lower, so U = V^-1 = flip(lower^-1)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return Factor(inverse.flip(0, 1).float().to(device), dead.to(device), share)
+    inverse = _invert_lower(lower).flip(0, 1)
+    return Factor(inverse.float().to(device), dead.to(device), share, float(share * mean))
+
+
+def _invert_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves, so that products do the work."""
+    size = len(lower)
+    if size <= _INVERT_DIRECTLY:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return inverse
+    half = size // 2
+    first, last = _invert_lower(lower[:half, :half]), _invert_lower(lower[half:, half:])
+    out = torch.zeros_like(lower)
+    out[:half, :half] = first
+    out[half:, half:] = last
+    out[half:, :half] = -(last @ (lower[half:, :half] @ first))
+    return out
 
 
 def sparsegpt(
@@ -98,7 +116,7 @@ def sparsegpt(
     scope: str = "layer",
     block_size: int = 128,
     barred: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float]:
     """Prune one matrix and update what stays.
 
     Args:
@@ -110,12 +128,16 @@ def sparsegpt(
         barred: (rows, cols) bool, weights that must be pruned.
 
     Returns:
-        (rows, cols) float32 new weights, zero off the mask; (rows, cols) bool mask, True = kept.
+        (rows, cols) float32 new weights W', zero off the mask; (rows, cols) bool mask, True =
+        kept; and the layer's squared error tr(D H D^T), D = W - W', without the ridge. The sweep
+        knows it for nothing: D = E U for its errors E, and U H U^T = 1, so it is ||E||^2.
     """
     rows, cols = weight.shape
     upper = factor.upper
-    w = weight.detach().float().T.contiguous()
+    dense = weight.detach().float()
+    w = dense.T.contiguous()
     w[factor.dead] = 0.0
+    squared = 0.0
     keep = torch.empty(cols, rows, dtype=torch.bool, device=w.device)
     unit = pattern.m if isinstance(pattern, NM) else getattr(pattern, "cols", 1)
     width = -(-block_size // unit) * unit
@@ -138,10 +160,13 @@ def sparsegpt(
                 score = _score(panel[now], scale[now], None if bar is None else bar[now])
                 chosen[now] = keep_of_lanes(score, pattern.n)
             _sweep(panel[now], errors[now], u[now, now], chosen[now])
+        squared += float(errors.square().sum())
         if stop < cols:
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     w.masked_fill_(~keep, 0.0)
-    return w.T.contiguous(), keep.T.contiguous()
+    new = w.T.contiguous()
+    ridge = factor.ridge * float((dense - new)[:, ~factor.dead].square().sum())
+    return new, keep.T.contiguous(), max(squared - ridge, 0.0)
 
 
 def _score(panel: Tensor, diagonal: Tensor, bar: Tensor | None) -> Tensor:

@@ -192,7 +192,7 @@ class SparseGPTSpec(Spec):
     method: ClassVar[str] = "sparsegpt"
     scopes: ClassVar[tuple[str, ...]] = ("layer", "row")
     needs_data: ClassVar[bool] = True
-    default_sequential: ClassVar[Sequential] = "layer"
+    default_sequential: ClassVar[Sequential] = "block"
 
     def __post_init__(self) -> None:
         super().__post_init__()

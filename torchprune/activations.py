@@ -8,7 +8,8 @@ every view of it stays what it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,8 +18,6 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from torchprune.batches import Batch
-
 _SMALLEST = 1 << 14
 """Bytes below which a storage is not worth storing otherwise."""
 
@@ -26,37 +25,55 @@ _SMALLEST = 1 << 14
 class Held:
     """The activations of all waiting batches.
 
+    What was alive before calibration, what modules own, and what two batches share is nobody's
+    activation and is left alone.
+
     Args:
-        model, batches: their own tensors are nobody's activations and are left alone.
+        model: its modules may keep tensors, also ones made on the way.
         dtype: 16-bit dtype to hold float32 activations in, or None to only count.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype | None):
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self.model, self.dtype = model, dtype
         self.bytes: dict[int, int] = {}
         self._packed: dict[int, list[tuple[torch.UntypedStorage, Tensor]]] = {}
-        self._inputs = {_address(t) for batch in batches for t in batch.tensors()}
-        self._fixed: set[int] = set()
+        self._older = {_address(t) for t in gc.get_objects() if issubclass(type(t), Tensor)}
+        self._fixed = self._older
+        self._next: tuple[int, dict[int, Tensor]] | None = None
 
     def new_round(self) -> None:
         """Note the tensors modules own now, caches made on the way included."""
-        self._fixed = self._inputs | {
+        self._fixed = self._older | {
             _address(t) for m in self.model.modules() for t in _tensors_in(vars(m).values(), 2)
         }
 
     def store(self, index: int, waiting: greenlet.greenlet) -> None:
-        """Count (and pack) what a batch holds, now that it waits."""
+        """Count what a batch holds, now that it waits; pack what the batch before it holds."""
         found = {
             _address(t): t
             for frame in _frames(waiting.gr_frame)
             for t in _tensors_in(frame.f_locals.values(), 2)
         }
-        mine = [t for address, t in found.items() if address not in self._fixed]
-        self.bytes[index] = sum(t.untyped_storage().nbytes() for t in mine)
+        mine = {address: t for address, t in found.items() if address not in self._fixed}
+        self.bytes[index] = sum(t.untyped_storage().nbytes() for t in mine.values())
         if self.dtype is None:
             return
+        self._pack_next(apart_from=found)
+        self._next = index, mine
+
+    def end_round(self) -> None:
+        """All batches wait: pack the last one too."""
+        self._pack_next(apart_from={})
+
+    def _pack_next(self, apart_from: dict[int, Tensor]) -> None:
+        if self._next is not None:
+            index, held = self._next
+            self._pack(index, [t for address, t in held.items() if address not in apart_from])
+            self._next = None
+
+    def _pack(self, index: int, tensors: Iterable[Tensor]) -> None:
         packed = self._packed.setdefault(index, [])
-        for tensor in mine:
+        for tensor in tensors:
             storage = tensor.untyped_storage()
             if tensor.dtype != torch.float32 or storage.nbytes() < _SMALLEST:
                 continue
@@ -76,6 +93,8 @@ class Held:
 
     def restore(self, index: int) -> None:
         """Give a batch its activations back, before it goes on."""
+        if self._next is not None and self._next[0] == index:
+            self._next = None
         for storage, small in self._packed.pop(index, []):
             storage.resize_(small.numel() * 4)
             flat = torch.empty(0, dtype=torch.float32, device=small.device).set_(storage)

@@ -22,13 +22,14 @@ from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
 _ROWS_MEASURED = 128
 
 
-def by_magnitude(targets: Sequence[Target], spec: Spec, note: str = "") -> Iterator[Change]:
+def by_magnitude(
+    targets: Sequence[Target], spec: Spec, *, tokens: int | None = None, note: str = ""
+) -> Iterator[Change]:
     """The changes that magnitude alone decides; with scope "global" all targets share a budget."""
     together = [list(targets)] if spec.scope == "global" else [[t] for t in targets]
     for some in together:
         keeps = _masks(some, [[magnitude_score(w) for w in groups_of(t)] for t in some], spec)
         for target, keep in zip(some, keeps, strict=True):
-            tokens = 0 if spec.needs_data else None
             record = Record("magnitude", str(target.goal), tokens=tokens, note=note)
             yield Change(target, target.view.from_matrix(keep, target.weight.shape), record)
 
@@ -69,7 +70,7 @@ class Decider:
         note = "no calibration batch reached it: pruned by magnitude"
         self.warnings.append(f"{target.name}: {note}")
         local = MagnitudeSpec(scope="layer" if self.spec.scope == "global" else self.spec.scope)
-        return next(by_magnitude([target], local, note))
+        return next(by_magnitude([target], local, tokens=0, note=note))
 
     def _scores(self, target: Target, moments: Moments) -> list[Tensor]:
         """Wanda's score of each group, magnitude's where no token reached the group."""

@@ -104,7 +104,7 @@ class Calibration:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.gram, self.blocks = gram, list(blocks)
         self.usage = Usage()
-        self._held = Held(model, batches, hold)
+        self._held = Held(model, hold)
         self._encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
@@ -151,6 +151,7 @@ class Calibration:
             self._held.new_round()
             for index in moving:
                 self._resume(index)
+            self._held.end_round()
             self._shareable = [g for g in self._shareable if g.alive()]
             self._measure_held()
             if not self._waiting:
@@ -185,6 +186,7 @@ class Calibration:
 
     def _resume(self, index: int) -> None:
         run, self._current = self._runs[index], index
+        torch.clear_autocast_cache()  # it may remember weights as they were before pruning
         self._held.restore(index)
         run.switch()
         if not run.dead:
@@ -280,7 +282,8 @@ class Calibration:
     def _fresh(self, index: int) -> _Gathered:
         target = self.targets[index]
         view, device = target.view, target.weight.device
-        moments = Moments.empty(view.groups, view.cols, device, gram=self.gram)
+        with ambient.exact():  # a forward in inference mode must not make them inference tensors
+            moments = Moments.empty(view.groups, view.cols, device, gram=self.gram)
         gathered = _Gathered(moments, geometry(target.layer.module))
         self._shareable.append(gathered)
         return gathered
@@ -317,7 +320,8 @@ class Calibration:
                     with self._held.at_hand(read.batch, self._runs[read.batch]):
                         self._count(gathered, read)
         moments = self._gathered[index].moments
-        moments.finish()
+        with ambient.exact():
+            moments.finish()
         if not moments.is_finite():
             raise CalibrationError(
                 f"{self.targets[index].name}: its inputs hold inf or NaN on the calibration data"

@@ -1,0 +1,48 @@
+"""Shared settings: hypothesis profiles, threads, third-party noise, the `gpu` marker."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "local",
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+_THIRD_PARTY_NOISE = (
+    # torchao registers enums with torch the old way when transformers imports it.
+    "ignore:.*KernelPreference.*:UserWarning",
+    "ignore:.*ScaleCalculationMode.*:UserWarning",
+    "ignore::DeprecationWarning:torchao.*",
+    # SWIG's generated types (sentencepiece, among others) carry no module.
+    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _THIRD_PARTY_NOISE:
+        config.addinivalue_line("filterwarnings", line)
+    torch.set_num_threads(1)  # tiny models: more threads cost more than they give
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same global random state."""
+    torch.manual_seed(0)

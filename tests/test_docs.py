@@ -1,0 +1,145 @@
+"""Everything that the documentation shows runs: the README, docstrings, the examples.
+
+Where they ask for a pretrained model they get a tiny random one, so that no network is needed.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tiny_lm import ARTICLES, save_tiny_lm
+from typer.testing import CliRunner
+
+import torchprune
+from torchprune.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+MODULES = sorted(
+    {"torchprune"}
+    | {m.name for m in pkgutil.walk_packages(torchprune.__path__, "torchprune.")}
+    | {f"torchprune.export.{m.name}" for m in pkgutil.iter_modules([str(ROOT / "export")])}
+)
+SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    save_tiny_lm(directory, context=512)
+    return directory
+
+
+@pytest.fixture
+def stand_ins(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiny model for every name on the hub and for SmolLM2; an empty working directory."""
+
+    def from_pretrained(kind: Any) -> Any:
+        real = kind.from_pretrained
+
+        def load(name: Any, *args: Any, **kwargs: Any) -> Any:
+            return real(name if Path(name).is_dir() else tiny, *args, **kwargs)
+
+        return load
+
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained(kind))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    smollm2 = importlib.import_module("smollm2")
+    monkeypatch.setattr(smollm2, "model_directory", lambda: tiny)
+    for name in ("wikipedia_articles", "news_articles"):
+        monkeypatch.setattr(smollm2, name, lambda *_: ARTICLES * 20)
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes.txt", "held-out.txt"):
+        (tmp_path / name).write_text("\n\n".join(ARTICLES * 20), "utf-8")
+    return monkeypatch
+
+
+def test_the_readme_runs(stand_ins):
+    """Its python blocks, in order, in one namespace: a later one may use an earlier one's names."""
+    if not README.exists():
+        pytest.skip("there is no README.md")
+    text = README.read_text("utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    assert blocks, "README.md shows no python"
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        lines_before = text.count("\n", 0, block.start(1))
+        code = compile("\n" * lines_before + block[1], str(README), "exec")
+        exec(code, names)
+
+
+def test_the_commands_of_the_readme_run(stand_ins):
+    if not README.exists():
+        pytest.skip("there is no README.md")
+    commands = re.findall(r"^torchprune (.*)$", README.read_text("utf-8"), re.MULTILINE)
+    assert commands
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command, comments=True))
+        assert result.exit_code == 0, f"torchprune {command}\n{result.output}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
+
+
+def test_there_are_docstring_examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    modules = map(importlib.import_module, MODULES)
+    found = sum(len(test.examples) for m in modules for test in finder.find(m, m.__name__))
+    assert found > 5
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_compile(script):
+    compile(script.read_text("utf-8"), str(script), "exec")
+
+
+@pytest.fixture
+def demo(stand_ins: pytest.MonkeyPatch) -> Any:
+    """The demo, made small."""
+    module = importlib.import_module("demo")
+    stand_ins.setattr(module, "LENGTH", 16)
+    stand_ins.setattr(module, "FULL", module.Size(3, 4, module.FULL.goals))
+    return module
+
+
+def test_the_demo_runs(demo, tmp_path, capsys):
+    assert demo.main(["--artifacts", str(tmp_path / "artifacts")]) == 0
+    said = capsys.readouterr()
+    assert "sparsegpt" in said.out
+    assert said.err == ""
+    record = json.loads((tmp_path / "artifacts" / "demo.json").read_text("utf-8"))
+    dense, *rows = record["rows"]
+    assert (dense["method"], dense["relative"], dense["identical"]) == ("dense", 1.0, None)
+    assert len(rows) == 6
+    assert all(row["sparsity"] == 0.5 and row["identical"] for row in rows)
+    assert record["transformers_logits_equal"] is True
+    table = (tmp_path / "artifacts" / "demo.md").read_text("utf-8")
+    assert table.count("| identical |") == 6
+    assert demo.main(["--artifacts", str(tmp_path / "artifacts")]) == 0  # over the earlier ones
+
+
+def test_the_demo_fails_when_a_reloaded_model_differs(demo, tmp_path, monkeypatch, capsys):
+    load = torchprune.load
+
+    def damaged(directory: Path) -> Any:
+        model = load(directory)
+        model.get_submodule("model.norm").weight.data[0] += 1
+        return model
+
+    monkeypatch.setattr(torchprune, "load", damaged)
+    assert demo.main(["--artifacts", str(tmp_path / "artifacts")]) == 1
+    assert "wanda 2:4: reloaded perplexity differs" in capsys.readouterr().err

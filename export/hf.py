@@ -1,0 +1,96 @@
+"""Plain transformers checkpoints: masks folded into dense weights, nothing else to know."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchprune.errors import CheckpointError, MissingExtraError
+from torchprune.manifest import plain_file, read_json
+from torchprune.masking import detach, masked_layers
+from torchprune.report import report
+from torchprune.slots import slots_of, ties_of
+from torchprune.staging import staged
+
+NOTE = "torchprune.json"
+"""The file that says how the exported weights came about. Loaders ignore it."""
+
+_FORMAT = "torchprune-export"
+
+
+def to_hf(model: nn.Module, directory: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+    """Write a transformers model as a checkpoint that stock transformers reads, masks folded.
+
+    The law: `AutoModelForCausalLM.from_pretrained(directory)`, or the Auto class of the model's
+    kind, gives logits equal to the model's, as far as `save_pretrained` can keep them: weights are
+    cast to the first one's dtype, and buffers outside the `state_dict` computed anew (which undoes
+    the rounding of rotary frequencies by `model.bfloat16()`; `torchprune.save` keeps it). The model
+    keeps its masks. `torchprune.json` holds the report.
+
+    Args:
+        model: a transformers model, masked or not.
+        directory: a new or empty one, or one that holds an earlier export, which is replaced with
+            everything in it. It appears whole or not at all.
+        tokenizer: saved along if given.
+
+    Raises:
+        MissingExtraError: transformers is absent.
+        CheckpointError: the model is not of transformers, a masked weight is tied, or the directory
+            holds something else.
+    """
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        raise MissingExtraError("transformers", "transformers", "torchprune.export.to_hf") from None
+    if not isinstance(model, PreTrainedModel):
+        raise CheckpointError(
+            f"to_hf writes transformers models, got a {type(model).__name__}; torchprune.save "
+            "writes any"
+        )
+    folded: Any = folded_copy(model)
+    with staged(directory, _is_export, "an export of torchprune") as partial:
+        folded.save_pretrained(str(partial))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
+        note = {"format": _FORMAT, "report": report(model).to_dict()}
+        (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n", "utf-8")
+
+
+def folded_copy(model: nn.Module) -> nn.Module:
+    """A copy without masks whose weights are the folded ones; it shares all the other tensors.
+
+    Raises:
+        CheckpointError: a masked weight is tied to another.
+    """
+    slots = slots_of(model)
+    for key, owner in ties_of(slots).items():
+        if slots[key].mask is not slots[owner].mask:
+            raise CheckpointError(
+                f"{key} is tied to {owner}, and masked; give it a weight of its own first"
+            )
+    memo: dict[int, Any] = {}
+    for slot in slots.values():
+        memo[id(slot.tensor)] = slot.tensor
+        if slot.mask is not None:
+            with torch.no_grad():
+                folded = slot.mask(slot.tensor)
+            memo[id(slot.tensor)] = nn.Parameter(folded, slot.tensor.requires_grad)
+            for part in (slot.mask.mask, slot.mask.dense):
+                memo[id(part)] = part
+    plain = copy.deepcopy(model, memo)
+    for layer, _ in list(masked_layers(plain)):
+        detach(layer.module, layer.tensor)
+    return plain
+
+
+def _is_export(directory: Path) -> bool:
+    try:
+        return read_json(plain_file(directory, NOTE)).get("format") == _FORMAT
+    except (CheckpointError, OSError):
+        return False

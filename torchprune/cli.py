@@ -1,0 +1,529 @@
+"""The command line: `torchprune prune`, `torchprune eval`, `torchprune inspect`.
+
+Results go to standard output; progress, and errors as one line, go to standard error. transformers
+and datasets are imported only when a command needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+import torchprune
+from torchprune.errors import MissingExtraError, TorchpruneError
+from torchprune.evaluation import context_of, default_seqlen, perplexity
+from torchprune.manifest import is_saved
+from torchprune.report import runs_of
+from torchprune.specs import MagnitudeSpec, Override, SparseGPTSpec, Spec, WandaSpec
+from torchprune.synthesis import can_synthesise, synthesise
+from torchprune.text import (
+    InputError,
+    draw_windows,
+    first_line,
+    looks_like_path,
+    read_documents,
+    some_documents,
+    tokenise,
+)
+
+try:
+    import typer
+except ImportError:  # this module is the program: say what to install, and stop
+    sys.exit(f"error: {MissingExtraError('typer', 'cli', 'the command line')}")
+
+CHARACTERS_PER_TOKEN = 64
+"""How much text is tokenised for each calibration token that is wanted."""
+
+
+class Method(StrEnum):
+    """How weights are chosen."""
+
+    magnitude = "magnitude"
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+
+
+class Dtype(StrEnum):
+    """The dtype a model is loaded in; `auto` is the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+SPECS: dict[Method, type[Spec]] = {
+    Method.magnitude: MagnitudeSpec,
+    Method.wanda: WandaSpec,
+    Method.sparsegpt: SparseGPTSpec,
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A torchprune directory, a transformers directory, or a name on the model hub.",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Load the model in this dtype.")]
+DeviceOption = Annotated[
+    str, typer.Option(help='Where to compute: "cpu", "cuda", "cuda:1"; auto is a GPU if any.')
+]
+ColumnOption = Annotated[str, typer.Option(help="The field of a row that holds the text.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results and errors, nothing else.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"torchprune {torchprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Prune language models: exact masks by magnitude, Wanda or SparseGPT.
+
+    [bold]Prune, look, measure:[/bold]
+
+      torchprune prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --output smol-2of4
+
+      torchprune inspect smol-2of4
+
+      torchprune eval smol-2of4 --text held-out.txt
+
+    Exit codes: 0 done, 1 something is wrong with the input (one line says what), 2 wrong usage.
+    """
+
+
+@app.command()
+def prune(
+    model: ModelOption,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="magnitude needs no data; wanda keeps weights as they are; sparsegpt updates "
+            "those that stay, and takes longer."
+        ),
+    ] = Method.wanda,
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help='"unstructured", "N:M" (keep N of every M along the input axis), "block:RxC".'
+        ),
+    ] = "unstructured",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of weights to prune, 0 <= x < 1. Default: 0.5; N:M implies its own.",
+            show_default=False,
+        ),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help='Where the count is exact: "row", "layer", "global". Default: the method\'s own.',
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="Calibration text: a text file, a .jsonl file, or a dataset as "
+            "NAME:CONFIG:SPLIT. Default: text that the model itself writes.",
+            show_default=False,
+        ),
+    ] = None,
+    column: ColumnOption = "text",
+    samples: Annotated[int, typer.Option(min=1, help="How many calibration windows.")] = 32,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in each window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the windows' places, or of the own text.")] = 0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help='Prune only these: a name, a glob "*.q_proj", "re:REGEX". May be repeated.',
+            show_default=False,
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Leave these dense. May be repeated.", show_default=False
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help='Another goal for some layers: a sparsity, a pattern, "PATTERN,SPARSITY" or '
+            '"dense". May be repeated; the first that fits a layer decides.',
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Save weights and masks here. Default, without --hf: a new directory named after "
+            "the model, the method and the pattern.",
+            show_default=False,
+        ),
+    ] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Save a plain transformers model here, zeros baked in.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Prune a causal language model and save it.
+
+    [bold]Examples[/bold]
+
+    Half of every row by Wanda, calibrated on text the model writes itself:
+
+      torchprune prune HuggingFaceTB/SmolLM2-135M
+
+    2:4 by SparseGPT on your own text, saved as a plain transformers directory:
+
+      torchprune prune ./model --method sparsegpt --pattern 2:4 --data notes.txt --hf ./small
+
+    70 %, but half in the last projection of every block, on rows of a dataset:
+
+      torchprune prune ./model --sparsity 0.7 --override '*.down_proj=0.5' --data allenai/c4:en
+    """
+    overrides = dict(_override(item) for item in override or [])
+    with _one_line(debug):
+        say = _speaker(quiet)
+        spec = SPECS[method](
+            sparsity=sparsity,
+            pattern=pattern,
+            scope=scope,
+            targets=target or None,
+            ignore=ignore or (),
+            overrides=overrides,
+        )
+        where = _device(device)
+        if output is None and hf is None:
+            output = Path(_directory_name(model, spec))
+        _check_free(output, is_saved)
+        _check_free(hf, lambda directory: (directory / "torchprune.json").is_file())
+        reads = data is not None and spec.needs_data
+        documents = read_documents(data, column, progress=_bars(quiet)) if data and reads else None
+        if data and not reads:
+            say(f"{method.value} needs no data: {data} is not read")
+
+        say(f"loading {model}")
+        transformers = _transformers(_bars(quiet))
+        net = _load_model(transformers, model, dtype, where)
+        tokenizer = _load_tokenizer(transformers, model, required=reads)
+        batches, note = None, ""
+        if spec.needs_data:
+            length = _fitting(net, length, say)
+            say(f"taking {samples} windows of {length} tokens of {data or 'the model itself'}")
+            if documents is not None:
+                batches = _drawn(tokenizer, documents, samples, length, seed)
+            elif can_synthesise(net):
+                batches = synthesise(
+                    net, sequences=samples, length=length, seed=seed, progress=_bars(quiet)
+                )
+            note = f"calibrated on {samples} windows of {length} tokens "
+            note += f"of {data}" if data else "sampled from the model itself"
+        say(f"pruning by {method.value} to {spec.goal}")
+        started = time.perf_counter()
+        torchprune.sparsify(
+            net, spec, batches, progress=_bars(quiet), max_batches=samples, seed=seed
+        )
+        say(f"pruned in {time.perf_counter() - started:.1f} s")
+        if note:
+            runs_of(net)[-1].notes.append(note)
+        typer.echo(str(torchprune.report(net)))
+        if output is not None:
+            torchprune.save(net, output, tokenizer=tokenizer)
+            say(f"saved weights and masks to {output}")
+        if hf is not None:
+            # by name: type checkers do not see where pyproject.toml puts this package
+            import_module("torchprune.export").to_hf(net, hf, tokenizer=tokenizer)
+            say(f"saved a plain transformers model to {hf}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelOption,
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="A text file, a .jsonl file, or a dataset as NAME:CONFIG:SPLIT.",
+            show_default=False,
+        ),
+    ],
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens per window. Default: the model's context, at most 2048.",
+            show_default=False,
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read only so many windows. Default: all.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
+    column: ColumnOption = "text",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the tokenizer is, if not with the model.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the perplexity of a pruned or a dense model.
+
+    The text's documents are joined by blank lines, tokenised once and cut into windows without
+    overlap; the tail is dropped. Compare only figures of the same text and --seqlen.
+
+    [bold]Examples[/bold]
+
+      torchprune eval smol-2of4 --text held-out.txt
+
+      torchprune eval ./model --text Salesforce/wikitext:wikitext-2-raw-v1:test
+    """
+    with _one_line(debug):
+        bars = _bars(quiet or as_json)
+        documents = read_documents(text, column, progress=bars)
+        transformers = _transformers(bars)
+        net = _load_model(transformers, model, dtype, _device(device))
+        known = _load_tokenizer(transformers, tokenizer or model, required=True)
+        ids = tokenise(known, documents)
+        if windows is not None:
+            ids = ids[: windows * (seqlen or default_seqlen(net))]
+        result = perplexity(net, ids, seqlen=seqlen, batch_size=batch_size, progress=bars)
+        if as_json:
+            figures = ("perplexity", "nats_per_token", "bits_per_token", "windows", "seqlen")
+            typer.echo(json.dumps({k: getattr(result, k) for k in (*figures, "tokens")}))
+        else:
+            typer.echo(str(result))
+
+
+@app.command()
+def inspect(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A torchprune directory.", show_default=False)
+    ],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what pruning did: each layer's pattern, its zeros as counted now, its error.
+
+    [bold]Examples[/bold]
+
+      torchprune inspect smol-2of4
+
+      torchprune inspect smol-2of4 --json | jq .total
+    """
+    with _one_line(debug):
+        if not directory.is_dir():
+            raise InputError(f"no such directory: {directory}")
+        report = torchprune.report(torchprune.load(directory))
+        typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+
+
+# -- what the user named -------------------------------------------------------------------------
+
+
+def _override(item: str) -> tuple[str, Override]:
+    """`NAME=VALUE` as a selector and what `Spec.overrides` accepts."""
+    name, found, text = item.rpartition("=")
+    if not (name and found and text):
+        raise typer.BadParameter(f"{item!r} is not NAME=VALUE", param_hint="--override")
+    pattern, pair, share = text.partition(",")
+    try:
+        return name, ((pattern, float(share)) if pair else float(text))
+    except ValueError:
+        if pair:
+            raise typer.BadParameter(
+                f"{item!r}: {share!r} is no sparsity", param_hint="--override"
+            ) from None
+        return name, text
+
+
+def _directory_name(model: str, spec: Spec) -> str:
+    """Such as `SmolLM2-135M-wanda-2of4`."""
+    goal = str(spec.goal).replace(":", "of" if ":" in str(spec.pattern)[1:3] else "-")
+    return f"{Path(model).resolve().name}-{spec.method}-{goal.replace(' ', '-')}"
+
+
+def _check_free(directory: Path | None, ours: Callable[[Path], bool]) -> None:
+    """Refuse to write over anything but an earlier result, before the work and not after it."""
+    if directory is None or not directory.exists() or ours(directory):
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        raise InputError(f"{directory} exists and is no empty directory; name another")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
+    return device
+
+
+def _load_model(transformers: Any, name: str, dtype: Dtype, device: torch.device) -> Any:
+    """A torchprune directory, a transformers directory, or a model from the hub."""
+    wanted = None if dtype is Dtype.auto else getattr(torch, dtype.value)
+    if is_saved(Path(name)):
+        model: Any = torchprune.load(name)
+        return model.to(device=device, dtype=wanted)
+    _check_name(name)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted or "auto", trust_remote_code=False
+        )
+    except Exception as error:  # whatever is wrong, it is with what the user named
+        raise InputError(
+            f"cannot load {name} as a causal language model: {first_line(error)}"
+        ) from error
+    return model.eval().to(device)
+
+
+def _load_tokenizer(transformers: Any, name: str, *, required: bool) -> Any:
+    _check_name(name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if not required:
+            return None
+        raise InputError(
+            f"{name} holds no tokenizer that can be loaded ({first_line(error).rstrip(':')})"
+        ) from error
+
+
+def _transformers(bars: bool) -> Any:
+    """The package, with its own progress bars or without."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "cli", "loading a language model") from None
+    switch = "enable_progress_bar" if bars else "disable_progress_bar"
+    getattr(transformers.utils.logging, switch)()
+    return transformers
+
+
+def _check_name(name: str) -> None:
+    if looks_like_path(name) and not Path(name).is_dir():
+        raise InputError(f"no such directory: {name}")
+
+
+def _drawn(
+    tokenizer: Any, documents: list[str], count: int, length: int, seed: int
+) -> list[Tensor]:
+    """Calibration batches of one window each, from enough of the documents."""
+    some = some_documents(documents, count * length * CHARACTERS_PER_TOKEN, seed)
+    windows = draw_windows(tokenise(tokenizer, some), count, length, seed)
+    return [window[None] for window in windows]
+
+
+def _fitting(model: Any, length: int, say: Callable[[str], None]) -> int:
+    """The length, cut to the model's context."""
+    context = context_of(model) or length
+    if length > context:
+        say(f"the model's context is {context} tokens: windows are cut to that")
+    return min(length, context)
+
+
+# -- speaking ------------------------------------------------------------------------------------
+
+
+def _speaker(quiet: bool) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        if not quiet:
+            typer.echo(text)
+
+    return say
+
+
+def _bars(quiet: bool) -> bool:
+    """Whether to draw progress bars: for a person at a terminal who did not ask for quiet."""
+    return not quiet and sys.stderr.isatty()
+
+
+@contextmanager
+def _one_line(debug: bool) -> Iterator[None]:
+    """Make an error one plain line and exit code 1; with debug leave everything as it comes."""
+    if debug:
+        yield
+        return
+    for library in ("transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # sparsify's own are in the report
+            yield
+    except typer.Exit:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        typer.echo(f"error: {_message(error)}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _message(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, TorchpruneError | OSError):
+        return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="torchprune")

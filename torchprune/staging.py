@@ -1,0 +1,76 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchprune.errors import CheckpointError
+
+
+@contextmanager
+def staged(
+    directory: str | os.PathLike[str], ours: Callable[[Path], bool], what: str
+) -> Iterator[Path]:
+    """A new directory beside `directory` to write into; it takes that name when the block ends.
+
+    After an error in the block nothing has changed. What was under that name before is replaced
+    whole, and only if it is an empty directory or one that `ours` accepts. (Both are complete
+    while they change places; a process killed between the two renames leaves the old one beside,
+    as `.NAME.*.old`.)
+
+    Args:
+        what: what an acceptable directory holds, for the error.
+
+    Raises:
+        CheckpointError: something else has that name.
+    """
+    target = Path(os.path.realpath(directory))
+    _check_replaceable(target, ours, what)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stem = f".{target.name[:80]}.{uuid.uuid4().hex[:12]}"
+    partial, old = target.with_name(f"{stem}.partial"), target.with_name(f"{stem}.old")
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            _flush(path)
+        _check_replaceable(target, ours, what)
+        _exchange(partial, target, old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, ours: Callable[[Path], bool], what: str) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; a directory is needed")
+    if any(target.iterdir()) and not ours(target):
+        raise CheckpointError(
+            f"{target} holds something other than {what}; choose an empty or a new directory"
+        )
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file before its name does."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _exchange(partial: Path, target: Path, old: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise

@@ -95,7 +95,7 @@ def work(job: Job) -> None:
 def peer_python() -> Path:
     """The interpreter of the peer's environment, which is made when absent."""
     python = PEER_ENVIRONMENT / "bin" / "python"
-    if not python.exists():
+    if not any(PEER_ENVIRONMENT.glob("lib/python*/site-packages/llmcompressor")):
         subprocess.run(["python3.11", "-m", "venv", str(PEER_ENVIRONMENT)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", *PEER_REQUIREMENTS]
         subprocess.run(install, check=True)

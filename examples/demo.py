@@ -22,6 +22,7 @@ from typing import Any
 
 import smollm2
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -194,19 +195,23 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.seconds:.1f}" if row.pattern else "",
         f"{row.megabytes:.1f}",
         f"{row.relative:.1%}",
-        {None: "", True: "identical", False: "DIFFERS"}[row.identical],
+        {None: "", True: "equal", False: "DIFFERS"}[row.identical],
     )
 
 
+CAPTION = (
+    "ppl: perplexity on held-out Wikipedia; bits per token; s: seconds to prune; MB of weights as "
+    "saved, size beside the dense file; reloaded: whether the loaded model's perplexity is equal"
+)
 HEADS = (
     "method",
     "pattern",
     "pruned",
-    "perplexity",
-    "bits/token",
-    "seconds",
+    "ppl",
+    "bits",
+    "s",
     "MB",
-    "of dense",
+    "size",
     "reloaded",
 )
 
@@ -215,7 +220,12 @@ def as_markdown(rows: list[Row], extras: dict[str, Any], settings: dict[str, Any
     """The table and the two continuations."""
     lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * 2 + "---:|" * (len(HEADS) - 2)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += ["", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in settings.items())]
+    lines += [
+        "",
+        CAPTION + ".",
+        "",
+        ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in settings.items()),
+    ]
     lines += ["", f"Dense: *{extras['dense_writes']}*", ""]
     lines += [f"{extras['best']}, half of the weights: *{extras['best_writes']}*"]
     return "\n".join(lines) + "\n"
@@ -223,7 +233,7 @@ def as_markdown(rows: list[Row], extras: dict[str, Any], settings: dict[str, Any
 
 def as_table(rows: list[Row]) -> Table:
     """The table for a terminal."""
-    table = Table(title="SmolLM2-135M, held-out Wikipedia")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for i, head in enumerate(HEADS):
         table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows:
@@ -265,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"settings": settings, "rows": [asdict(r) for r in rows], **extras}
     (options.artifacts / "demo.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     (options.artifacts / "demo.md").write_text(as_markdown(rows, extras, settings), "utf-8")
-    console.print(as_table(rows))
+    console.print(as_table(rows), CAPTION, "", sep="\n", highlight=False)
     console.print(f"dense:  {extras['dense_writes']}", markup=False)
     console.print(f"{extras['best']}:  {extras['best_writes']}", markup=False)
     say(f"done; models, demo.json and demo.md are in {options.artifacts}")

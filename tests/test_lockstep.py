@@ -893,7 +893,7 @@ def test_holding_activations_in_sixteen_bits(method: type[Spec]) -> None:
     prune(one, method(), data)
     prune(two, method(), data, hold=torch.bfloat16)
     whole, half = (torchprune.report(m).peak_held_bytes for m in (one, two))
-    assert 0 < half < 0.6 * whole
+    assert 0 < half < 0.75 * whole
     assert 0.95 < agreement(one, two) < 1.0
     assert torchprune.report(two).sparsity == 0.5
 
@@ -904,7 +904,7 @@ def test_what_waits_grows_with_the_batches() -> None:
         model = wide_llama()
         prune(model, WandaSpec(), tokens(count=count, rows=4, length=32))
         peaks.append(torchprune.report(model).peak_held_bytes)
-    assert peaks[1] == 2 * peaks[0]
+    assert 1.5 * peaks[0] < peaks[1] <= 2 * peaks[0]
 
 
 TABLE_OF_NOBODY = """
@@ -934,6 +934,37 @@ def test_holding_never_touches_tensors_that_no_module_owns() -> None:
     # In a process of its own: a storage emptied under a running batch would end the whole suite.
     done = subprocess.run([sys.executable, "-c", TABLE_OF_NOBODY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+TABLES_BY_LENGTH = """
+import torch, torchprune
+
+class Tables(torch.nn.Module):
+    def __init__(self, cache):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        self.cache = cache
+
+    def forward(self, x):
+        if len(x) not in self.cache:
+            self.cache[len(x)] = torch.full((len(x), 64), 1.001)
+        return self.two(self.one(x) + self.cache[len(x)])
+
+model = Tables({})
+data = [torch.randn(n, 64) for n in (96, 64, 96, 64)]
+torchprune.sparsify(model, torchprune.WandaSpec(), data, progress=False, hold=torch.bfloat16)
+for table in model.cache.values():
+    assert (table == torch.tensor(1.001)).all(), table
+"""
+
+
+def test_holding_never_touches_caches_made_on_the_way() -> None:
+    script = TABLES_BY_LENGTH.replace(
+        "return self", "table = self.cache[len(x)]\n        return self"
+    )
+    for code in (TABLES_BY_LENGTH, script):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 class Nested(nn.Module):

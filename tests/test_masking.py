@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import FAMILIES, tokens
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -21,7 +21,6 @@ import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
 from torchprune.errors import MaskError, SpecError
 from torchprune.masking import original_of
-from torchprune.projection import project
 from torchprune.specs import Spec
 from torchprune.testing import assert_sparsity, specs
 
@@ -329,6 +328,7 @@ def test_a_model_can_be_pruned_folded_and_pruned_again() -> None:
 # -- pruning a pruned model -----------------------------------------------------------------------
 
 
+@settings(max_examples=25)
 @given(specs(fits=(4, 4)), specs(fits=(4, 4)))
 def test_masks_only_grow(first: Spec, second: Spec) -> None:
     model = prune(mlp(), first)
@@ -539,10 +539,11 @@ def test_fully_sharded_training_keeps_the_zeros() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about CPU meshes
             fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            sharded = isinstance(original_of(model[0], "weight"), DTensor)
             found = model(x)
     except (NotImplementedError, RuntimeError) as error:
         pytest.skip(f"fully_shard does not run on this CPU: {error}")
-    assert isinstance(original_of(model[0], "weight"), DTensor)
+    assert sharded
     torch.testing.assert_close(found, expected)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for x in data():
@@ -608,6 +609,3 @@ def test_a_language_model_generates_the_same_masked_and_folded() -> None:
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     one = model.generate(prompt, **options)
     assert torch.equal(torchprune.fold(model).generate(prompt, **options), one)
-    assert torch.equal(
-        project(torch.ones(1, 4), torchprune.NM(2, 4), 0.5, "row").sum(), torch.tensor(2)
-    )

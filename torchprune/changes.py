@@ -1,4 +1,8 @@
-"""Changing a model, all or nothing: every layer becomes pruned, or stays what it was."""
+"""Changing a model, all or nothing: every layer becomes pruned, or stays what it was.
+
+Memory is what large models lack, so nothing is held twice while batches wait: masks rest as one bit
+a weight until the end, and weights that a method overwrites rest in a temporary file.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchprune.masking import Record, attach, detach, mask_of
+from torchprune.masking import Record, attach, detach
 from torchprune.plan import Target
+from torchprune.spool import Spool
 
 
 @dataclass(eq=False)
@@ -23,84 +28,101 @@ class Change:
     values: Tensor | None = None
 
 
-@dataclass(eq=False)
-class _Before:
-    """What a layer was: the parameter's data, and the mask's parts if it had one."""
+class _Edit:
+    """One layer's change: how it is made, finished and undone.
 
-    data: Tensor
-    mask: Tensor | None
-    record: Record | None
-    reversible: bool
-    dense: Tensor | None
+    Changed values are written into the parameter's own memory, as an optimizer would. Where a mask
+    is all that changes, the parameter holds the folded values only while batches run through the
+    freshly pruned layer (masking on every access would cost more than the product itself), and
+    `settle` then puts the original back under the mask.
+    """
+
+    def __init__(self, change: Change, spool: Spool, *, keep_dense: bool) -> None:
+        self.change, self.spool = change, spool
+        weight, mask = change.target.weight, change.target.mask
+        self.data, self.place, self.dense = weight.data, -1, None
+        self.mask_before = None if mask is None else mask.snapshot()
+        if change.values is None:
+            weight.data = torch.where(change.mask, self.data, 0)
+            return
+        if keep_dense and (mask is None or mask.reversible):
+            self.dense = self.data.clone()
+        new = torch.where(change.mask, change.values, 0)
+        if self.data.is_contiguous():
+            self.place = spool.put(self.data)
+            self.data.copy_(new)
+        else:  # an expanded weight cannot be written in place
+            weight.data = new
+
+    def settle(self) -> None:
+        """The batches have passed: attach the mask."""
+        layer, change = self.change.target.layer, self.change
+        if change.values is None:
+            change.target.weight.data = self.data
+        attach(layer.module, layer.tensor, change.mask, change.record, self.dense)
+        mask = change.target.mask
+        assert mask is not None
+        mask.compress()
+        change.mask, change.values = mask.mask, None  # empty: the bits are all that is held
+
+    def finish(self) -> None:
+        """All layers are done: the mask becomes an ordinary buffer."""
+        mask = self.change.target.mask
+        assert mask is not None
+        mask.expand()
+
+    def undo(self) -> None:
+        """Make the layer what it was."""
+        target = self.change.target
+        target.weight.data = self.data
+        if self.place >= 0:
+            self.spool.fetch(self.place, self.data)
+        if target.mask is None:
+            return
+        if self.mask_before is None:
+            detach(target.layer.module, target.layer.tensor)
+        else:
+            target.mask.restore(self.mask_before)
 
 
 class Changes:
-    """Changes to a model that all stay, or all go.
+    """Changes to a model that all stay, or all go. Made by `all_or_nothing`."""
 
-    While batches run through a freshly pruned layer its parameter holds the folded values, since
-    masking on every access would cost more than the product itself; `settle` then puts the mask in
-    place as a parametrization.
-    """
-
-    def __init__(self, *, keep_dense: bool) -> None:
-        self.keep_dense = keep_dense
-        self._staged: list[Change] = []
-        self._before: list[tuple[Target, _Before]] = []
+    def __init__(self, spool: Spool, *, keep_dense: bool) -> None:
+        self._spool, self._keep_dense = spool, keep_dense
+        self._edits: list[_Edit] = []
+        self._settled = 0
 
     def stage(self, change: Change) -> None:
         """Make a layer act pruned from now on."""
-        weight, mask = change.target.weight, change.target.mask
-        before = (
-            _Before(weight.data, None, None, True, None)
-            if mask is None
-            else _Before(weight.data, mask.mask.clone(), mask.record, mask.reversible, mask.dense)
-        )
-        self._before.append((change.target, before))
-        values = weight.data if change.values is None else change.values
-        weight.data = torch.where(change.mask, values, 0)
-        self._staged.append(change)
+        self._edits.append(_Edit(change, self._spool, keep_dense=self._keep_dense))
 
     def settle(self) -> None:
-        """Attach the masks of what is staged."""
-        for change in self._staged:
-            layer = change.target.layer
-            before = next(b for t, b in reversed(self._before) if t is change.target)
-            if change.values is None:
-                change.target.weight.data = before.data
-            dense = None
-            if self.keep_dense and change.values is not None:
-                if before.dense is None and before.reversible:
-                    dense = before.data
-                elif before.dense is not None:
-                    dense = before.dense
-            attach(layer.module, layer.tensor, change.mask, change.record, dense)
-        self._staged.clear()
+        """Attach the masks of what is staged: no batch is about to run through it."""
+        for edit in self._edits[self._settled :]:
+            edit.settle()
+        self._settled = len(self._edits)
+
+    def finish(self) -> None:
+        """Everything went well."""
+        self.settle()
+        for edit in self._edits:
+            edit.finish()
 
     def undo(self) -> None:
         """Put every layer back as it was."""
-        for target, before in reversed(self._before):
-            layer = target.layer
-            target.weight.data = before.data
-            mask = mask_of(layer.module, layer.tensor)
-            if mask is None:
-                continue
-            if before.mask is None:
-                detach(layer.module, layer.tensor)
-            else:
-                mask.mask.copy_(before.mask)
-                assert before.record is not None
-                mask.record, mask.reversible = before.record, before.reversible
-                mask.dense = before.dense
-        self._before.clear()
-        self._staged.clear()
+        for edit in reversed(self._edits):
+            edit.undo()
 
 
 @contextmanager
 def all_or_nothing(*, keep_dense: bool) -> Iterator[Changes]:
-    changes = Changes(keep_dense=keep_dense)
-    try:
-        yield changes
-        changes.settle()
-    except BaseException:
-        changes.undo()
-        raise
+    """Changes made inside stay if it ends well; after any error every layer is as it was."""
+    with Spool() as spool:
+        changes = Changes(spool, keep_dense=keep_dense)
+        try:
+            yield changes
+            changes.finish()
+        except BaseException:
+            changes.undo()
+            raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from torchprune.masking import attach, detach, mask_of
 from torchprune.report import _RUNS, runs_of
 from torchprune.selection import layers_of
 from torchprune.skeleton import Skeleton, write_config
-from torchprune.slots import Slot, slots_of, ties_of
+from torchprune.slots import Slot, obstacle, slots_of, ties_of
 from torchprune.staging import staged
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -193,9 +194,8 @@ def _described(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 def _check_ready(entries: dict[str, Entry], slots: dict[str, Slot]) -> None:
     """Raise CheckpointError if tensors cannot be overwritten, or are tied otherwise than saved."""
     for key, slot in slots.items():
-        if slot.tensor.is_meta or type(slot.tensor.data) is not Tensor:
-            what = "on the meta device" if slot.tensor.is_meta else type(slot.tensor.data).__name__
-            raise CheckpointError(f"{key}: expected a plain tensor in the model, got one {what}")
+        if what := obstacle(slot.tensor):
+            raise CheckpointError(f"{key}: expected a plain tensor in the model, but it {what}")
     for key, owner in ties_of(slots).items():
         if slots[key].kind == "transient":
             continue
@@ -211,13 +211,16 @@ def _check_ready(entries: dict[str, Entry], slots: dict[str, Slot]) -> None:
 def _decode(
     file: WeightsFile, entries: dict[str, Entry], slots: dict[str, Slot]
 ) -> dict[str, Decoded]:
-    """Every stored tensor that the model has a place for, on the place's device."""
+    """Every stored tensor that the model has a place for, on the place's device in its layout."""
     decoded = {}
     for key, entry in entries.items():
         if entry.to is not None or not _has_place(key, entry, slots):
             continue
-        device, read = slots[key].tensor.device, file.decode(key)
-        decoded[key] = read if device.type == "meta" else read.to(device)
+        place, read = slots[key].tensor, file.decode(key)
+        if place.shape == read.value.shape and place.stride() != read.value.stride():
+            laid = torch.empty_like(place, dtype=read.value.dtype, device="cpu")
+            read = replace(read, value=laid.copy_(read.value))  # channels_last, for one
+        decoded[key] = read if place.is_meta else read.to(place.device)
     return decoded
 
 

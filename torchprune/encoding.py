@@ -29,7 +29,7 @@ from torchprune.packing import (
     unpack_bits,
     unpack_values,
 )
-from torchprune.slots import Slot, ties_of
+from torchprune.slots import Slot, obstacle, ties_of
 
 _HEADER_COST = 256
 """Bytes that a second blob costs in the file's header, about."""
@@ -109,21 +109,20 @@ def _apart(tensor: Tensor) -> Tensor:
 
 
 def _entry(slot: Slot, encoding: str, **more: Any) -> Entry:
-    dtype = str(slot.tensor.dtype).removeprefix("torch.")
-    return Entry(dtype, tuple(slot.tensor.shape), encoding, slot.kind, **more)
+    return Entry(_dtype_name(slot.tensor), tuple(slot.tensor.shape), encoding, slot.kind, **more)
 
 
 def _check_plain(slot: Slot) -> None:
     tensor = slot.tensor
-    if type(tensor.data) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
-        what = f"is a {type(tensor.data).__name__} ({tensor.layout})"
-    elif tensor.device.type == "meta":
-        what = "is on the meta device"
-    elif str(tensor.dtype).removeprefix("torch.") not in CODES:
+    what = obstacle(tensor)
+    if what is None and _dtype_name(tensor) not in CODES:
         what = f"is {tensor.dtype}"
-    else:
-        return
-    raise CheckpointError(f"{slot.key} {what}, which holds no values that can be saved")
+    if what is not None:
+        raise CheckpointError(f"{slot.key} {what}, which holds no values that can be saved")
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _check_tie(slot: Slot, owner: Slot) -> None:
@@ -178,11 +177,10 @@ class WeightsFile:
         return Decoded(unpack_values(values, mask), mask if masked else None, dense)
 
     def _read(self, blob: str) -> Tensor:
-        # Copied: the library's tensors are windows on the mapped file, all of one storage.
-        tensor: Tensor = self._file.get_tensor(blob).clone()
-        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+        window: Tensor = self._file.get_tensor(blob)
+        if window.dtype == torch.bool and bool((window.view(torch.uint8) > 1).any()):
             raise CheckpointError(f"{self._path}: {blob} holds bytes that are no bool")
-        return tensor
+        return window.clone()  # the library's tensors are windows on one mapped file
 
     def _check(self) -> None:
         """Names, dtypes and shapes from the header alone."""

@@ -324,7 +324,8 @@ def _run(data: object, where: str) -> RunRecord:
 
 def _spec(data: object, where: str) -> Spec:
     known = {kind.method: kind for kind in _spec_classes(Spec) if hasattr(kind, "method")}
-    if not isinstance(data, dict) or data.get("method") not in known:
+    method = data.get("method") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(method, str) or method not in known:
         raise CheckpointError(f"{where}: expected an object with a method: {', '.join(known)}")
     options = {k: v for k, v in data.items() if k != "method"}
     for name in ("targets", "ignore"):
@@ -338,7 +339,7 @@ def _spec(data: object, where: str) -> Spec:
             k: tuple(v) if isinstance(v, list) else v for k, v in options["overrides"].items()
         }
     try:
-        return known[data["method"]](**options)
+        return known[method](**options)
     except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error!s:.300}") from None
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, did_you_mean
+from torchprune.packing import pack_bits, unpack_bits
 from torchprune.selection import Layer, layers_of
 
 
@@ -58,9 +59,33 @@ class Mask(nn.Module):
         self.record = record
         self.reversible = not record.updates_weights
         """Whether the parametrized original still holds the dense values."""
+        self._bits: tuple[Tensor, torch.Size] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, 0)
+        return torch.where(self.mask if self._bits is None else self._whole(), weight, 0)
+
+    def compress(self) -> None:
+        """Hold the mask as one bit a weight; the buffer is empty until `expand`."""
+        if self._bits is None:
+            self._bits = pack_bits(self.mask), self.mask.shape
+            self.mask = self.mask.new_empty(0)
+
+    def expand(self) -> None:
+        """Undo `compress`."""
+        self.mask, self._bits = self._whole(), None
+
+    def _whole(self) -> Tensor:
+        return self.mask if self._bits is None else unpack_bits(*self._bits)
+
+    def snapshot(self) -> tuple[Tensor, Record, bool, Tensor | None]:
+        """What `restore` needs to make this mask what it is now."""
+        return pack_bits(self._whole()), self.record, self.reversible, self.dense
+
+    def restore(self, snapshot: tuple[Tensor, Record, bool, Tensor | None]) -> None:
+        """Become what the mask was when the snapshot was taken."""
+        self.expand()
+        bits, self.record, self.reversible, self.dense = snapshot
+        self.mask.copy_(unpack_bits(bits, self.mask.shape))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         # Identity, so that registering a mask keeps the masked values: pruning can be taken back.

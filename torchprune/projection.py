@@ -168,7 +168,8 @@ def tile_scores(score: Tensor, block: Block) -> Tensor:
     tiles = score.reshape(rows // block.rows, block.rows, cols // block.cols, block.cols)
     barred = (tiles < 0).all(3).all(1)
     summed = torch.linalg.vector_norm(tiles.clamp_min(0), dim=(1, 3))
-    return summed.masked_fill(barred, BARRED)
+    scores: Tensor = summed.masked_fill(barred, BARRED)
+    return scores
 
 
 def spread_tiles(mask: Tensor, block: Block) -> Tensor:

@@ -56,7 +56,8 @@ def write_config(model: nn.Module, directory: Path) -> tuple[str | None, str | N
     for name, known in _KERNELS.items():
         if (chosen := getattr(config, f"_{name}", None)) in known:
             data[name] = chosen
-    (directory / CONFIG).write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    text = json.dumps(data, indent=2, sort_keys=True)
+    (directory / CONFIG).write_text(text + "\n", "utf-8")
     generation: Any = getattr(model, "generation_config", None)
     if generation is None:
         return CONFIG, None

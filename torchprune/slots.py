@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -88,6 +89,15 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def obstacle(tensor: Tensor) -> str | None:
+    """Why a tensor's values cannot be read and written as they are, or None."""
+    if tensor.is_meta:
+        return "is on the meta device"
+    if type(tensor.data) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        return f"is a {type(tensor.data).__name__} of layout {tensor.layout}"
+    return None
+
+
 def ties_of(slots: dict[str, Slot]) -> dict[str, str]:
     """Every slot whose tensor an earlier slot already holds: its key -> the earlier one's key."""
     first: dict[object, str] = {}
@@ -102,7 +112,7 @@ def ties_of(slots: dict[str, Slot]) -> dict[str, str]:
 def _identity(slot: Slot) -> object:
     """What two slots have in common if and only if they hold the same memory in the same way."""
     tensor = slot.tensor
-    if tensor.device.type == "meta" or tensor.numel() == 0:
+    if obstacle(tensor) or tensor.numel() == 0:
         return slot.kind, id(tensor)
     place = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
     return slot.kind, place

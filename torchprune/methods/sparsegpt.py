@@ -69,7 +69,7 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
     device = gram.device
     if device.type == "mps":  # has no float64
         gram = gram.cpu()
-    hessian = gram.double() * (2.0 / max(rows, 1))
+    hessian = gram.double().mul_(2.0 / max(rows, 1))
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1.0
@@ -87,6 +87,7 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
                 f"damping {share:g}; check the calibration data, or give the layer another method"
             )
         share = min(share * 10, 1.0)
+    del hessian, damped, diagonal  # large, and the inverse needs room
     # flip(V) = lower, so U = V^-1 = flip(lower^-1)
     inverse = _invert_lower(lower).flip(0, 1)
     return Factor(inverse.float().to(device), dead.to(device), share, float(share * mean))

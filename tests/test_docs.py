@@ -11,6 +11,7 @@ import json
 import pkgutil
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,15 @@ def test_there_are_docstring_examples():
     modules = map(importlib.import_module, MODULES)
     found = sum(len(test.examples) for m in modules for test in finder.find(m, m.__name__))
     assert found > 5
+
+
+def test_the_wheel_has_every_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    named = set(project["tool"]["setuptools"]["packages"])
+    found = {
+        m.name for m in pkgutil.walk_packages(torchprune.__path__, "torchprune.") if m.ispkg
+    } | {"torchprune", "torchprune.export"}
+    assert named == found
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

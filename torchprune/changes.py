@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchprune.ambient import exact
 from torchprune.masking import Record, attach, detach
 from torchprune.plan import Target
 from torchprune.spool import Spool
@@ -62,8 +63,9 @@ class _Edit:
         attach(layer.module, layer.tensor, change.mask, change.record, self.dense)
         mask = change.target.mask
         assert mask is not None
-        mask.compress()
-        change.mask, change.values = mask.mask, None  # empty: the bits are all that is held
+        if self.mask_before is None:
+            mask.compress()
+        change.mask, change.values = mask.mask, None  # while bits are all that is held, empty
 
     def finish(self) -> None:
         """All layers are done: the mask becomes an ordinary buffer."""
@@ -99,20 +101,23 @@ class Changes:
 
     def settle(self) -> None:
         """Attach the masks of what is staged: no batch is about to run through it."""
-        for edit in self._edits[self._settled :]:
-            edit.settle()
+        with exact():  # whatever the caller's modes: masks are no inference tensors
+            for edit in self._edits[self._settled :]:
+                edit.settle()
         self._settled = len(self._edits)
 
     def finish(self) -> None:
         """Everything went well."""
         self.settle()
-        for edit in self._edits:
-            edit.finish()
+        with exact():
+            for edit in self._edits:
+                edit.finish()
 
     def undo(self) -> None:
         """Put every layer back as it was."""
-        for edit in reversed(self._edits):
-            edit.undo()
+        with exact():
+            for edit in reversed(self._edits):
+                edit.undo()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 import warnings
@@ -394,8 +395,8 @@ def _override(item: str) -> tuple[str, Override]:
 
 def _directory_name(model: str, spec: Spec) -> str:
     """Such as `SmolLM2-135M-wanda-2of4`."""
-    goal = str(spec.goal).replace(":", "of" if ":" in str(spec.pattern)[1:3] else "-")
-    return f"{Path(model).resolve().name}-{spec.method}-{goal.replace(' ', '-')}"
+    goal = re.sub(r"(\d+):(\d+)", r"\1of\2", str(spec.goal))
+    return f"{Path(model).resolve().name}-{spec.method}-{re.sub('[: ]', '-', goal)}"
 
 
 def _check_free(directory: Path | None, ours: Callable[[Path], bool]) -> None:
@@ -502,7 +503,7 @@ def _one_line(debug: bool) -> Iterator[None]:
     if debug:
         yield
         return
-    for library in ("transformers", "datasets", "huggingface_hub"):
+    for library in ("transformers", "datasets", "huggingface_hub", "torch", "torchao"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():

@@ -175,7 +175,7 @@ def _masks(
     Raises:
         CalibrationError: naming the layer, if a score is NaN.
     """
-    flat = []
+    flat, free = [], []
     for target, own in zip(targets, scores, strict=True):
         barred = _barred(target)
         for group, score in zip(groups or range(len(own)), own, strict=True):
@@ -185,8 +185,10 @@ def _masks(
                     "always zero); repair the weights or ignore the layer"
                 )
             flat.append(score if barred is None else score.masked_fill(barred[group], BARRED))
+            free.append(None if barred is None else ~barred[group])
     goal = targets[0].goal
-    kept = iter(project_each(flat, goal.pattern, goal.sparsity, spec.scope or "layer"))
+    keeps = project_each(flat, goal.pattern, goal.sparsity, spec.scope or "layer")
+    kept = iter(k if f is None else k & f for k, f in zip(keeps, free, strict=True))
     return [torch.stack([next(kept) for _ in own]) for own in scores]
 
 

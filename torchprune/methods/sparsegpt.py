@@ -152,6 +152,8 @@ def sparsegpt(
         if not isinstance(pattern, NM):
             score = _score(panel, scale, bar)
             chosen.copy_(_keep_of_block(score, pattern, sparsity, scope, start, stop))
+            if bar is not None:
+                chosen.logical_and_(~bar)
         errors = torch.empty_like(panel)
         for at in range(0, stop - start, leaf):
             now = slice(at, at + leaf)
@@ -160,6 +162,8 @@ def sparsegpt(
             if isinstance(pattern, NM):
                 score = _score(panel[now], scale[now], None if bar is None else bar[now])
                 chosen[now] = keep_of_lanes(score, pattern.n)
+                if bar is not None:
+                    chosen[now] &= ~bar[now]
             _sweep(panel[now], errors[now], u[now, now], chosen[now])
         squared += float(errors.square().sum())
         if stop < cols:

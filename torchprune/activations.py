@@ -22,6 +22,10 @@ _SMALLEST = 1 << 14
 """Bytes below which a storage is not worth storing otherwise."""
 
 
+_MACHINERY = frozenset(vars(nn.Module())) - {"_buffers"}
+"""The attributes every module has; tensors of a module's own are elsewhere."""
+
+
 class Held:
     """The activations of all waiting batches.
 
@@ -38,13 +42,19 @@ class Held:
         self.bytes: dict[int, int] = {}
         self._packed: dict[int, list[tuple[torch.UntypedStorage, Tensor]]] = {}
         self._older = {_address(t) for t in gc.get_objects() if issubclass(type(t), Tensor)}
-        self._fixed = self._older
+        self._fixed = self._older | self._owned()
         self._next: tuple[int, dict[int, Tensor]] | None = None
 
     def new_round(self) -> None:
         """Note the tensors modules own now, caches made on the way included."""
-        self._fixed = self._older | {
-            _address(t) for m in self.model.modules() for t in _tensors_in(vars(m).values(), 2)
+        self._fixed = self._older | self._owned()
+
+    def _owned(self) -> set[int]:
+        """What modules keep as buffers or attributes of their own (parameters are older)."""
+        return {
+            _address(t)
+            for module in self.model.modules()
+            for t in _tensors_in((v for k, v in vars(module).items() if k not in _MACHINERY), 2)
         }
 
     def store(self, index: int, waiting: greenlet.greenlet) -> None:
@@ -68,7 +78,8 @@ class Held:
     def _pack_next(self, apart_from: dict[int, Tensor]) -> None:
         if self._next is not None:
             index, held = self._next
-            self._pack(index, [t for address, t in held.items() if address not in apart_from])
+            spared = apart_from.keys() | self._owned()  # a forward may just have filled a cache
+            self._pack(index, [t for address, t in held.items() if address not in spared])
             self._next = None
 
     def _pack(self, index: int, tensors: Iterable[Tensor]) -> None:

@@ -261,6 +261,19 @@ def test_defaults_of_the_process_do_not_matter(tmp_path: Path) -> None:
     assert state(loaded) == state(model)
 
 
+def test_loaded_tensors_are_apart_from_the_file_and_each_other(tmp_path: Path) -> None:
+    torchprune.save(prune(llama(tie_word_embeddings=False)), tmp_path)
+    loaded = torchprune.load(tmp_path)
+    before = state(loaded)
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    path = tmp_path / "weights.safetensors"
+    with path.open("rb+") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * (path.stat().st_size // 2))
+    assert state(loaded) == before
+
+
 def test_a_tokenizer_is_saved_along(tmp_path: Path) -> None:
     class Tokenizer:
         def save_pretrained(self, directory: str) -> None:
@@ -358,6 +371,21 @@ def test_a_model_keeps_its_layout(tmp_path: Path) -> None:
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     torchprune.save(fresh, tmp_path)  # and it is saved in any
     torchprune.load_into(net(seed=2), tmp_path)
+
+
+def test_other_parametrizations_are_left_as_they_are(tmp_path: Path) -> None:
+    def build(seed: int) -> nn.Module:
+        model = net(seed)
+        nn.utils.parametrizations.weight_norm(model.conv)
+        return model
+
+    model = prune(build(0))
+    torchprune.save(model, tmp_path)
+    fresh = build(1)
+    torchprune.load_into(fresh, tmp_path)
+    assert state(fresh) == state(model)
+    assert "conv.weight" not in torchprune.masks(fresh)
+    assert torch.equal(fresh.conv.weight, model.conv.weight)
 
 
 def test_a_mask_that_the_file_lacks_goes(tmp_path: Path) -> None:
@@ -778,6 +806,13 @@ def test_absurd_shapes(key: str, shape: Any, bad: Path) -> None:
         pytest.skip("right")
     edit(bad / "manifest.json", lambda m: m["tensors"][key].update(shape=shape))
     refused(bad, "shape|expected|another")
+
+
+def test_a_shape_of_true_is_no_one(tmp_path: Path) -> None:
+    torchprune.save(Box([torch.zeros(1, 3)]), tmp_path)
+    edit(tmp_path / "manifest.json", lambda m: m["tensors"]["b0"].update(shape=[True, 3]))
+    with pytest.raises(CheckpointError, match="whole numbers"):
+        torchprune.load_into(Box([torch.zeros(1, 3)]), tmp_path)
 
 
 @pytest.mark.parametrize("key", [MASKED, DENSE, PACKED, TIED])

@@ -248,8 +248,8 @@ def _place(entries: dict[str, Entry], slots: dict[str, Slot], held: dict[str, Te
 def _dress(model: nn.Module, manifest: Manifest, decoded: dict[str, Decoded]) -> None:
     """Attach the masks and what is known of them."""
     for layer in list(layers_of(model)):
-        entry = manifest.tensors[layer.key]
-        if entry.record is None:
+        entry = manifest.tensors.get(layer.key)  # none where another parametrization holds it
+        if entry is None or entry.record is None:
             continue
         read = decoded[layer.key]
         assert read.mask is not None

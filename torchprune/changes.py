@@ -71,7 +71,7 @@ class _Edit:
         """All layers are done: the mask becomes an ordinary buffer."""
         mask = self.change.target.mask
         assert mask is not None
-        mask.expand()
+        mask.expand(self.change.target.weight)
 
     def undo(self) -> None:
         """Make the layer what it was."""

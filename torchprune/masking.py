@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, did_you_mean
 from torchprune.packing import pack_bits, unpack_bits
-from torchprune.selection import Layer, layers_of
+from torchprune.selection import Layer, layers_of, tied_to
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Record:
     """How a mask came about: what `report` shows beside what it counts.
 
     Attributes:
-        method: "magnitude", "wanda", "sparsegpt", "given" (by `apply_masks`) or "loaded".
+        method: "magnitude", "wanda", "sparsegpt" or "given" (by `apply_masks`).
         pattern: the pattern's name, with the asked sparsity where the pattern implies none.
         updates_weights: whether the method changed kept weights.
         error: relative squared error of the layer's output on calibration inputs,
@@ -70,9 +70,10 @@ class Mask(nn.Module):
             self._bits = pack_bits(self.mask), self.mask.shape
             self.mask = self.mask.new_empty(0)
 
-    def expand(self) -> None:
-        """Undo `compress`."""
-        self.mask, self._bits = self._whole(), None
+    def expand(self, like: Tensor) -> None:
+        """Undo `compress`; the mask takes the memory format of the weight, `like`."""
+        if self._bits is not None:
+            self.mask, self._bits = laid_out_like(self._whole(), like), None
 
     def _whole(self) -> Tensor:
         return self.mask if self._bits is None else unpack_bits(*self._bits)
@@ -82,14 +83,20 @@ class Mask(nn.Module):
         return pack_bits(self._whole()), self.record, self.reversible, self.dense
 
     def restore(self, snapshot: tuple[Tensor, Record, bool, Tensor | None]) -> None:
-        """Become what the mask was when the snapshot was taken."""
-        self.expand()
+        """Become what the mask was when the snapshot was taken. It must not be compressed."""
         bits, self.record, self.reversible, self.dense = snapshot
         self.mask.copy_(unpack_bits(bits, self.mask.shape))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         # Identity, so that registering a mask keeps the masked values: pruning can be taken back.
         return weight
+
+
+def laid_out_like(mask: Tensor, weight: Tensor) -> Tensor:
+    """The mask in the weight's memory format, so that masking does not undo `channels_last`."""
+    if mask.stride() == weight.stride():
+        return mask
+    return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
 
 def mask_of(module: nn.Module, tensor: str) -> Mask | None:
@@ -120,7 +127,10 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[Layer, Mask]]:
 def attach(
     module: nn.Module, tensor: str, mask: Tensor, record: Record, dense: Tensor | None = None
 ) -> None:
-    """Put a mask on a module's tensor, or replace the one it carries. The values stay."""
+    """Put a mask on a module's tensor, or replace the one it carries. The values stay.
+
+    The mask takes the weight's memory format, which the masked weight then has too.
+    """
     present = mask_of(module, tensor)
     if present is not None:
         present.mask.copy_(mask)  # in place: compiled models see the new mask without recompiling
@@ -129,6 +139,7 @@ def attach(
         if dense is not None:
             present.dense = dense
         return
+    mask = laid_out_like(mask, original_of(module, tensor))
     order = list(module._parameters)
     _own_class(module)
     parametrize.register_parametrization(module, tensor, Mask(mask, record, dense), unsafe=True)
@@ -145,6 +156,37 @@ def detach(module: nn.Module, tensor: str) -> None:
     for name in order:  # registration had moved the parameter to the end of the state_dict
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
+
+
+def obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
+    """Why a layer cannot carry a mask, or None."""
+    module, tensor = layer.module, layer.tensor
+    if parametrize.is_parametrized(module, tensor) and mask_of(module, tensor) is None:
+        return (
+            f"its {tensor} already has another parametrization; "
+            "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    weight = original_of(module, tensor)
+    if not isinstance(weight, nn.Parameter):
+        return f"its {tensor} is a {type(weight).__name__}, not a Parameter"
+    if not weight.is_floating_point():
+        return f"its {tensor} is {weight.dtype}; prune before quantizing"
+    if type(weight.data) is not Tensor and type(weight) is not nn.Parameter:
+        return f"its {tensor} is a {type(weight).__name__}, which holds no plain dense values"
+    if weight.device.type == "meta":
+        return f"its {tensor} is on the meta device and has no values"
+    if weight.numel() == 0:
+        return f"its {tensor} is empty"
+    names = ties.get(weight.untyped_storage().data_ptr(), [])
+    if names:
+        others = [n for n in names if n not in (layer.key, _original_key(layer))]
+        return f"its {tensor} is tied to {', '.join(others)}"
+    return None
+
+
+def _original_key(layer: Layer) -> str:
+    prefix = layer.key.removesuffix(layer.tensor)
+    return f"{prefix}parametrizations.{layer.tensor}.original"
 
 
 def _own_class(module: nn.Module) -> None:
@@ -178,9 +220,10 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         masks: as `torchprune.masks` returns them: tensor name -> bool of the weight's shape.
 
     Raises:
-        MaskError: an unknown name, a wrong shape or dtype. The model is then as it was.
+        MaskError: an unknown name, a tied weight, a wrong shape or dtype. Nothing is changed then.
     """
     layers = {layer.key: layer for layer in layers_of(model)}
+    ties = tied_to(model)
     for key, mask in masks.items():
         if key not in layers:
             raise MaskError(f"{key!r} is no prunable tensor here{did_you_mean(key, layers)}")
@@ -192,16 +235,12 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
                 else type(mask).__name__
             )
             raise MaskError(f"{key}: expected a bool mask {tuple(weight.shape)}, got {got}")
-        layer = layers[key]
-        if (
-            parametrize.is_parametrized(layer.module, layer.tensor)
-            and mask_of(layer.module, layer.tensor) is None
-        ):
-            raise MaskError(f"{key} already has another parametrization; remove it first")
+        if reason := obstacle(layers[key], ties):
+            raise MaskError(f"{key} cannot carry a mask: {reason}")
     for key, mask in masks.items():
         layer = layers[key]
         weight = original_of(layer.module, layer.tensor)
-        own = mask.detach().to(weight.device, copy=True).contiguous()
+        own = mask.detach().to(weight.device, copy=True)
         attach(layer.module, layer.tensor, own, Record("given", "given"))
     return model
 

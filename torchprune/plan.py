@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from torchprune.errors import SpecError, TargetError
-from torchprune.masking import Mask, mask_of, original_of
+from torchprune.masking import Mask, mask_of, obstacle, original_of
 from torchprune.patterns import NM, check_shape, prune_count
 from torchprune.selection import (
     Layer,
@@ -99,7 +98,7 @@ def make_plan(model: nn.Module, spec: Spec) -> Plan:
         if layer.module is head and not named:
             skipped[layer.name] = "output head (name it in targets to prune it)"
             continue
-        if reason := _obstacle(layer, ties):
+        if reason := obstacle(layer, ties):
             if named:
                 raise TargetError(f"targets: {layer.name!r} cannot be pruned: {reason}")
             skipped[layer.name] = reason
@@ -120,37 +119,6 @@ def make_plan(model: nn.Module, spec: Spec) -> Plan:
     if spec.scope == "global":
         _check_global(chosen, spec)
     return Plan(chosen, skipped, blocks)
-
-
-def _obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
-    """Why a layer cannot carry a mask, or None."""
-    module, tensor = layer.module, layer.tensor
-    if parametrize.is_parametrized(module, tensor) and mask_of(module, tensor) is None:
-        return (
-            f"its {tensor} already has another parametrization; "
-            "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
-        )
-    weight = original_of(module, tensor)
-    if not isinstance(weight, nn.Parameter):
-        return f"its {tensor} is a {type(weight).__name__}, not a Parameter"
-    if not weight.is_floating_point():
-        return f"its {tensor} is {weight.dtype}; prune before quantizing"
-    if type(weight.data) is not Tensor and type(weight) is not nn.Parameter:
-        return f"its {tensor} is a {type(weight).__name__}, which holds no plain dense values"
-    if weight.device.type == "meta":
-        return f"its {tensor} is on the meta device and has no values"
-    if weight.numel() == 0:
-        return f"its {tensor} is empty"
-    names = ties.get(weight.untyped_storage().data_ptr(), [])
-    if names:
-        others = [n for n in names if n not in (layer.key, _original_key(layer))]
-        return f"its {tensor} is tied to {', '.join(others)}"
-    return None
-
-
-def _original_key(layer: Layer) -> str:
-    prefix = layer.key.removesuffix(layer.tensor)
-    return f"{prefix}parametrizations.{layer.tensor}.original"
 
 
 def _checked(target: Target, spec: Spec) -> Target:

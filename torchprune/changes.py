@@ -52,8 +52,8 @@ class _Edit:
         if self.data.is_contiguous():
             self.place = spool.put(self.data)
             self.data.copy_(new)
-        else:  # an expanded weight cannot be written in place
-            weight.data = new
+        else:  # an expanded weight cannot be written in place; a transposed one keeps its layout
+            weight.data = torch.empty_like(self.data).copy_(new)
 
     def settle(self) -> None:
         """The batches have passed: attach the mask."""

@@ -1189,3 +1189,12 @@ def test_shrunk_transformers_models_are_refused_by_load(tmp_path: Path) -> None:
 
 def test_no_pickle_anywhere(good: Path) -> None:
     assert {p.suffix for p in good.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_every_file_is_as_readable_as_the_umask_lets_files_be(tmp_path: Path) -> None:
+    torchprune.save(Box([torch.zeros(1, 3)]), tmp_path / "saved")
+    ordinary = tmp_path / "ordinary"
+    ordinary.write_text("")
+    modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
+    assert modes == {ordinary.stat().st_mode}

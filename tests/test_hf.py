@@ -27,11 +27,11 @@ from test_checkpoint import (
     ties,
 )
 from torch import nn
-from torchprune.export import to_hf
 
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec
 from torchprune.errors import CheckpointError, MissingExtraError
+from torchprune.export import to_hf
 
 AUTO = {
     "bert": "AutoModel",

@@ -37,8 +37,11 @@ def staged(
     partial.mkdir()
     try:
         yield partial
+        readers = partial.stat().st_mode & 0o666  # what the umask grants; safetensors writes 0600
         for path in partial.rglob("*"):
-            _flush(path)
+            if path.is_file():
+                path.chmod(readers)
+                _flush(path)
         _check_replaceable(target, ours, what)
         _exchange(partial, target, old)
     finally:
@@ -59,9 +62,8 @@ def _check_replaceable(target: Path, ours: Callable[[Path], bool], what: str) ->
 
 def _flush(path: Path) -> None:
     """Have the disk hold a file before its name does."""
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _exchange(partial: Path, target: Path, old: Path) -> None:

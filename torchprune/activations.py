@@ -47,7 +47,8 @@ class Held:
 
     def new_round(self) -> None:
         """Note the tensors modules own now, caches made on the way included."""
-        self._fixed = self._older | self._owned()
+        if self.dtype is not None:  # to only count, what they owned at the start will do
+            self._fixed = self._older | self._owned()
 
     def _owned(self) -> set[int]:
         """What modules keep as buffers or attributes of their own (parameters are older)."""

@@ -193,21 +193,30 @@ def _masks(
 
 
 def _sampled_error(target: Target, moments: Moments, keep: Tensor) -> float | None:
-    """||X (W - W')^T||^2 / ||X W^T||^2 on sampled inputs, of weights that were only masked."""
+    """||X (W - W')^T||^2 / ||X W^T||^2 on sampled inputs, of weights that were only masked.
+
+    Of many output rows, an evenly spaced part stands for all.
+    """
     lost = total = 0.0
     for group, weight in enumerate(groups_of(target)):
         x = moments.samples(group)
         if x is not None:
-            w = weight.float()
-            lost += float((x @ w.masked_fill(keep[group], 0).T).square().sum())
-            total += float((x @ w.T).square().sum())
+            w, kept = _spread(weight).float(), _spread(keep[group])
+            share = len(weight) / len(w)
+            lost += share * float((x @ w.masked_fill(kept, 0).T).square().sum())
+            total += share * float((x @ w.T).square().sum())
     return lost / total if total > 0 else None
 
 
 def _output_square(weight: Tensor, gram: Tensor) -> float:
     """||X W^T||^2 = tr(W G W^T); of many rows, an evenly spaced part stands for all."""
-    part = weight[:: max(1, len(weight) // _ROWS_MEASURED)]
+    part = _spread(weight)
     return float((part @ gram).mul_(part).sum()) * len(weight) / len(part)
+
+
+def _spread(matrix: Tensor) -> Tensor:
+    """Evenly spaced rows of a matrix, fewer than twice _ROWS_MEASURED."""
+    return matrix[:: max(1, len(matrix) // _ROWS_MEASURED)]
 
 
 def _few(items: Sequence[int]) -> str:

@@ -87,7 +87,8 @@ def by_hand_from(model: nn.Module, spec: Spec, found: dict[str, list[Tensor]]) -
         pattern, share, scope = spec.goal.pattern, spec.goal.sparsity, spec.scope or ""
         if moments.gram is not None:
             factor = factorise(moments.gram[0], moments.rows[0], spec.damping, name)
-            new, keep, _ = sparsegpt(weight, factor, pattern, share, scope, spec.block_size)
+            (solved,) = sparsegpt([weight], factor, pattern, share, scope, spec.block_size)
+            new, keep = solved.weight, solved.keep
         else:
             keep = project(wanda_score(weight, moments.square[0]), pattern, share, scope)
             new = weight.detach()
@@ -192,6 +193,7 @@ def test_layers_that_read_the_same_tensor_share_everything(
 ) -> None:
     made: list[Moments] = []
     factorised = []
+    solved: list[int] = []
     empty, cholesky = Moments.empty, torch.linalg.cholesky_ex
 
     def counting_empty(*args: Any, **options: Any) -> Moments:
@@ -202,11 +204,18 @@ def test_layers_that_read_the_same_tensor_share_everything(
         factorised.append(args)
         return cholesky(*args, **options)
 
+    def counting_solve(weights: Any, *args: Any) -> Any:
+        solved.append(len(weights))
+        return sparsegpt(weights, *args)
+
     monkeypatch.setattr(Moments, "empty", staticmethod(counting_empty))
     monkeypatch.setattr(torch.linalg, "cholesky_ex", counting_cholesky)
+    monkeypatch.setattr("torchprune.decide.sparsegpt", counting_solve)
     prune(FAMILIES["llama"].make(), SparseGPTSpec(sequential=mode), tokens(count=3))
     # q, k and v share; o; gate and up share; down: in each of two blocks.
     assert len(made) == len(factorised) == 8
+    if mode != "layer":  # layer by layer, the next one that reads the same tensor is not yet known
+        assert solved == [3, 1, 2, 1] * 2
     assert {m.batches for m in made} == {3}
 
 

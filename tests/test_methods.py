@@ -431,7 +431,8 @@ def test_sparsegpt_is_the_column_sweep(
     oracle = SlowSparseGPT(weight, gram, len(x), pattern, sparsity, scope, block_size)
     assume(oracle.closest > 1e-4)
     factor = factorise(gram, len(x), 0.01, "layer")
-    new, keep, squared = sparsegpt(weight, factor, pattern, sparsity, scope, block_size)
+    (solved,) = sparsegpt([weight], factor, pattern, sparsity, scope, block_size)
+    new, keep, squared = solved.weight, solved.keep, solved.squared
     assert torch.equal(keep, oracle.keep)
     assert new.dtype == torch.float32
     scale = float(weight.abs().max())
@@ -449,7 +450,8 @@ def test_sparsegpt_on_widths_no_block_divides(cols: int, scope: str) -> None:
     oracle = SlowSparseGPT(weight, gram, len(x), Unstructured(), 0.6, scope, 32)
     assert oracle.closest > 1e-4, "choose another seed"
     factor = factorise(gram, len(x), 0.01, "layer")
-    new, keep, _ = sparsegpt(weight, factor, Unstructured(), 0.6, scope, 32)
+    (solved,) = sparsegpt([weight], factor, Unstructured(), 0.6, scope, 32)
+    new, keep = solved.weight, solved.keep
     assert torch.equal(keep, oracle.keep)
     torch.testing.assert_close(new.double(), oracle.weight, rtol=0, atol=1e-3)
     count = 7 * cols * 3 // 5 if scope == "layer" else 7 * (cols * 3 // 5)
@@ -475,13 +477,34 @@ def test_sparsegpt_through_sparsify(pattern: Pattern, sparsity: float, scope: st
     assert torchprune.report(layer).layers[0].error == pytest.approx(lost, rel=1e-3)
 
 
+@pytest.mark.parametrize(("pattern", "sparsity", "scope"), GOALS)
+@pytest.mark.parametrize("barring", [False, True])
+def test_matrices_solved_together_are_those_solved_alone(
+    pattern: Pattern, sparsity: float, scope: str, barring: bool
+) -> None:
+    x = inputs(96, 24, 2)
+    x[:, 5] = 0.0
+    weights = [linear(rows, 24, rows).weight.detach() for rows in (8, 4, 12)]
+    barred: list[Tensor | None] = [None, None, None]
+    if barring:
+        barred[1] = torch.zeros(4, 24, dtype=torch.bool)
+        barred[1][:, [0, 17]] = True
+    factor = factorise(second_moment(x), len(x), 0.01, "layer")
+    together = sparsegpt(weights, factor, pattern, sparsity, scope, 16, barred)
+    for weight, bar, found in zip(weights, barred, together, strict=True):
+        (alone,) = sparsegpt([weight], factor, pattern, sparsity, scope, 16, [bar])
+        assert torch.equal(found.keep, alone.keep)
+        torch.testing.assert_close(found.weight, alone.weight)
+        assert found.squared == pytest.approx(alone.squared, rel=1e-4)
+
+
 def test_barred_weights_are_pruned_and_their_error_is_spread() -> None:
     x, weight = inputs(64, 12, 3), linear(5, 12, 3).weight.detach()
     barred = torch.zeros(5, 12, dtype=torch.bool)
     barred[:, [2, 3, 9]] = True
     factor = factorise(second_moment(x), len(x), 0.01, "layer")
     for scope in ("layer", "row"):
-        _, keep, _ = sparsegpt(weight, factor, Unstructured(), 0.5, scope, 128, barred)
+        keep = sparsegpt([weight], factor, Unstructured(), 0.5, scope, 128, [barred])[0].keep
         assert not (keep & barred).any()
         assert int((~keep).sum()) == 30
 
@@ -518,7 +541,8 @@ def test_pruning_a_prefix_of_columns_leaves_the_exact_least_squares_solution(
     barred = torch.zeros(3, cols, dtype=torch.bool)
     barred[:, :prefix] = True
     factor = factorise(second_moment(x), len(x), 0.01, "layer")
-    new, keep, _ = sparsegpt(weight, factor, Unstructured(), prefix / cols, "row", 128, barred)
+    (solved,) = sparsegpt([weight], factor, Unstructured(), prefix / cols, "row", 128, [barred])
+    new, keep = solved.weight, solved.keep
     assert torch.equal(keep, ~barred)
     hessian = damped(x)
     for before, after in zip(weight.double(), new.double(), strict=True):
@@ -531,7 +555,7 @@ def test_one_weight_is_pruned_where_the_columns_to_its_right_can_best_make_up(se
     cols = 6
     x, weight = inputs(30, cols, seed), linear(1, cols, seed).weight.detach()
     factor = factorise(second_moment(x), len(x), 0.01, "layer")
-    new, _, _ = sparsegpt(weight, factor, Unstructured(), 1 / cols + 1e-9, "row")
+    new = sparsegpt([weight], factor, Unstructured(), 1 / cols + 1e-9, "row")[0].weight
     row, hessian = weight[0].double(), damped(x)
     rivals = [optimum(row, hessian, list(range(j + 1, cols)), list(range(j))) for j in range(cols)]
     best = min(rivals, key=lambda rival: cost(row, rival, hessian))
@@ -566,7 +590,8 @@ def test_sparsegpt_lies_between_the_best_refit_and_no_refit(pattern: Pattern) ->
     for seed in range(10):
         x, weight = natural_inputs(60, cols, seed), linear(6, cols, seed).weight.detach()
         factor = factorise(second_moment(x), len(x), 0.01, "layer")
-        new, keep, _ = sparsegpt(weight, factor, pattern, 0.5, "row")
+        (solved,) = sparsegpt([weight], factor, pattern, 0.5, "row")
+        new, keep = solved.weight, solved.keep
         hessian = damped(x)
         for before, after, mask in zip(weight.double(), new.double(), keep, strict=True):
             best = optimum(before, hessian, mask.nonzero().flatten().tolist(), [])
@@ -617,6 +642,28 @@ def test_the_factor_inverts_the_damped_hessian() -> None:
     assert factor.damping == 0.01
     assert torch.equal(factor.upper, factor.upper.triu())
     assert inverse_error(factor, second_moment(x), len(x)) < 1e-4
+
+
+@pytest.mark.parametrize("cols", [1, 2, 9, 20, 300])
+def test_a_factor_made_by_halves_is_the_same(cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = natural_inputs(2 * cols + 3, cols, 1)
+    monkeypatch.setattr("torchprune.methods.sparsegpt._INVERT_DIRECTLY", 1 << 20)
+    whole = factorise(second_moment(x), len(x), 0.01, "layer")
+    monkeypatch.setattr("torchprune.methods.sparsegpt._INVERT_DIRECTLY", 2)
+    halved = factorise(second_moment(x), len(x), 0.01, "layer")
+    assert torch.equal(halved.upper, halved.upper.triu())
+    torch.testing.assert_close(halved.upper, whole.upper)
+    assert inverse_error(halved, second_moment(x), len(x)) < 1e-4
+
+
+@pytest.mark.parametrize("leaf", [1, 192])
+def test_every_part_of_a_factor_can_fail(leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchprune.methods.sparsegpt._INVERT_DIRECTLY", leaf)
+    for at in range(0, 6, 2):
+        gram = torch.eye(6)
+        gram[at, at + 1] = gram[at + 1, at] = 5.0  # not positive definite, whatever the damping
+        with pytest.raises(CalibrationError, match="could not be factorised"):
+            factorise(gram, 1, 0.01, "layer")
 
 
 def test_a_singular_second_moment_raises_the_damping_and_is_never_the_identity() -> None:

@@ -248,7 +248,10 @@ def test_a_tile_is_barred_only_when_all_of_it_is() -> None:
 def test_lanes_rank_like_a_stable_sort(m: int, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, m - 1))
     lanes = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=m, max_size=m))).float()
-    assert keep_of_lanes(lanes[:, None], n)[:, 0].tolist() == naive_keep(lanes.tolist(), m - n)
+    expected = naive_keep(lanes.tolist(), m - n)
+    assert keep_of_lanes(lanes[:, None], n)[:, 0].tolist() == expected
+    many = lanes[:, None].expand(m, (1 << 17) // m**2 + 1)  # counted another way
+    assert keep_of_lanes(many, n)[:, -1].tolist() == expected
 
 
 @given(scores(), SPARSITIES, SPARSITIES)

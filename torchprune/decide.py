@@ -17,7 +17,7 @@ from torchprune.methods.wanda import wanda_score
 from torchprune.moments import Moments
 from torchprune.plan import Target
 from torchprune.projection import BARRED, project_each
-from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
+from torchprune.specs import Goal, MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
 
 _ROWS_MEASURED = 128
 
@@ -58,12 +58,13 @@ class Decider:
             for (target, moments), keep in zip(stop, keeps, strict=True):
                 yield self._change(target, moments, keep)
             return
+        if isinstance(self.spec, SparseGPTSpec):
+            for targets, moments in _solved_together(stop):
+                yield from self._solved(self.spec, targets, moments)
+            return
         for target, moments in stop:
-            if isinstance(self.spec, SparseGPTSpec):
-                yield self._solved(self.spec, target, moments)
-            else:
-                keep = _masks([target], [self._scores(target, moments)], self.spec)[0]
-                yield self._change(target, moments, keep)
+            keep = _masks([target], [self._scores(target, moments)], self.spec)[0]
+            yield self._change(target, moments, keep)
 
     def unreached(self, target: Target) -> Change:
         """The change of a layer that no batch reached: by magnitude, and said so."""
@@ -79,40 +80,48 @@ class Decider:
             for w, square, rows in zip(groups_of(target), moments.square, moments.rows, strict=True)
         ]
 
-    def _solved(self, spec: SparseGPTSpec, target: Target, moments: Moments) -> Change:
+    def _solved(
+        self, spec: SparseGPTSpec, targets: Sequence[Target], moments: Moments
+    ) -> Iterator[Change]:
         """SparseGPT group by group, magnitude where no token reached the group."""
-        goal, barred = target.goal, _barred(target)
-        values, keeps, notes = [], [], []
-        lost = total = 0.0
-        for group, weight in enumerate(groups_of(target)):
-            rows = moments.rows[group]
+        goal, barred = targets[0].goal, [_barred(target) for target in targets]
+        weights = [groups_of(target) for target in targets]
+        values: list[list[Tensor]] = [[] for _ in targets]
+        keeps: list[list[Tensor]] = [[] for _ in targets]
+        notes: list[str] = []
+        lost, total = [0.0] * len(targets), [0.0] * len(targets)
+        for group, rows in enumerate(moments.rows):
+            here = [weight[group] for weight in weights]
             if not rows:
-                score = [[magnitude_score(weight)]]
-                values.append(weight.float())
-                keeps.append(_masks([target], score, spec, groups=[group])[0][0])
+                for i, (target, weight) in enumerate(zip(targets, here, strict=True)):
+                    score = [[magnitude_score(weight)]]
+                    values[i].append(weight.float())
+                    keeps[i].append(_masks([target], score, spec, groups=[group])[0][0])
                 continue
-            factor = self._factor(spec, target, moments, group)
+            factor = self._factor(spec, targets[0], moments, group)
             if factor.damping != spec.damping:
                 notes.append(f"damping raised to {factor.damping:g} to factorise")
-            value, keep, squared = sparsegpt(
-                weight,
+            solved = sparsegpt(
+                here,
                 factor,
                 goal.pattern,
                 goal.sparsity,
                 spec.scope or "layer",
                 spec.block_size,
-                None if barred is None else barred[group],
+                [None if bar is None else bar[group] for bar in barred],
             )
-            values.append(value)
-            keeps.append(keep)
             assert moments.gram is not None
-            lost += squared * rows / 2  # H is 2/n times the second moment
-            total += _output_square(weight.float(), moments.gram[group])
-        new = target.view.from_matrix(
-            torch.stack(values).to(target.weight.dtype), target.weight.shape
-        )
-        error = lost / total if total > 0 else None
-        return self._change(target, moments, torch.stack(keeps), new, error, notes)
+            for i, (weight, found) in enumerate(zip(here, solved, strict=True)):
+                values[i].append(found.weight)
+                keeps[i].append(found.keep)
+                lost[i] += found.squared * rows / 2  # H is 2/n times the second moment
+                total[i] += _output_square(weight.float(), moments.gram[group])
+        for i, target in enumerate(targets):
+            new = target.view.from_matrix(
+                torch.stack(values[i]).to(target.weight.dtype), target.weight.shape
+            )
+            error = lost[i] / total[i] if total[i] > 0 else None
+            yield self._change(target, moments, torch.stack(keeps[i]), new, error, notes)
 
     def _factor(self, spec: SparseGPTSpec, target: Target, moments: Moments, group: int) -> Factor:
         """The factor of a group's inputs, made once for all layers that share the moments."""
@@ -151,6 +160,16 @@ class Decider:
         )
         mask = target.view.from_matrix(keep, target.weight.shape)
         return Change(target, mask, record, new)
+
+
+def _solved_together(
+    stop: Sequence[tuple[Target, Moments]],
+) -> Iterator[tuple[list[Target], Moments]]:
+    """The layers of a stop in order, those of the same inputs and the same goal together."""
+    together: dict[tuple[int, Goal], tuple[list[Target], Moments]] = {}
+    for target, moments in stop:
+        together.setdefault((id(moments), target.goal), ([], moments))[0].append(target)
+    yield from together.values()
 
 
 def groups_of(target: Target) -> Tensor:

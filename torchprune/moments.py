@@ -5,7 +5,7 @@ All sums are float32 whatever the model's dtype, products in full precision (no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ class Moments:
         if self.gram is not None and not self.finished:
             self.finished = True
             for gram in self.gram:
-                gram.copy_(gram.triu() + gram.triu(1).T)
+                _mirror(gram)
             self.square = self.gram.diagonal(dim1=1, dim2=2).clone()
 
     def is_finite(self) -> bool:
@@ -84,10 +84,20 @@ class Moments:
         return torch.cat(self.sample[group]) if self.sample[group] else None
 
 
+def _panels(cols: int) -> Iterator[tuple[int, int]]:
+    width = max(64, -(-cols // _PANELS))
+    return ((start, min(start + width, cols)) for start in range(0, cols, width))
+
+
 def _add_gram(gram: Tensor, x: Tensor) -> None:
     """gram += x^T x on and above the diagonal: a few panels do little more than half the work."""
-    cols = x.shape[1]
-    width = max(64, -(-cols // _PANELS))
-    for start in range(0, cols, width):
-        stop = min(start + width, cols)
+    for start, stop in _panels(x.shape[1]):
         gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def _mirror(gram: Tensor) -> None:
+    """Copy what is above the diagonal below it."""
+    for start, stop in _panels(len(gram)):
+        square = gram[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        gram[stop:, start:stop] = gram[start:stop, stop:].T

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from torchprune.errors import SpecError
 from torchprune.patterns import NM, Block, Pattern, Unstructured, prune_count
 
 _QUICKSELECT_UP_TO = 1 << 26
+
+_FEW = 1 << 17
 
 BARRED = -1.0
 """The score of a weight that is already pruned: below every real score."""
@@ -68,7 +71,7 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     if pruned >= cols:
         return torch.zeros_like(score, dtype=torch.bool)
-    limit = score.kthvalue(pruned, dim=1, keepdim=True).values
+    limit = _smallest(score, pruned)
     keep = score > limit
     missing = (cols - pruned) - keep.sum(1)  # how many of those equal to the limit are kept
     tied = missing.nonzero().flatten()
@@ -113,7 +116,7 @@ def _bits_of_rank(bits: Sequence[Tensor], rank: int) -> int:
     until few candidates are left, and then looks at those only.
     """
     if len(bits) == 1 and bits[0].numel() <= _QUICKSELECT_UP_TO:
-        return max(-1, int(bits[0].flatten().kthvalue(rank).values))
+        return max(-1, int(_smallest(bits[0].view(1, -1), rank)))
     low, high = -1, 0x7F800000
     pool = [b.flatten() for b in bits]
     below, size = 0, sum(b.numel() for b in pool)
@@ -133,6 +136,17 @@ def _bits_of_rank(bits: Sequence[Tensor], rank: int) -> int:
     return low
 
 
+def _smallest(matrix: Tensor, rank: int) -> Tensor:
+    """(rows, 1): the rank-th smallest value of every row of a (rows, cols) matrix.
+
+    numpy's selection is vectorised, on a CPU about eight times as fast as torch's.
+    """
+    if matrix.device.type != "cpu":
+        return matrix.kthvalue(rank, dim=1, keepdim=True).values
+    ordered = np.partition(matrix.numpy(), rank - 1, axis=1)
+    return torch.from_numpy(ordered[:, rank - 1 : rank].copy())
+
+
 def _keep_of_groups(score: Tensor, pattern: NM) -> Tensor:
     rows, cols = score.shape
     lanes = score.reshape(-1, pattern.m).T.contiguous()
@@ -143,9 +157,15 @@ def keep_of_lanes(lanes: Tensor, n: int) -> Tensor:
     """Of m lanes (m, ...) keep the n best at every place; ties drop the lower lane first.
 
     The rank of a lane is the number of lanes that go before it in ascending order, counted by
-    m * m whole-tensor comparisons: for the small m of N:M patterns far cheaper than sorting.
+    m * m comparisons: for the small m of N:M patterns far cheaper than sorting.
     """
     m = lanes.shape[0]
+    if m * lanes.numel() <= _FEW:  # all at once: the calls would cost more than the comparisons
+        before = lanes.unsqueeze(0) < lanes.unsqueeze(1)
+        earlier = torch.ones(m, m, dtype=torch.bool, device=lanes.device).tril_(-1)
+        earlier = earlier.view(m, m, *[1] * (lanes.dim() - 1))
+        before |= (lanes.unsqueeze(0) == lanes.unsqueeze(1)) & earlier
+        return before.sum(1, dtype=torch.uint8) >= m - n
     if m > 32:
         order = lanes.argsort(dim=0, stable=True)
         return torch.zeros_like(lanes, dtype=torch.bool).scatter_(0, order[m - n :], True)

@@ -6,11 +6,14 @@ the columns to its right by the upper Cholesky factor U of the inverse Hessian.
 
 Weights are held transposed, (cols, rows), so that a column is one contiguous run; inside a block
 the updates are left-looking (a column gathers what earlier ones owe it in one matrix-vector
-product), so a column costs two operations and everything else is matrix products.
+product), so a column costs two operations and everything else is matrix products. Rows do not know
+of each other but for the choice of masks, so all matrices that read the same inputs are swept as
+one: what a column costs is mostly the calls, not the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -53,8 +56,7 @@ class Factor:
 def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
     """U from the second moment. Escalates the damping tenfold, up to 1, if H is not positive.
 
-    H^-1 = U^T U with U upper triangular is the inverse of the factor V in H = V V^T, V upper,
-    which is an ordinary Cholesky factor with the order of columns reversed both ways. It is
+    H^-1 = U^T U with U upper triangular is the inverse of the factor V in H = V V^T, V upper. It is
     computed in float64: against the accumulation of the gram its cost is small, and it saves most
     of the cases that single precision would need more damping for.
 
@@ -73,13 +75,12 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1.0
-    mean = diagonal.mean()
+    mean, undamped = diagonal.mean(), diagonal.clone()
     share = damping
     while True:
-        damped = hessian.flip(0, 1)
-        damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and bool(lower.diagonal().isfinite().all()):
+        torch.add(undamped, mean, alpha=share, out=diagonal)
+        upper = torch.zeros_like(hessian)
+        if _invert_factor(hessian, upper):
             break
         if share >= 1.0:
             raise CalibrationError(
@@ -87,111 +88,166 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
                 f"damping {share:g}; check the calibration data, or give the layer another method"
             )
         share = min(share * 10, 1.0)
-    del hessian, damped, diagonal  # large, and the inverse needs room
-    # flip(V) = lower, so U = V^-1 = flip(lower^-1)
-    inverse = _invert_lower(lower).flip(0, 1)
-    return Factor(inverse.float().to(device), dead.to(device), share, float(share * mean))
+    return Factor(upper.float().to(device), dead.to(device), share, float(share * mean))
 
 
-def _invert_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, by halves, so that products do the work."""
-    size = len(lower)
+def _invert_factor(matrix: Tensor, out: Tensor) -> bool:
+    """Fill the upper triangle of `out` with V^-1, where matrix = V V^T and V is upper triangular.
+
+    By halves, so that products do nearly all the work. Of
+
+        [A  B]   [V1 W ] [V1^T     ]
+        [.  C] = [   V2] [W^T  V2^T]
+
+    C gives V2, then W = B V2^-T, then A - W W^T gives V1; the corner of V^-1 is -V1^-1 W V2^-1.
+
+    Returns:
+        whether it worked: False if the matrix is not positive definite in this precision.
+    """
+    size = len(matrix)
     if size <= _INVERT_DIRECTLY:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-        return inverse
+        # V is an ordinary Cholesky factor with the order of columns reversed both ways.
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        if failed or not bool(lower.diagonal().isfinite().all()):
+            return False
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        out.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
+        return True
     half = size // 2
-    first, last = _invert_lower(lower[:half, :half]), _invert_lower(lower[half:, half:])
-    out = torch.zeros_like(lower)
-    out[:half, :half] = first
-    out[half:, half:] = last
-    out[half:, :half] = -(last @ (lower[half:, :half] @ first))
-    return out
+    first, last = out[:half, :half], out[half:, half:]
+    if not _invert_factor(matrix[half:, half:], last):
+        return False
+    edge = matrix[:half, half:] @ last.T
+    if not _invert_factor(torch.addmm(matrix[:half, :half], edge, edge.T, alpha=-1), first):
+        return False
+    torch.mm(first @ edge, last.neg(), out=out[:half, half:])
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """One pruned matrix.
+
+    Attributes:
+        weight: (rows, cols) float32 new weights W', zero off the mask.
+        keep: (rows, cols) bool mask, True = kept.
+        squared: tr(D H D^T), D = W - W', without the ridge. The sweep knows it for nothing:
+            D = E U for its errors E, and U H U^T = 1, so it is ||E||^2.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    squared: float
 
 
 def sparsegpt(
-    weight: Tensor,
+    weights: Sequence[Tensor],
     factor: Factor,
     pattern: Pattern,
     sparsity: float | Fraction,
     scope: str = "layer",
     block_size: int = 128,
-    barred: Tensor | None = None,
-) -> tuple[Tensor, Tensor, float]:
-    """Prune one matrix and update what stays.
+    barred: Sequence[Tensor | None] | None = None,
+) -> list[Solved]:
+    """Prune matrices that read the same inputs, and update what stays of each.
 
     Args:
-        weight: (rows, cols), any floating dtype.
+        weights: (rows, cols) each, any floating dtype and number of rows.
         factor: of the inputs' second moment.
-        scope: "layer" pools the scores of all rows in a block of columns, "row" gives every row
-            the same count. Counts are exact over the whole matrix either way.
+        scope: "layer" pools the scores of all rows of a matrix in a block of columns, "row" gives
+            every row the same count. Counts are exact over each matrix either way.
         block_size: columns whose mask is chosen together.
-        barred: (rows, cols) bool, weights that must be pruned.
-
-    Returns:
-        (rows, cols) float32 new weights W', zero off the mask; (rows, cols) bool mask, True =
-        kept; and the layer's squared error tr(D H D^T), D = W - W', without the ridge. The sweep
-        knows it for nothing: D = E U for its errors E, and U H U^T = 1, so it is ||E||^2.
+        barred: for each matrix (rows, cols) bool, weights that must be pruned, or None.
     """
-    rows, cols = weight.shape
+    cols = weights[0].shape[1]
+    heights = [len(weight) for weight in weights]
     upper = factor.upper
-    dense = weight.detach().float()
+    dense = torch.cat([weight.detach().float() for weight in weights])
+    bar = _bar(weights, barred)
     w = dense.T.contiguous()
     w[factor.dead] = 0.0
-    squared = 0.0
-    keep = torch.empty(cols, rows, dtype=torch.bool, device=w.device)
+    squared = torch.zeros(len(dense), device=w.device)
+    pruned = torch.empty_like(w, dtype=torch.bool)
     unit = pattern.m if isinstance(pattern, NM) else getattr(pattern, "cols", 1)
     width = -(-block_size // unit) * unit
     leaf = unit if isinstance(pattern, NM) else _LEAF
-    diagonal = upper.diagonal().unsqueeze(1)
     for start in range(0, cols, width):
         stop = min(start + width, cols)
-        panel, chosen = w[start:stop], keep[start:stop]
-        u, scale = upper[start:stop, start:stop].contiguous(), diagonal[start:stop]
-        bar = None if barred is None else barred[:, start:stop].T
+        panel, gone = w[start:stop], pruned[start:stop]
+        barred_here = None if bar is None else bar[start:stop]
+        block = upper[start:stop, start:stop]
+        owed, inverse = block.T.contiguous(), 1 / block.diagonal().unsqueeze(1)
         if not isinstance(pattern, NM):
-            score = _score(panel, scale, bar)
-            chosen.copy_(_keep_of_block(score, pattern, sparsity, scope, start, stop))
-            if bar is not None:
-                chosen.logical_and_(~bar)
+            score = _score(panel, inverse, barred_here)
+            at = 0
+            for rows in heights:
+                keep = _keep_of_block(
+                    score[:, at : at + rows], pattern, sparsity, scope, start, stop
+                )
+                torch.logical_not(keep, out=gone[:, at : at + rows])
+                at += rows
+            if barred_here is not None:
+                gone.logical_or_(barred_here)
         errors = torch.empty_like(panel)
         for at in range(0, stop - start, leaf):
             now = slice(at, at + leaf)
+            columns, mine = panel[now], gone[now]
             if at:
-                panel[now].addmm_(u[:at, now].T, errors[:at], alpha=-1)
+                columns.addmm_(owed[now, :at], errors[:at], alpha=-1)
             if isinstance(pattern, NM):
-                score = _score(panel[now], scale[now], None if bar is None else bar[now])
-                chosen[now] = keep_of_lanes(score, pattern.n)
-                if bar is not None:
-                    chosen[now] &= ~bar[now]
-            _sweep(panel[now], errors[now], u[now, now], chosen[now])
-        squared += float(errors.square().sum())
+                taken = None if barred_here is None else barred_here[now]
+                score = _score(columns, inverse[now], taken)
+                torch.logical_not(keep_of_lanes(score, pattern.n), out=mine)
+                if taken is not None:
+                    mine |= taken
+            _sweep(columns, errors[now], owed[now, now], torch.mul(mine, inverse[now]))
+        squared += errors.square().sum(0)
         if stop < cols:
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    w.masked_fill_(~keep, 0.0)
+    w.masked_fill_(pruned, 0.0)
     new = w.T.contiguous()
-    ridge = factor.ridge * float((dense - new)[:, ~factor.dead].square().sum())
-    return new, keep.T.contiguous(), max(squared - ridge, 0.0)
+    squared -= factor.ridge * (dense - new).square_() @ (~factor.dead).float()
+    return [
+        Solved(value, keep, max(float(lost.sum()), 0.0))
+        for value, keep, lost in zip(
+            new.split(heights),
+            (~pruned).T.contiguous().split(heights),
+            squared.split(heights),
+            strict=True,
+        )
+    ]
 
 
-def _score(panel: Tensor, diagonal: Tensor, bar: Tensor | None) -> Tensor:
+def _bar(weights: Sequence[Tensor], barred: Sequence[Tensor | None] | None) -> Tensor | None:
+    """(cols, all rows) bool: what must be pruned, None if nothing."""
+    if barred is None or all(bar is None for bar in barred):
+        return None
+    each = [
+        torch.zeros_like(weight, dtype=torch.bool) if bar is None else bar
+        for weight, bar in zip(weights, barred, strict=True)
+    ]
+    return torch.cat(each).T.contiguous()
+
+
+def _score(panel: Tensor, inverse: Tensor, bar: Tensor | None) -> Tensor:
     """w^2 / U_jj^2: what pruning a weight costs."""
-    score = (panel / diagonal).square_()
+    score = (panel * inverse).square_()
     return score if bar is None else score.masked_fill_(bar, BARRED)
 
 
-def _sweep(panel: Tensor, errors: Tensor, u: Tensor, keep: Tensor) -> None:
+def _sweep(panel: Tensor, errors: Tensor, owed: Tensor, share: Tensor) -> None:
     """Go over a panel's columns (its rows here) in order, filling `errors`, updating `panel`.
 
-    A column's error is its current weight over U_jj where pruned, 0 where kept; later columns owe
-    it U_j,later times that.
+    A column's error is its current weight times its share: 1 / U_jj where pruned, 0 where kept.
+    Later columns owe it U_j,later (in `owed`, transposed) times that.
     """
-    share = torch.where(keep, 0, 1 / u.diagonal().unsqueeze(1))
-    gather = u.T.contiguous()
-    for j, (column, error, pruned) in enumerate(zip(panel, errors, share, strict=True)):
+    across = errors.T
+    for j, (column, error, mine, debt) in enumerate(
+        zip(panel.unbind(), errors.unbind(), share.unbind(), owed.unbind(), strict=True)
+    ):
         if j:
-            column.addmv_(errors[:j].T, gather[j, :j], alpha=-1)
-        torch.mul(column, pruned, out=error)
+            column.addmv_(across[:, :j], debt[:j], alpha=-1)
+        torch.mul(column, mine, out=error)
 
 
 def _keep_of_block(

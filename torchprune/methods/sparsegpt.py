@@ -71,16 +71,15 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
     device = gram.device
     if device.type == "mps":  # has no float64
         gram = gram.cpu()
-    hessian = gram.double().mul_(2.0 / max(rows, 1))
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1.0
-    mean, undamped = diagonal.mean(), diagonal.clone()
+    scale, dead = 2.0 / max(rows, 1), gram.diagonal() == 0
     share = damping
     while True:
-        torch.add(undamped, mean, alpha=share, out=diagonal)
-        upper = torch.zeros_like(hessian)
-        if _invert_factor(hessian, upper):
+        hessian = gram.double().mul_(scale)
+        diagonal = hessian.diagonal()
+        diagonal[dead] = 1.0
+        ridge = share * diagonal.mean()
+        diagonal += ridge
+        if _invert_factor(hessian):
             break
         if share >= 1.0:
             raise CalibrationError(
@@ -88,11 +87,11 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
                 f"damping {share:g}; check the calibration data, or give the layer another method"
             )
         share = min(share * 10, 1.0)
-    return Factor(upper.float().to(device), dead.to(device), share, float(share * mean))
+    return Factor(hessian.float().to(device), dead.to(device), share, float(ridge))
 
 
-def _invert_factor(matrix: Tensor, out: Tensor) -> bool:
-    """Fill the upper triangle of `out` with V^-1, where matrix = V V^T and V is upper triangular.
+def _invert_factor(matrix: Tensor) -> bool:
+    """Turn a matrix V V^T, V upper triangular, into V^-1, in place.
 
     By halves, so that products do nearly all the work. Of
 
@@ -111,16 +110,18 @@ def _invert_factor(matrix: Tensor, out: Tensor) -> bool:
         if failed or not bool(lower.diagonal().isfinite().all()):
             return False
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        out.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
+        matrix.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
         return True
     half = size // 2
-    first, last = out[:half, :half], out[half:, half:]
-    if not _invert_factor(matrix[half:, half:], last):
+    first, edge, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    if not _invert_factor(last):
         return False
-    edge = matrix[:half, half:] @ last.T
-    if not _invert_factor(torch.addmm(matrix[:half, :half], edge, edge.T, alpha=-1), first):
+    w = edge @ last.T
+    first.addmm_(w, w.T, alpha=-1)
+    if not _invert_factor(first):
         return False
-    torch.mm(first @ edge, last.neg(), out=out[:half, half:])
+    edge.addmm_(first @ w, last, beta=0, alpha=-1)
+    matrix[half:, :half] = 0
     return True
 
 

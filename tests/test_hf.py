@@ -13,19 +13,8 @@ import pytest
 import torch
 from families import FAMILIES, Family, llama, mixtral, tokens
 from safetensors.torch import load_file
-from test_checkpoint import (
-    HUGGING,
-    Crash,
-    bits,
-    contents,
-    crash,
-    net,
-    output,
-    plain,
-    prune,
-    raw,
-    ties,
-)
+from saved import HUGGING, bits, net, output, plain, prune, raw, ties
+from test_checkpoint import Crash, contents, crash
 from torch import nn
 
 import torchprune

@@ -30,7 +30,7 @@ from torchprune.manifest import (
     write_manifest,
 )
 from torchprune.masking import attach, detach, mask_of
-from torchprune.report import _RUNS, runs_of
+from torchprune.report import keep_runs, runs_of
 from torchprune.selection import layers_of
 from torchprune.skeleton import Skeleton, write_config
 from torchprune.slots import Slot, obstacle, slots_of, ties_of
@@ -257,7 +257,7 @@ def _dress(model: nn.Module, manifest: Manifest, decoded: dict[str, Decoded]) ->
         mask = mask_of(layer.module, layer.tensor)
         assert mask is not None
         mask.reversible, mask.dense = False, read.dense  # pruned values were not stored
-    setattr(model, _RUNS, manifest.runs)
+    keep_runs(model, manifest.runs)
 
 
 def _skeleton(home: Path, manifest: Manifest) -> Skeleton:

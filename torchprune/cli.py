@@ -26,14 +26,13 @@ import torchprune
 from torchprune.errors import MissingExtraError, TorchpruneError
 from torchprune.evaluation import context_of, default_seqlen, perplexity
 from torchprune.manifest import is_saved
+from torchprune.named import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.report import runs_of
 from torchprune.specs import MagnitudeSpec, Override, SparseGPTSpec, Spec, WandaSpec
 from torchprune.synthesis import can_synthesise, synthesise
 from torchprune.text import (
     InputError,
     draw_windows,
-    first_line,
-    looks_like_path,
     read_documents,
     some_documents,
     tokenise,
@@ -63,6 +62,10 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+    def to_torch(self) -> torch.dtype | None:
+        """None stands for the checkpoint's own."""
+        return None if self is Dtype.auto else getattr(torch, self.value)
 
 
 SPECS: dict[Method, type[Spec]] = {
@@ -240,7 +243,7 @@ def prune(
             ignore=ignore or (),
             overrides=overrides,
         )
-        where = _device(device)
+        where = device_of(device)
         if output is None and hf is None:
             output = Path(_directory_name(model, spec))
         _check_free(output, is_saved)
@@ -251,9 +254,9 @@ def prune(
             say(f"{method.value} needs no data: {data} is not read")
 
         say(f"loading {model}")
-        transformers = _transformers(_bars(quiet))
-        net = _load_model(transformers, model, dtype, where)
-        tokenizer = _load_tokenizer(transformers, model, required=reads)
+        transformers = import_transformers(_bars(quiet))
+        net = load_model(transformers, model, dtype.to_torch(), where)
+        tokenizer = load_tokenizer(transformers, model, required=reads)
         batches, note = None, ""
         if spec.needs_data:
             length = _fitting(net, length, say)
@@ -337,9 +340,9 @@ def evaluate(
     with _one_line(debug):
         bars = _bars(quiet or as_json)
         documents = read_documents(text, column, progress=bars)
-        transformers = _transformers(bars)
-        net = _load_model(transformers, model, dtype, _device(device))
-        known = _load_tokenizer(transformers, tokenizer or model, required=True)
+        transformers = import_transformers(bars)
+        net = load_model(transformers, model, dtype.to_torch(), device_of(device))
+        known = load_tokenizer(transformers, tokenizer or model, required=True)
         ids = tokenise(known, documents)
         if windows is not None:
             ids = ids[: windows * (seqlen or default_seqlen(net))]
@@ -405,63 +408,6 @@ def _check_free(directory: Path | None, ours: Callable[[Path], bool]) -> None:
         return
     if not directory.is_dir() or any(directory.iterdir()):
         raise InputError(f"{directory} exists and is no empty directory; name another")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
-    return device
-
-
-def _load_model(transformers: Any, name: str, dtype: Dtype, device: torch.device) -> Any:
-    """A torchprune directory, a transformers directory, or a model from the hub."""
-    wanted = None if dtype is Dtype.auto else getattr(torch, dtype.value)
-    if is_saved(Path(name)):
-        model: Any = torchprune.load(name)
-        return model.to(device=device, dtype=wanted)
-    _check_name(name)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted or "auto", trust_remote_code=False
-        )
-    except Exception as error:  # whatever is wrong, it is with what the user named
-        raise InputError(
-            f"cannot load {name} as a causal language model: {first_line(error)}"
-        ) from error
-    return model.eval().to(device)
-
-
-def _load_tokenizer(transformers: Any, name: str, *, required: bool) -> Any:
-    _check_name(name)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        if not required:
-            return None
-        raise InputError(
-            f"{name} holds no tokenizer that can be loaded ({first_line(error).rstrip(':')})"
-        ) from error
-
-
-def _transformers(bars: bool) -> Any:
-    """The package, with its own progress bars or without."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError("transformers", "cli", "loading a language model") from None
-    switch = "enable_progress_bar" if bars else "disable_progress_bar"
-    getattr(transformers.utils.logging, switch)()
-    return transformers
-
-
-def _check_name(name: str) -> None:
-    if looks_like_path(name) and not Path(name).is_dir():
-        raise InputError(f"no such directory: {name}")
 
 
 def _drawn(

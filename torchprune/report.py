@@ -41,7 +41,12 @@ class RunRecord:
 
 def remember_run(model: nn.Module, run: RunRecord) -> None:
     """Keep a run's record on the model; a deepcopy takes it along."""
-    setattr(model, _RUNS, [*runs_of(model), run])
+    keep_runs(model, [*runs_of(model), run])
+
+
+def keep_runs(model: nn.Module, runs: list[RunRecord]) -> None:
+    """Put a model's whole history of runs on it."""
+    setattr(model, _RUNS, runs)
 
 
 def runs_of(model: nn.Module) -> list[RunRecord]:

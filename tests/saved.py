@@ -1,0 +1,111 @@
+"""What tests of saved models compare."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from families import FAMILIES
+from torch import Tensor, nn
+
+import torchprune
+from torchprune import MagnitudeSpec
+from torchprune.report import runs_of
+
+QUIET: dict[str, Any] = {"progress": False}
+HUGGING = [f for f in FAMILIES.values() if f.name not in ("mlp", "torch_encoder")]
+
+
+# -- what is compared ------------------------------------------------------------------------------
+
+
+def bits(tensor: Tensor) -> tuple[str, tuple[int, ...], list[int]]:
+    """A tensor as its dtype, shape and bytes."""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).tolist()
+
+
+def plain(model: nn.Module) -> nn.Module:
+    return torchprune.fold(copy.deepcopy(model))
+
+
+def ties(model: nn.Module) -> set[frozenset[str]]:
+    names: dict[int, set[str]] = {}
+    for name, parameter in plain(model).named_parameters(remove_duplicate=False):
+        names.setdefault(parameter.data_ptr(), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that a save must bring back, in a form that compares."""
+    folded = plain(model)
+    return {
+        "weights": {k: bits(v) for k, v in folded.state_dict().items()},
+        "buffers": {k: bits(v) for k, v in folded.named_buffers()},
+        "masks": {k: bits(v) for k, v in torchprune.masks(model).items()},
+        "report": torchprune.report(model).to_dict(),
+        "specs": [str(run.spec) for run in runs_of(model)],
+        "ties": ties(model),
+    }
+
+
+def raw(model: nn.Module) -> dict[str, Any]:
+    """A model as it is, masked values and all."""
+    return {
+        **{k: bits(v) for k, v in model.state_dict().items()},
+        "identity": [id(p) for p in model.parameters()],
+        "report": torchprune.report(model).to_dict(),
+    }
+
+
+def output(model: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        out = model(**batch) if isinstance(batch, dict) else model(batch)
+    return next(iter(out.values())) if isinstance(out, dict) else out
+
+
+def prune(model: nn.Module, spec: Any = None, data: Any = None, **options: Any) -> nn.Module:
+    return torchprune.sparsify(model, spec or MagnitudeSpec(), data, **{**QUIET, **options})
+
+
+class Net(nn.Module):
+    """Convolutions, running statistics, a tie, a shared module, a table outside the state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.first = nn.Linear(8, 8)
+        self.again = self.first
+        self.embed = nn.Embedding(8, 8)
+        self.head = nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("table", torch.arange(8.0), persistent=False)
+        self.register_buffer("empty", torch.zeros(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.grouped(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(self.again(torch.relu(self.first(x))) + self.table)
+
+
+def net(seed: int = 0) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Net()
+        with torch.no_grad():
+            model.train()(torch.randn(2, 3, 8, 8))  # running statistics of their own
+    return model.eval()
+
+
+class Box(nn.Module):
+    """Any tensors at all."""
+
+    def __init__(self, held: list[Tensor]) -> None:
+        super().__init__()
+        for i, tensor in enumerate(held):
+            if i % 2 and tensor.is_floating_point():
+                self.register_parameter(f"p{i}", nn.Parameter(tensor))
+            else:
+                self.register_buffer(f"b{i}", tensor)

@@ -52,8 +52,8 @@ class Size:
     goals: tuple[tuple[str, str], ...]  # (method, pattern)
 
 
-FULL = Size(32, 24, tuple((m, p) for m in SPECS for p in ("unstructured", "2:4")))
-QUICK = Size(8, 8, (("magnitude", "unstructured"), ("wanda", "unstructured"), ("sparsegpt", "2:4")))
+FULL = Size(32, 12, tuple((m, p) for m in SPECS for p in ("unstructured", "2:4")))
+QUICK = Size(8, 6, (("magnitude", "unstructured"), ("wanda", "unstructured"), ("sparsegpt", "2:4")))
 
 
 @dataclass(frozen=True)

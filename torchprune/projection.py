@@ -143,7 +143,7 @@ def _smallest(matrix: Tensor, rank: int) -> Tensor:
     """
     if matrix.device.type != "cpu":
         return matrix.kthvalue(rank, dim=1, keepdim=True).values
-    ordered = np.partition(matrix.numpy(), rank - 1, axis=1)
+    ordered = np.partition(matrix.detach().numpy(), rank - 1, axis=1)
     return torch.from_numpy(ordered[:, rank - 1 : rank].copy())
 
 

@@ -53,7 +53,7 @@ class Size:
 
 
 FULL = Size(32, 12, tuple((m, p) for m in SPECS for p in ("unstructured", "2:4")))
-QUICK = Size(8, 6, (("magnitude", "unstructured"), ("wanda", "unstructured"), ("sparsegpt", "2:4")))
+QUICK = Size(6, 4, (("magnitude", "unstructured"), ("wanda", "unstructured"), ("sparsegpt", "2:4")))
 
 
 @dataclass(frozen=True)

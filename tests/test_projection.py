@@ -244,6 +244,11 @@ def test_a_tile_is_barred_only_when_all_of_it_is() -> None:
     assert project(score, Block(1, 2), 0.5, "layer").tolist() == [[False, False, True, True]]
 
 
+def test_ranks_of_very_many_lanes_do_not_wrap_around() -> None:
+    kept = keep_of_lanes(torch.arange(300.0)[:, None], 2)
+    assert kept[:, 0].nonzero().flatten().tolist() == [298, 299]
+
+
 @given(st.integers(2, 40), st.data())
 def test_lanes_rank_like_a_stable_sort(m: int, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, m - 1))

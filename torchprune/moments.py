@@ -25,7 +25,7 @@ class Moments:
     Attributes:
         square: (groups, cols) float32, sum over input rows of x_j^2.
         gram: (groups, cols, cols) float32, sum of x x^T; only the upper triangle is filled until
-            `full_gram`. None where the method does not need it.
+            `finish`. None where the method does not need it.
         rows: input rows seen by each group.
         batches: batches that reached the layer.
         sample: per group, up to SAMPLE_ROWS input rows spread over the batches.

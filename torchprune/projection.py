@@ -160,7 +160,7 @@ def keep_of_lanes(lanes: Tensor, n: int) -> Tensor:
     m * m comparisons: for the small m of N:M patterns far cheaper than sorting.
     """
     m = lanes.shape[0]
-    if m * lanes.numel() <= _FEW:  # all at once: the calls would cost more than the comparisons
+    if m <= 32 and m * lanes.numel() <= _FEW:  # all at once: calls cost more than this
         before = lanes.unsqueeze(0) < lanes.unsqueeze(1)
         earlier = torch.ones(m, m, dtype=torch.bool, device=lanes.device).tril_(-1)
         earlier = earlier.view(m, m, *[1] * (lanes.dim() - 1))

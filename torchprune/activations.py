@@ -9,7 +9,7 @@ every view of it stays what it was.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -35,11 +35,15 @@ class Held:
     Args:
         model: its modules may keep tensors, also ones made on the way.
         dtype: 16-bit dtype to hold float32 activations in, or None to only count.
+
+    Attributes:
+        bytes: what each batch holds, by its index.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self.model, self.dtype = model, dtype
         self.bytes: dict[int, int] = {}
+        self._counted: dict[Hashable, int] = {}
         self._packed: dict[int, list[tuple[torch.UntypedStorage, Tensor]]] = {}
         self._older = {_address(t) for t in gc.get_objects() if issubclass(type(t), Tensor)}
         self._fixed = self._older | self._owned()
@@ -58,8 +62,15 @@ class Held:
             for t in _tensors_in((v for k, v in vars(module).items() if k not in _MACHINERY), 2)
         }
 
-    def store(self, index: int, waiting: greenlet.greenlet) -> None:
-        """Count what a batch holds, now that it waits; pack what the batch before it holds."""
+    def store(self, index: int, waiting: greenlet.greenlet, alike: Hashable) -> None:
+        """Count what a batch holds, now that it waits; pack what the batch before it holds.
+
+        Args:
+            alike: to only count, one batch is looked at of those that are equal in this.
+        """
+        if self.dtype is None and alike in self._counted:
+            self.bytes[index] = self._counted[alike]
+            return
         found = {
             _address(t): t
             for frame in _frames(waiting.gr_frame)
@@ -68,6 +79,7 @@ class Held:
         mine = {address: t for address, t in found.items() if address not in self._fixed}
         self.bytes[index] = sum(t.untyped_storage().nbytes() for t in mine.values())
         if self.dtype is None:
+            self._counted[alike] = self.bytes[index]
             return
         self._pack_next(apart_from=found)
         self._next = index, mine
@@ -101,7 +113,7 @@ class Held:
         self.restore(index)
         yield
         if self.dtype is not None:
-            self.store(index, waiting)
+            self.store(index, waiting, None)
 
     def restore(self, index: int) -> None:
         """Give a batch its activations back, before it goes on."""

@@ -29,6 +29,11 @@ class Batch:
         """The tensors the batch was made of."""
         yield from (v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
 
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """The shapes of those tensors."""
+        return tuple(tensor.shape for tensor in self.tensors())
+
     def token_mask(
         self, shape: torch.Size, module_name: str, *, encoder_decoder: bool
     ) -> Tensor | None:

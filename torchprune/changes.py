@@ -1,12 +1,14 @@
 """Changing a model, all or nothing: every layer becomes pruned, or stays what it was.
 
 Memory is what large models lack, so nothing is held twice while batches wait: masks rest as one bit
-a weight until the end, and weights that a method overwrites rest in a temporary file.
+a weight until the end, and weights that a method overwrites rest in a temporary file. All those
+bits have one tensor from the start: many that come one by one would settle between the
+activations, and leave holes there that nothing fits in any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 
 from torchprune.ambient import exact
-from torchprune.masking import Record, attach, detach
+from torchprune.masking import Record, attach, detach, masked
+from torchprune.packing import packed_size
 from torchprune.plan import Target
 from torchprune.spool import Spool
 
@@ -38,17 +41,17 @@ class _Edit:
     `settle` then puts the original back under the mask.
     """
 
-    def __init__(self, change: Change, spool: Spool, *, keep_dense: bool) -> None:
-        self.change, self.spool = change, spool
+    def __init__(self, change: Change, room: Tensor, spool: Spool, *, keep_dense: bool) -> None:
+        self.change, self.room, self.spool = change, room, spool
         weight, mask = change.target.weight, change.target.mask
         self.data, self.place, self.dense = weight.data, -1, None
         self.mask_before = None if mask is None else mask.snapshot()
         if change.values is None:
-            weight.data = torch.where(change.mask, self.data, 0)
+            weight.data = masked(self.data, change.mask)
             return
         if keep_dense and (mask is None or mask.reversible):
             self.dense = self.data.clone()
-        new = torch.where(change.mask, change.values, 0)
+        new = masked(change.values, change.mask)
         if self.data.is_contiguous():
             self.place = spool.put(self.data)
             self.data.copy_(new)
@@ -64,7 +67,7 @@ class _Edit:
         mask = change.target.mask
         assert mask is not None
         if self.mask_before is None:
-            mask.compress()
+            mask.compress(self.room)
         change.mask, change.values = mask.mask, None  # while bits are all that is held, empty
 
     def finish(self) -> None:
@@ -90,14 +93,16 @@ class _Edit:
 class Changes:
     """Changes to a model that all stay, or all go. Made by `all_or_nothing`."""
 
-    def __init__(self, spool: Spool, *, keep_dense: bool) -> None:
+    def __init__(self, targets: Sequence[Target], spool: Spool, *, keep_dense: bool) -> None:
         self._spool, self._keep_dense = spool, keep_dense
+        self._rooms = _rooms(targets)
         self._edits: list[_Edit] = []
         self._settled = 0
 
     def stage(self, change: Change) -> None:
         """Make a layer act pruned from now on."""
-        self._edits.append(_Edit(change, self._spool, keep_dense=self._keep_dense))
+        room = self._rooms[change.target.layer.key]
+        self._edits.append(_Edit(change, room, self._spool, keep_dense=self._keep_dense))
 
     def settle(self) -> None:
         """Attach the masks of what is staged: no batch is about to run through it."""
@@ -120,11 +125,25 @@ class Changes:
                 edit.undo()
 
 
+def _rooms(targets: Sequence[Target]) -> dict[str, Tensor]:
+    """Where each layer's mask rests as bits: parts of one uint8 tensor a device."""
+    shares: dict[torch.device, list[Target]] = {}
+    for target in targets:
+        shares.setdefault(target.weight.device, []).append(target)
+    rooms: dict[str, Tensor] = {}
+    for device, some in shares.items():
+        sizes = [packed_size(target.weight.numel()) for target in some]
+        with exact():  # whatever the caller's modes: no inference tensor
+            shelf = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        rooms |= {t.layer.key: r for t, r in zip(some, shelf.split(sizes), strict=True)}
+    return rooms
+
+
 @contextmanager
-def all_or_nothing(*, keep_dense: bool) -> Iterator[Changes]:
-    """Changes made inside stay if it ends well; after any error every layer is as it was."""
+def all_or_nothing(targets: Sequence[Target], *, keep_dense: bool) -> Iterator[Changes]:
+    """Changes to these layers stay if the block ends well; after any error all are as they were."""
     with Spool() as spool:
-        changes = Changes(spool, keep_dense=keep_dense)
+        changes = Changes(targets, spool, keep_dense=keep_dense)
         try:
             yield changes
             changes.finish()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchprune.changes import Change
 from torchprune.errors import CalibrationError
-from torchprune.masking import Record
+from torchprune.masking import Record, masked
 from torchprune.methods.magnitude import magnitude_score
 from torchprune.methods.sparsegpt import Factor, factorise, sparsegpt
 from torchprune.methods.wanda import wanda_score
@@ -175,7 +175,7 @@ def _solved_together(
 def groups_of(target: Target) -> Tensor:
     """(groups, rows, cols): a target's weights as they act now, zero where already masked."""
     weight, mask = target.weight.detach(), target.mask
-    return target.view.to_matrix(weight if mask is None else torch.where(mask.mask, weight, 0))
+    return target.view.to_matrix(weight if mask is None else masked(weight, mask.mask))
 
 
 def _barred(target: Target) -> Tensor | None:

@@ -10,6 +10,8 @@ Defined behaviour at the edges:
   first is pruned first, on the batches that wait at it. A batch that arrives later runs through.
 - A layer reached again in the same forward was pruned at its first use, on those inputs.
 - A layer no batch reaches is never yielded.
+- Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
+  then reads something else, or is not called, `Unforeseen` is raised: begin again without.
 - Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
 - An error in any batch ends the calibration; hooks are gone and the error is the model's own.
 """
@@ -17,7 +19,7 @@ Defined behaviour at the edges:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +32,7 @@ from torchprune import ambient, experts
 from torchprune.activations import Held
 from torchprune.batches import Batch
 from torchprune.errors import CalibrationError
+from torchprune.foresight import Foresight
 from torchprune.moments import SAMPLE_ROWS, Moments
 from torchprune.plan import Target
 from torchprune.weights import ConvNd, geometry, input_rows, is_fused_experts
@@ -57,26 +60,46 @@ class _Read:
     rows: Rows
 
 
-@dataclass(eq=False)
-class _Gathered:
-    """Statistics, and the very tensors, by batch, that they were taken from."""
+class _Sources:
+    """The very tensors, one a batch, that statistics were taken from."""
 
-    moments: Moments
-    geometry: object
-    sources: dict[int, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def add(self, batch: int, x: Tensor) -> None:
+        """Note a batch's tensor as it is now."""
+        self._tensors[batch] = weakref.ref(x), _version(x)
 
     def holds(self, batch: int, x: Tensor | None) -> bool:
-        """Whether a batch's tensor, unchanged since, is already counted."""
-        ref, version = self.sources.get(batch, (None, -1))
+        """Whether this is the batch's tensor, unchanged since."""
+        ref, version = self._tensors.get(batch, (None, -1))
         return x is not None and ref is not None and ref() is x and _version(x) == version
+
+    def batches(self) -> set[int]:
+        """The batches that have one."""
+        return set(self._tensors)
 
     def alive(self) -> bool:
         """Whether the tensors may still be read by another layer."""
-        return any(ref() is not None for ref, _ in self.sources.values())
+        return any(ref() is not None for ref, _ in self._tensors.values())
+
+
+@dataclass(eq=False)
+class _Gathered:
+    """Statistics, what they were taken from, and the layer that was first to read it."""
+
+    moments: Moments
+    geometry: object
+    first: int
+    sources: _Sources = field(default_factory=_Sources)
 
 
 class _AllReached(BaseException):
     """Unwinds a block's dense pass once its last layer has been reached. Not an error."""
+
+
+class Unforeseen(BaseException):
+    """A layer pruned by foresight reads other tensors than foreseen. Not an error of the model."""
 
 
 class Calibration:
@@ -87,7 +110,10 @@ class Calibration:
         targets: the layers to stop at.
         batches: one coroutine each.
         gram: whether methods need the second moment, or only sums of squares.
-        blocks: modules whose targets are pruned together and which then run again.
+        blocks: the model's repeated blocks by name.
+        twice: prune a block's targets together, on what they read in its dense pass, and run the
+            block again.
+        foresee: prune layers of a block together that are expected to read the same tensors.
         hold: 16-bit dtype in which waiting batches hold float32 activations, or None.
     """
 
@@ -98,17 +124,19 @@ class Calibration:
         batches: Sequence[Batch],
         *,
         gram: bool,
-        blocks: Sequence[nn.Module] = (),
+        blocks: Mapping[str, nn.Module],
+        twice: bool = False,
+        foresee: bool = True,
         hold: torch.dtype | None = None,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
-        self.gram, self.blocks = gram, list(blocks)
+        self.gram, self.blocks = gram, list(blocks.values()) if twice else []
         self.usage = Usage()
         self._held = Held(model, hold)
         self._encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
-        self._current = 0
+        self._current = self._place = 0
         self._pausing = True
         self._done: set[int] = set()
         self._waiting: dict[int, list[int]] = {}  # place -> batches; a place is a target's index
@@ -117,6 +145,9 @@ class Calibration:
         self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._shareable: list[_Gathered] = []
+        self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
+        self._promised: dict[int, _Sources] = {}  # foreseen target -> what it is expected to read
+        self._end = len(self.targets)  # the place where batches wait that nobody needs any more
         self._runs: list[greenlet.greenlet] = []
         self._stack = ExitStack()
 
@@ -152,21 +183,25 @@ class Calibration:
             for index in moving:
                 self._resume(index)
             self._held.end_round()
-            self._shareable = [g for g in self._shareable if g.alive()]
+            self._shareable = [g for g in self._shareable if g.sources.alive()]
             self._measure_held()
-            if not self._waiting:
-                return
-            place = min(self._waiting)
+            place = min(self._waiting, default=self._end)
+            if place == self._end:
+                break
             moving = self._waiting.pop(place)
             ready = [i for i in self._members[place] if i in self._reads or i in self._gathered]
             stop = [(self.targets[i], self._complete(i)) for i in ready]
+            stop += self._foreseen(place)
             self._done.update(self._members[place])
             for i in ready:
                 del self._gathered[i]  # a second moment is large; `_shareable` keeps what is needed
             yield stop
             del stop
-            if len(self._done) == len(self.targets):
-                return
+            if not self._needs(moving):
+                break
+        for index, sources in self._promised.items():
+            if self._counted[index] != sources.batches():
+                raise Unforeseen
 
     def collect(self) -> Stop:
         """Run every batch through the dense model, then give all statistics at once."""
@@ -174,7 +209,7 @@ class Calibration:
         for index in range(len(self.batches)):
             self._current = index
             self._forward()
-            self._shareable = [g for g in self._shareable if g.alive()]
+            self._shareable = [g for g in self._shareable if g.sources.alive()]
         return [(self.targets[i], self._complete(i)) for i in sorted(self._gathered)]
 
     # -- running ---------------------------------------------------------------------------------
@@ -190,11 +225,20 @@ class Calibration:
         self._held.restore(index)
         run.switch()
         if not run.dead:
-            self._held.store(index, run)
+            self._held.store(index, run, (self._place, self.batches[index].shapes))
+
+    def _needs(self, batches: Sequence[int]) -> bool:
+        """Whether a layer is still to be pruned, or a promise of these batches to be kept."""
+        return len(self._done) < len(self.targets) or any(
+            batch in sources.batches() - self._counted[index]
+            for index, sources in self._promised.items()
+            for batch in batches
+        )
 
     def _pause(self, place: int) -> None:
         """In a coroutine: wait until the driver has pruned this place."""
         self._waiting.setdefault(place, []).append(self._current)
+        self._place = place
         with ambient.restored(self._outer):
             self._driver.switch()
 
@@ -243,8 +287,15 @@ class Calibration:
     def _reached(self, index: int, read: _Read, pauses: bool) -> None:
         """A batch is about to run a layer."""
         if index in self._done:
-            if read.batch in self._counted.get(index, ()):
+            counted, promised = self._counted.get(index, set()), self._promised.get(index)
+            if read.batch in counted:
                 self.usage.revisited.add(self.targets[index].name)
+            elif promised is not None:
+                if not promised.holds(read.batch, read.x):
+                    raise Unforeseen
+                counted.add(read.batch)
+                if not self._needs([read.batch]):
+                    self._pause(self._end)
             return
         if pauses and self._pausing:
             self._reads.setdefault(index, []).append(read)
@@ -284,7 +335,7 @@ class Calibration:
         view, device = target.view, target.weight.device
         with ambient.exact():  # a forward in inference mode must not make them inference tensors
             moments = Moments.empty(view.groups, view.cols, device, gram=self.gram)
-        gathered = _Gathered(moments, geometry(target.layer.module))
+        gathered = _Gathered(moments, geometry(target.layer.module), index)
         self._shareable.append(gathered)
         return gathered
 
@@ -293,7 +344,7 @@ class Calibration:
         with ambient.exact():
             gathered.moments.add(read.rows(), sample)
         if read.x is not None:
-            gathered.sources[read.batch] = (weakref.ref(read.x), _version(read.x))
+            gathered.sources.add(read.batch, read.x)
 
     def _matching(self, index: int, reads: Sequence[_Read], *, whole: bool) -> _Gathered | None:
         """Statistics of another layer that were taken from exactly these tensors."""
@@ -301,8 +352,8 @@ class Calibration:
         for gathered in self._shareable:
             if (
                 gathered.geometry == shape
-                and all(gathered.holds(r.batch, r.x) for r in reads)
-                and (not whole or len(gathered.sources) == len(reads))
+                and all(gathered.sources.holds(r.batch, r.x) for r in reads)
+                and (not whole or len(gathered.sources.batches()) == len(reads))
             ):
                 return gathered
         return None
@@ -315,7 +366,9 @@ class Calibration:
             gathered = shared or self._fresh(index)
             self._gathered[index] = gathered
             self._counted[index] = {read.batch for read in reads}
-            if shared is None:
+            if shared is not None:
+                self._foresight.learn(shared.first, index)
+            else:
                 for read in reads:
                     with self._held.at_hand(read.batch, self._runs[read.batch]):
                         self._count(gathered, read)
@@ -328,18 +381,32 @@ class Calibration:
             )
         return moments
 
+    def _foreseen(self, place: int) -> Stop:
+        """The layers expected to read what the layer at this place reads, with its statistics."""
+        gathered = self._gathered.get(place)
+        if gathered is None:
+            return []
+        taken = self._done | self._reads.keys()  # pruned, or some batch waits at it already
+        siblings = [i for i in self._foresight.siblings(place) if i not in taken]
+        for index in siblings:
+            self._promised[index], self._counted[index] = gathered.sources, set()
+        self._done.update(siblings)
+        return [(self.targets[i], gathered.moments) for i in siblings]
+
     def _add_running(self, index: int, read: _Read) -> None:
         """Count a read at once: the batch will not wait here."""
         gathered = self._gathered.get(index)
         if gathered is None:
             gathered = self._matching(index, [read], whole=False) or self._fresh(index)
             self._gathered[index] = gathered
-        elif read.batch in gathered.sources and not gathered.holds(read.batch, read.x):
+        elif read.batch in gathered.sources.batches() and not gathered.sources.holds(
+            read.batch, read.x
+        ):
             self.usage.revisited.add(self.targets[index].name)
-        if gathered.holds(read.batch, read.x):
+        if gathered.sources.holds(read.batch, read.x):
             return
         borrowed = [i for i, g in self._gathered.items() if g is gathered and i != index]
-        if borrowed and read.batch in gathered.sources:
+        if borrowed and read.batch in gathered.sources.batches():
             raise CalibrationError(
                 f"{self.targets[index].name} reads the same tensor as "
                 f"{self.targets[borrowed[0]].name} in some batches and another in others; use "

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer dtype that holds the bits of an element, by its size in bytes."""
 
 _CHUNK = 1 << 24
@@ -31,12 +31,12 @@ def packed_size(count: int) -> int:
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether tensors of this dtype can be packed."""
-    return dtype.itemsize in _WORDS
+    return dtype.itemsize in WORDS
 
 
 def as_words(tensor: Tensor) -> Tensor:
     """The tensor's bit patterns as integers of the element's size, flat, row-major."""
-    return tensor.detach().reshape(-1).contiguous().view(_WORDS[tensor.dtype.itemsize])
+    return tensor.detach().reshape(-1).contiguous().view(WORDS[tensor.dtype.itemsize])
 
 
 def nonzero_bits(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torchprune.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.changes import Changes, all_or_nothing
 from torchprune.decide import Decider, by_magnitude
 from torchprune.errors import CalibrationError, SpecError
-from torchprune.lockstep import Calibration
+from torchprune.lockstep import Calibration, Unforeseen
 from torchprune.plan import Plan, make_plan
 from torchprune.report import RunRecord, remember_run
 from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
@@ -69,14 +70,29 @@ def sparsify(
     _check_weights(plan, finite=isinstance(spec, SparseGPTSpec))
     run = RunRecord(spec=spec, skipped=dict(plan.skipped))
     if isinstance(spec, MagnitudeSpec):
-        with ambient.exact(), all_or_nothing(keep_dense=keep_dense) as changes:
+        with ambient.exact(), all_or_nothing(plan.targets, keep_dense=keep_dense) as changes:
             for change in by_magnitude(plan.targets, spec):
                 changes.stage(change)
                 changes.settle()
     else:
         batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run)
-        with all_or_nothing(keep_dense=keep_dense) as changes:
-            _calibrate(model, plan, spec, batches, changes, run, hold=hold, progress=progress)
+        for foresee in (True, False):
+            with (
+                suppress(Unforeseen),
+                all_or_nothing(plan.targets, keep_dense=keep_dense) as changes,
+            ):
+                calibration = Calibration(
+                    model,
+                    plan.targets,
+                    batches,
+                    gram=isinstance(spec, SparseGPTSpec),
+                    blocks=plan.blocks,
+                    twice=spec.sequential == "block",
+                    foresee=foresee,
+                    hold=hold,
+                )
+                _calibrate(calibration, plan, spec, changes, run, progress=progress)
+                break
     remember_run(model, run)
     for warning in run.warnings:
         warnings.warn(warning, stacklevel=2)
@@ -84,27 +100,17 @@ def sparsify(
 
 
 def _calibrate(
-    model: nn.Module,
+    calibration: Calibration,
     plan: Plan,
     spec: WandaSpec | SparseGPTSpec,
-    batches: list[Batch],
     changes: Changes,
     run: RunRecord,
     *,
-    hold: torch.dtype | None,
     progress: bool,
 ) -> None:
     """Run the batches in lockstep; at each stop decide the layers' changes and stage them."""
-    decider = Decider(spec, len(batches))
+    decider = Decider(spec, len(calibration.batches))
     waiting = {target.layer.key: target for target in plan.targets}
-    calibration = Calibration(
-        model,
-        plan.targets,
-        batches,
-        gram=isinstance(spec, SparseGPTSpec),
-        blocks=list(plan.blocks.values()) if spec.sequential == "block" else (),
-        hold=hold,
-    )
     bar = tqdm(total=len(waiting), desc=spec.method, unit="layer", disable=not progress)
     with calibration, bar:
         stops = iter([calibration.collect()]) if spec.sequential == "none" else calibration.stops()
@@ -119,7 +125,7 @@ def _calibrate(
     with ambient.exact():
         for target in waiting.values():
             changes.stage(decider.unreached(target))
-    run.finish(batches=len(batches), usage=calibration.usage)
+    run.finish(batches=len(calibration.batches), usage=calibration.usage)
     run.warnings.extend(decider.warnings)
 
 
@@ -150,8 +156,11 @@ def _calibration_batches(
 def _check_weights(plan: Plan, *, finite: bool) -> None:
     for target in plan.targets:
         weight = target.weight.detach()
-        bad = ~weight.isfinite() if finite else weight.isnan()
-        if bool(bad.any()):
+        if weight.element_size() == 1:  # eight-bit floats cannot be compared
+            weight = weight.float()
+        extremes = torch.stack(weight.aminmax())  # both NaN if any weight is, and one pass
+        if bool((~extremes.isfinite() if finite else extremes.isnan()).any()):
+            bad = ~weight.isfinite() if finite else weight.isnan()
             what = "inf or NaN" if finite else "NaN"
             raise SpecError(
                 f"{target.name}: its weight holds {what} at {int(bad.sum())} of {weight.numel()} "

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import SparseGPTSpec, WandaSpec
-from torchprune.methods.sparsegpt import factorise, sparsegpt
+from torchprune.methods.factor import factorise
+from torchprune.methods.sparsegpt import sparsegpt
 from torchprune.methods.wanda import wanda_score
 from torchprune.moments import Moments
 from torchprune.projection import project

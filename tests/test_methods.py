@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune.errors import CalibrationError, SpecError
+from torchprune.methods.factor import Factor, factorise
 from torchprune.methods.magnitude import magnitude_score
-from torchprune.methods.sparsegpt import Factor, factorise, sparsegpt
+from torchprune.methods.sparsegpt import sparsegpt
 from torchprune.methods.wanda import wanda_score
 from torchprune.moments import Moments
 from torchprune.patterns import NM, Block, Pattern, Unstructured
@@ -647,9 +648,9 @@ def test_the_factor_inverts_the_damped_hessian() -> None:
 @pytest.mark.parametrize("cols", [1, 2, 9, 20, 300])
 def test_a_factor_made_by_halves_is_the_same(cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = natural_inputs(2 * cols + 3, cols, 1)
-    monkeypatch.setattr("torchprune.methods.sparsegpt._INVERT_DIRECTLY", 1 << 20)
+    monkeypatch.setattr("torchprune.methods.factor._INVERT_DIRECTLY", 1 << 20)
     whole = factorise(second_moment(x), len(x), 0.01, "layer")
-    monkeypatch.setattr("torchprune.methods.sparsegpt._INVERT_DIRECTLY", 2)
+    monkeypatch.setattr("torchprune.methods.factor._INVERT_DIRECTLY", 2)
     halved = factorise(second_moment(x), len(x), 0.01, "layer")
     assert torch.equal(halved.upper, halved.upper.triu())
     torch.testing.assert_close(halved.upper, whole.upper)
@@ -658,7 +659,7 @@ def test_a_factor_made_by_halves_is_the_same(cols: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("leaf", [1, 192])
 def test_every_part_of_a_factor_can_fail(leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchprune.methods.sparsegpt._INVERT_DIRECTLY", leaf)
+    monkeypatch.setattr("torchprune.methods.factor._INVERT_DIRECTLY", leaf)
     for at in range(0, 6, 2):
         gram = torch.eye(6)
         gram[at, at + 1] = gram[at + 1, at] = 5.0  # not positive definite, whatever the damping

@@ -78,6 +78,17 @@ def exact() -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations too small to share: waking threads for them costs more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, no key-value caches, plain Python forwards; all restored at the end."""
     training = [module for module in model.modules() if module.training]

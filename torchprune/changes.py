@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from torchprune.ambient import exact
-from torchprune.masking import Record, attach, detach, masked
-from torchprune.packing import packed_size
+from torchprune.masking import Record, attach, detach
+from torchprune.packing import masked, packed_size
 from torchprune.plan import Target
 from torchprune.spool import Spool
 

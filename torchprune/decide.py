@@ -10,11 +10,13 @@ from torch import Tensor
 
 from torchprune.changes import Change
 from torchprune.errors import CalibrationError
-from torchprune.masking import Record, masked
+from torchprune.masking import Record
+from torchprune.methods.factor import Factor, factorise
 from torchprune.methods.magnitude import magnitude_score
-from torchprune.methods.sparsegpt import Factor, factorise, sparsegpt
+from torchprune.methods.sparsegpt import sparsegpt
 from torchprune.methods.wanda import wanda_score
 from torchprune.moments import Moments
+from torchprune.packing import masked
 from torchprune.plan import Target
 from torchprune.projection import BARRED, project_each
 from torchprune.specs import Goal, MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, did_you_mean
-from torchprune.packing import WORDS, pack_bits, unpack_bits
+from torchprune.packing import masked, pack_bits, unpack_bits
 from torchprune.selection import Layer, layers_of, tied_to
 
 
@@ -93,16 +93,6 @@ class Mask(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         # Identity, so that registering a mask keeps the masked values: pruning can be taken back.
         return weight
-
-
-def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """`where(mask, weight, 0)` to the bit, without a gradient.
-
-    The weight's bits are multiplied by 0 or 1 as whole numbers, which leaves no trace of what was
-    there, be it inf or NaN, and is 16 to 30 times as fast as `where` on a CPU.
-    """
-    words = WORDS[weight.element_size()]
-    return (weight.detach().view(words) * mask).view(weight.dtype)
 
 
 def laid_out_like(mask: Tensor, weight: Tensor) -> Tensor:

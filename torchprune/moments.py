@@ -15,7 +15,7 @@ SAMPLE_ROWS = 256
 """Input rows kept per group to measure the output error where no second moment is collected."""
 
 _CHUNK = 8192
-_PANELS = 6
+_PANELS = 8
 
 
 @dataclass(eq=False)
@@ -84,20 +84,21 @@ class Moments:
         return torch.cat(self.sample[group]) if self.sample[group] else None
 
 
-def _panels(cols: int) -> Iterator[tuple[int, int]]:
-    width = max(64, -(-cols // _PANELS))
+def panels(cols: int, count: int) -> Iterator[tuple[int, int]]:
+    """Starts and stops of about so many equal runs of columns, none of them very narrow."""
+    width = max(64, -(-cols // count))
     return ((start, min(start + width, cols)) for start in range(0, cols, width))
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
     """gram += x^T x on and above the diagonal: a few panels do little more than half the work."""
-    for start, stop in _panels(x.shape[1]):
+    for start, stop in panels(x.shape[1], _PANELS):
         gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
 
 def _mirror(gram: Tensor) -> None:
     """Copy what is above the diagonal below it."""
-    for start, stop in _panels(len(gram)):
+    for start, stop in panels(len(gram), _PANELS):
         square = gram[start:stop, start:stop]
         square.copy_(square.triu() + square.triu(1).T)
         gram[stop:, start:stop] = gram[start:stop, stop:].T

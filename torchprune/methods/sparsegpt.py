@@ -20,7 +20,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from torchprune.errors import CalibrationError
+from torchprune.ambient import one_thread
+from torchprune.methods.factor import Factor
+from torchprune.packing import masked
 from torchprune.patterns import NM, Block, Pattern, Unstructured, prune_count
 from torchprune.projection import (
     BARRED,
@@ -31,98 +33,8 @@ from torchprune.projection import (
     tile_scores,
 )
 
-_INVERT_DIRECTLY = 192
 _LEAF = 32
 """Columns that are swept one by one before their errors reach the rest by a matrix product."""
-
-
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """The factorised inverse Hessian of one set of inputs, shared by all layers reading them.
-
-    Attributes:
-        upper: (cols, cols) float32 U, with U^T U = (H + damping)^-1.
-        dead: (cols,) bool, inputs that were always zero.
-        damping: the damping that succeeded, as a share of the mean diagonal.
-        ridge: what was added to the diagonal of H = 2/n sum of x x^T.
-    """
-
-    upper: Tensor
-    dead: Tensor
-    damping: float
-    ridge: float
-
-
-def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
-    """U from the second moment. Escalates the damping tenfold, up to 1, if H is not positive.
-
-    H^-1 = U^T U with U upper triangular is the inverse of the factor V in H = V V^T, V upper. It is
-    computed in float64: against the accumulation of the gram its cost is small, and it saves most
-    of the cases that single precision would need more damping for.
-
-    Args:
-        gram: (cols, cols) float32 sum of x x^T.
-        rows: number of x summed.
-        damping: share of the mean diagonal added to it.
-
-    Raises:
-        CalibrationError: naming the layer, if no damping up to 1 helps.
-    """
-    device = gram.device
-    if device.type == "mps":  # has no float64
-        gram = gram.cpu()
-    scale, dead = 2.0 / max(rows, 1), gram.diagonal() == 0
-    share = damping
-    while True:
-        hessian = gram.double().mul_(scale)
-        diagonal = hessian.diagonal()
-        diagonal[dead] = 1.0
-        ridge = share * diagonal.mean()
-        diagonal += ridge
-        if _invert_factor(hessian):
-            break
-        if share >= 1.0:
-            raise CalibrationError(
-                f"{name}: the second moment of its inputs could not be factorised even with "
-                f"damping {share:g}; check the calibration data, or give the layer another method"
-            )
-        share = min(share * 10, 1.0)
-    return Factor(hessian.float().to(device), dead.to(device), share, float(ridge))
-
-
-def _invert_factor(matrix: Tensor) -> bool:
-    """Turn a matrix V V^T, V upper triangular, into V^-1, in place.
-
-    By halves, so that products do nearly all the work. Of
-
-        [A  B]   [V1 W ] [V1^T     ]
-        [.  C] = [   V2] [W^T  V2^T]
-
-    C gives V2, then W = B V2^-T, then A - W W^T gives V1; the corner of V^-1 is -V1^-1 W V2^-1.
-
-    Returns:
-        whether it worked: False if the matrix is not positive definite in this precision.
-    """
-    size = len(matrix)
-    if size <= _INVERT_DIRECTLY:
-        # V is an ordinary Cholesky factor with the order of columns reversed both ways.
-        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-        if failed or not bool(lower.diagonal().isfinite().all()):
-            return False
-        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        matrix.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
-        return True
-    half = size // 2
-    first, edge, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
-    if not _invert_factor(last):
-        return False
-    w = edge @ last.T
-    first.addmm_(w, w.T, alpha=-1)
-    if not _invert_factor(first):
-        return False
-    edge.addmm_(first @ w, last, beta=0, alpha=-1)
-    matrix[half:, :half] = 0
-    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,13 +83,12 @@ def sparsegpt(
     pruned = torch.empty_like(w, dtype=torch.bool)
     unit = pattern.m if isinstance(pattern, NM) else getattr(pattern, "cols", 1)
     width = -(-block_size // unit) * unit
-    leaf = unit if isinstance(pattern, NM) else _LEAF
     for start in range(0, cols, width):
         stop = min(start + width, cols)
         panel, gone = w[start:stop], pruned[start:stop]
         barred_here = None if bar is None else bar[start:stop]
         block = upper[start:stop, start:stop]
-        owed, inverse = block.T.contiguous(), 1 / block.diagonal().unsqueeze(1)
+        inverse = 1 / block.diagonal().unsqueeze(1)
         if not isinstance(pattern, NM):
             score = _score(panel, inverse, barred_here)
             at = 0
@@ -189,30 +100,19 @@ def sparsegpt(
                 at += rows
             if barred_here is not None:
                 gone.logical_or_(barred_here)
-        errors = torch.empty_like(panel)
-        for at in range(0, stop - start, leaf):
-            now = slice(at, at + leaf)
-            columns, mine = panel[now], gone[now]
-            if at:
-                columns.addmm_(owed[now, :at], errors[:at], alpha=-1)
-            if isinstance(pattern, NM):
-                taken = None if barred_here is None else barred_here[now]
-                score = _score(columns, inverse[now], taken)
-                torch.logical_not(keep_of_lanes(score, pattern.n), out=mine)
-                if taken is not None:
-                    mine |= taken
-            _sweep(columns, errors[now], owed[now, now], torch.mul(mine, inverse[now]))
+        with one_thread():
+            errors = _solve_block(panel, gone, block, inverse, pattern, barred_here)
         squared += errors.square().sum(0)
         if stop < cols:
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    w.masked_fill_(pruned, 0.0)
-    new = w.T.contiguous()
+    keep = (~pruned).T.contiguous()
+    new = masked(w.T.contiguous(), keep)
     squared -= factor.ridge * (dense - new).square_() @ (~factor.dead).float()
     return [
-        Solved(value, keep, max(float(lost.sum()), 0.0))
-        for value, keep, lost in zip(
+        Solved(value, mask, max(float(lost.sum()), 0.0))
+        for value, mask, lost in zip(
             new.split(heights),
-            (~pruned).T.contiguous().split(heights),
+            keep.split(heights),
             squared.split(heights),
             strict=True,
         )
@@ -234,6 +134,42 @@ def _score(panel: Tensor, inverse: Tensor, bar: Tensor | None) -> Tensor:
     """w^2 / U_jj^2: what pruning a weight costs."""
     score = (panel * inverse).square_()
     return score if bar is None else score.masked_fill_(bar, BARRED)
+
+
+def _solve_block(
+    panel: Tensor,
+    gone: Tensor,
+    upper: Tensor,
+    inverse: Tensor,
+    pattern: Pattern,
+    bar: Tensor | None,
+) -> Tensor:
+    """Sweep a block of columns (rows of `panel` here), updating `panel`.
+
+    Args:
+        gone: bool like `panel`, the weights to prune; filled here if the pattern is n:m.
+        upper: the block of U on the diagonal.
+        inverse: (columns, 1) 1 / U_jj.
+        bar: bool like `panel`, what an n:m pattern must prune.
+
+    Returns:
+        the errors of the columns, like `panel`.
+    """
+    owed, errors = upper.T.contiguous(), torch.empty_like(panel)
+    leaf = pattern.m if isinstance(pattern, NM) else _LEAF
+    for at in range(0, len(panel), leaf):
+        now = slice(at, at + leaf)
+        columns, mine = panel[now], gone[now]
+        if at:
+            columns.addmm_(owed[now, :at], errors[:at], alpha=-1)
+        if isinstance(pattern, NM):
+            taken = None if bar is None else bar[now]
+            score = _score(columns, inverse[now], taken)
+            torch.logical_not(keep_of_lanes(score, pattern.n), out=mine)
+            if taken is not None:
+                mine |= taken
+        _sweep(columns, errors[now], owed[now, now], torch.mul(mine, inverse[now]))
+    return errors
 
 
 def _sweep(panel: Tensor, errors: Tensor, owed: Tensor, share: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchprune.packing import (
     as_words,
     can_pack,
+    masked,
     nonzero_bits,
     pack_bits,
     pack_values,
@@ -101,6 +102,18 @@ def test_values_come_back_on_the_mask(tensor: Tensor, random: object) -> None:
     kept = mask.reshape(-1).tolist()
     expected = [word if keep else 0 for word, keep in zip(bits_of(tensor), kept, strict=True)]
     assert bits_of(back) == expected
+
+
+@given(tensors(), st.randoms(use_true_random=False))
+def test_masking_keeps_bits_and_leaves_plain_zeros(tensor: Tensor, random: object) -> None:
+    seed = random.getrandbits(32)  # type: ignore[attr-defined]
+    mask = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    before = bits_of(tensor)
+    found = masked(tensor, mask)
+    assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+    kept = mask.reshape(-1).tolist()
+    assert bits_of(found) == [word if keep else 0 for word, keep in zip(before, kept, strict=True)]
+    assert bits_of(tensor) == before
 
 
 @given(tensors())

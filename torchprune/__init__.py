@@ -11,6 +11,7 @@
 from torchprune.checkpoint import load, load_into, save
 from torchprune.errors import TorchpruneError
 from torchprune.evaluation import perplexity
+from torchprune.lowering import lift, lower, plan_lowering
 from torchprune.masking import apply_masks, densify, fold, masks
 from torchprune.patterns import NM, Block, Unstructured
 from torchprune.report import report
@@ -30,10 +31,13 @@ __all__ = [
     "apply_masks",
     "densify",
     "fold",
+    "lift",
     "load",
     "load_into",
+    "lower",
     "masks",
     "perplexity",
+    "plan_lowering",
     "report",
     "save",
     "sparsify",

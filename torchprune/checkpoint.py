@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torchprune.encoding import Decoded, WeightsFile, encode, open_weights, write_blobs
 from torchprune.errors import CheckpointError
+from torchprune.lowered import BitmaskLinear
 from torchprune.manifest import (
     WEIGHTS,
     Entry,
@@ -60,6 +61,11 @@ def save(model: nn.Module, directory: Directory, *, tokenizer: Any = None) -> No
     for path, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(f"{path or 'the model'} has extra state, which is no tensor")
+        if isinstance(module, BitmaskLinear):
+            raise CheckpointError(
+                f"{path or 'the model'} is lowered; save before torchprune.lower, or after "
+                "torchprune.lift (files hold bitmasks and nonzeros in any case)"
+            )
     entries, blobs = encode(slots_of(model))
     with staged(directory, is_saved, "a torchprune save") as partial:
         config, generation = write_config(model, partial)

@@ -26,6 +26,10 @@ class MaskError(TorchpruneError, ValueError):
     """A mask does not fit its weight, or masks or dense weights that are needed are absent."""
 
 
+class LoweringError(TorchpruneError, ValueError):
+    """A weight cannot take the form it was to be lowered to, or nothing here can."""
+
+
 class CheckpointError(TorchpruneError, ValueError):
     """A saved directory is damaged, hostile, of another version, or does not fit the model."""
 

@@ -137,7 +137,7 @@ class Calibration:
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
         self._current = self._place = 0
-        self._pausing = True
+        self._pausing, self._surprised = True, False
         self._done: set[int] = set()
         self._waiting: dict[int, list[int]] = {}  # place -> batches; a place is a target's index
         self._reads: dict[int, list[_Read]] = {}  # target -> reads of the batches that wait at it
@@ -182,6 +182,8 @@ class Calibration:
             self._held.new_round()
             for index in moving:
                 self._resume(index)
+                if self._surprised:
+                    raise Unforeseen
             self._held.end_round()
             self._shareable = [g for g in self._shareable if g.sources.alive()]
             self._measure_held()
@@ -292,6 +294,7 @@ class Calibration:
                 self.usage.revisited.add(self.targets[index].name)
             elif promised is not None:
                 if not promised.holds(read.batch, read.x):
+                    self._surprised = True  # a model that catches everything cannot hide it
                     raise Unforeseen
                 counted.add(read.batch)
                 if not self._needs([read.batch]):

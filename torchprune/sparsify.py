@@ -81,6 +81,11 @@ def sparsify(
                 suppress(Unforeseen),
                 all_or_nothing(plan.targets, keep_dense=keep_dense) as changes,
             ):
+                if not foresee:
+                    run.notes.append(
+                        "calibrated twice: layers that read one tensor in some blocks read "
+                        "several in others of the same class"
+                    )
                 calibration = Calibration(
                     model,
                     plan.targets,

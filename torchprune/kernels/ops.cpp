@@ -1,0 +1,304 @@
+// torchprune::bitmask_linear and torchprune::bitmask_unpack for CPU tensors.
+//
+// Schemas, fake kernels and autocast live in Python. Only torch's stable interface is used, so one
+// build serves every torch from 2.10 on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "forms.h"
+
+namespace torchprune {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 1 << 16;      // weights below which a thread is not worth waking
+constexpr int64_t kTile = 1 << 20;       // bytes of a decompressed tile: it should stay in L2
+constexpr int64_t kTileRows = 64;
+constexpr int64_t kMany = 64;            // rows of input beyond which torch's product is faster
+
+std::atomic<const Form*> chosen{nullptr};
+
+std::array<const Form*, 4> forms() {
+  return {avx512_bf16_form(), avx512_form(), avx2_form(), portable_form()};
+}
+
+bool runs_here(const Form* form) {
+  if (!form) return false;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vbmi2");
+  if (form == avx2_form()) return avx2;
+  if (form == avx512_form()) return avx512;
+  if (form == avx512_bf16_form()) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return true;
+}
+
+const Form& form() {
+  const Form* now = chosen.load(std::memory_order_acquire);
+  if (!now) {
+    for (const Form* candidate : forms()) {
+      if (runs_here(candidate)) {
+        now = candidate;
+        break;
+      }
+    }
+    chosen.store(now, std::memory_order_release);
+  }
+  return *now;
+}
+
+Kind kind_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Char:
+      return kInt8;
+    default:
+      STD_TORCH_CHECK(false, "torchprune: values must be float32, float16, bfloat16 or int8");
+  }
+}
+
+// A matrix whose parts fit together; what its bits say of its values is not looked at.
+Packed packed_of(const Tensor& bits, const Tensor& values, const Tensor& starts, int64_t cols) {
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Long && bits.dim() == 2 &&
+                      bits.is_contiguous() && bits.size(1) == (cols + kWord - 1) / kWord,
+                  "torchprune: bits must be contiguous int64, (rows, ceil(cols / 64))");
+  STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Int && starts.dim() == 1 &&
+                      starts.is_contiguous() && starts.size(0) == bits.size(0) + 1,
+                  "torchprune: starts must be contiguous int32, (rows + 1,)");
+  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(),
+                  "torchprune: values must be contiguous, (nonzeros + slack,)");
+  const auto* first = static_cast<const int32_t*>(starts.data_ptr());
+  const int64_t size = int64_t(values.element_size());
+  STD_TORCH_CHECK(first[0] == 0 &&
+                      (values.size(0) - first[bits.size(0)]) * size >= kSlack,
+                  "torchprune: values must hold 64 bytes beyond the last nonzero");
+  return {static_cast<const uint64_t*>(bits.data_ptr()),
+          static_cast<const char*>(values.data_ptr()), first, bits.size(1)};
+}
+
+template <class T>
+void widen(const void* from, int64_t count, float* to) {
+  const T* typed = static_cast<const T*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = float(typed[i]);
+}
+
+void to_float(ScalarType type, const void* from, int64_t count, float* to) {
+  switch (type) {
+    case ScalarType::Float:
+      std::memcpy(to, from, count * sizeof(float));
+      break;
+    case ScalarType::Half:
+      widen<torch::headeronly::Half>(from, count, to);
+      break;
+    default:
+      widen<torch::headeronly::BFloat16>(from, count, to);
+  }
+}
+
+template <class T>
+void finish_as(const float* sums, int64_t count, const float* scales, const float* bias, void* to) {
+  T* typed = static_cast<T*>(to);
+  for (int64_t i = 0; i < count; ++i) {
+    const float scaled = scales ? sums[i] * scales[i] : sums[i];
+    typed[i] = T(bias ? scaled + bias[i] : scaled);
+  }
+}
+
+void finish(ScalarType type, const float* sums, int64_t count, const float* scales,
+            const float* bias, void* to) {
+  switch (type) {
+    case ScalarType::Float:
+      return finish_as<float>(sums, count, scales, bias, to);
+    case ScalarType::Half:
+      return finish_as<torch::headeronly::Half>(sums, count, scales, bias, to);
+    default:
+      return finish_as<torch::headeronly::BFloat16>(sums, count, scales, bias, to);
+  }
+}
+
+std::vector<float> floats_of(const std::optional<Tensor>& tensor, int64_t count, const char* what) {
+  if (!tensor) return {};
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == count && tensor->is_contiguous(), what);
+  const ScalarType type = tensor->scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
+                      type == ScalarType::BFloat16,
+                  what);
+  std::vector<float> found(count);
+  to_float(type, tensor->data_ptr(), count, found.data());
+  return found;
+}
+
+// Rows that a thread takes at the least.
+int64_t grain(const Packed& m) { return std::max<int64_t>(1, kGrain / (m.words * kWord)); }
+
+// Few rows of input, or not too many: our own product.
+void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t batch, int64_t cols,
+             int64_t rows, const float* scales, const float* bias, char* out) {
+  thread_local std::vector<float> room;
+  const Form& now = form();
+  const bool pairs =
+      kind == kBFloat16 && type == ScalarType::BFloat16 && now.few[kPairs][0] != nullptr;
+  const int64_t wide = m.words * kWord, size = type == ScalarType::Float ? 4 : 2;
+  room.resize(std::max<size_t>(room.size(), 16 + batch * (wide + rows) + cols));
+  float* arranged = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) / 4;
+  float *sums = arranged + batch * wide, *plain = sums + batch * rows;
+  for (int64_t b = 0; b < batch; ++b) {
+    const char* from = x + b * cols * size;
+    if (pairs) {
+      char* to = reinterpret_cast<char*>(arranged) + b * wide * 2;
+      std::memcpy(to, from, cols * 2);
+      std::memset(to + cols * 2, 0, (wide - cols) * 2);
+    } else {
+      to_float(type, from, cols, plain);
+      now.arrange(kind, plain, cols, arranged + b * wide, m.words);
+    }
+  }
+  const Kind how = pairs ? kPairs : kind;
+  const Product run = batch <= kFew ? now.few[how][batch - 1] : now.many[how];
+  torch::stable::parallel_for(0, rows, grain(m), [&](int64_t begin, int64_t end) {
+    run(m, arranged, batch, begin, end, sums, rows);
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    finish(type, sums + b * rows, rows, scales, bias, out + b * rows * size);
+  }
+}
+
+void unpack_rows(const Packed& m, int64_t size, int64_t begin, int64_t end, int64_t cols, char* to) {
+  const auto run = form().expand[size == 1 ? 0 : size == 2 ? 1 : 2];
+  torch::stable::parallel_for(begin, end, grain(m), [&](int64_t from, int64_t until) {
+    run(m, from, until, cols, to + (from - begin) * cols * size);
+  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(std::optional<Tensor>())};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Many rows of input: torch's product with one decompressed tile of the weights after the other.
+void product_by_tiles(const Packed& m, const Tensor& values, const Tensor& x, int64_t cols,
+                      int64_t rows, const float* scales, const float* bias, Tensor& out) {
+  const int64_t batch = x.size(0), size = int64_t(values.element_size());
+  const int64_t step = std::max(kTileRows, kTile / (cols * size) / kTileRows * kTileRows);
+  const ScalarType type = x.scalar_type();
+  const int64_t each = type == ScalarType::Float ? 4 : 2;
+  Tensor tile = torch::stable::new_empty(values, {std::min(step, rows), cols});
+  thread_local std::vector<float> room;
+  room.resize(std::max<size_t>(room.size(), step));
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t end = std::min(begin + step, rows), count = end - begin;
+    Tensor part = torch::stable::narrow(tile, 0, 0, count);
+    unpack_rows(m, size, begin, end, cols, static_cast<char*>(part.data_ptr()));
+    Tensor sums = linear(x, torch::stable::to(part, type));
+    char* to = static_cast<char*>(out.data_ptr()) + begin * each;
+    const char* from = static_cast<const char*>(sums.data_ptr());
+    for (int64_t b = 0; b < batch; ++b, from += count * each, to += rows * each) {
+      if (!scales && !bias) {
+        std::memcpy(to, from, count * each);
+        continue;
+      }
+      to_float(type, from, count, room.data());
+      finish(type, room.data(), count, scales ? scales + begin : nullptr,
+             bias ? bias + begin : nullptr, to);
+    }
+  }
+}
+
+Tensor bitmask_linear(const Tensor& x, const Tensor& bits, const Tensor& values,
+                      const Tensor& starts, const std::optional<Tensor>& scales,
+                      const std::optional<Tensor>& bias, int64_t cols) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
+                      type == ScalarType::BFloat16,
+                  "torchprune::bitmask_linear: the input must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == cols,
+                  "torchprune::bitmask_linear: the input's last size must be ", cols);
+  const Kind kind = kind_of(values.scalar_type());
+  const Packed m = packed_of(bits, values, starts, cols);
+  const int64_t rows = bits.size(0);
+  std::vector<int64_t> shape;
+  int64_t batch = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    shape.push_back(x.size(d));
+    batch *= x.size(d);
+  }
+  shape.push_back(rows);
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (batch == 0 || rows == 0) return out;
+  const auto scale = floats_of(scales, rows, "torchprune: scales must be contiguous, (rows,)");
+  const auto shift = floats_of(bias, rows, "torchprune: the bias must be contiguous, (rows,)");
+  const float* scale_at = scales ? scale.data() : nullptr;
+  const float* shift_at = bias ? shift.data() : nullptr;
+  const Tensor flat = torch::stable::contiguous(x);
+  if (batch <= kFew || (batch <= kMany && form().many[kind])) {
+    product(m, kind, type, static_cast<const char*>(flat.data_ptr()), batch, cols, rows, scale_at,
+            shift_at, static_cast<char*>(out.data_ptr()));
+  } else {
+    product_by_tiles(m, values, torch::stable::view(flat, {batch, cols}), cols, rows, scale_at,
+                     shift_at, out);
+  }
+  return out;
+}
+
+Tensor bitmask_unpack(const Tensor& bits, const Tensor& values, const Tensor& starts,
+                      int64_t cols) {
+  kind_of(values.scalar_type());
+  const Packed m = packed_of(bits, values, starts, cols);
+  Tensor out = torch::stable::new_empty(values, {bits.size(0), cols});
+  unpack_rows(m, int64_t(values.element_size()), 0, bits.size(0), cols,
+              static_cast<char*>(out.data_ptr()));
+  return out;
+}
+
+}  // namespace
+}  // namespace torchprune
+
+STABLE_TORCH_LIBRARY_IMPL(torchprune, CPU, m) {
+  m.impl("bitmask_linear", TORCH_BOX(&torchprune::bitmask_linear));
+  m.impl("bitmask_unpack", TORCH_BOX(&torchprune::bitmask_unpack));
+}
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The name of the form in use.
+EXPORTED const char* torchprune_form() { return torchprune::form().name; }
+
+// Use a form by name; returns whether it exists and runs on this processor.
+EXPORTED int torchprune_use_form(const char* name) {
+  using namespace torchprune;
+  for (const Form* form : forms()) {
+    if (form && std::strcmp(form->name, name) == 0 && runs_here(form)) {
+      chosen.store(form);
+      return 1;
+    }
+  }
+  return 0;
+}

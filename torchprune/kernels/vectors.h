@@ -1,0 +1,147 @@
+// Products in terms of a vector type V. To be included inside an anonymous namespace: every form
+// has functions of its own, since each is compiled for another processor.
+//
+// V provides
+//   Vector, kWidth              floats, or pairs for kPairs, in a vector
+//   kTaken                      vectors that one `take` makes of kTaken * V::kColumns columns
+//   zero(), fma(w, x, sum), load(x, vector index), store(to, vector index, w), sum(v)
+//   take<K>(bits, from, w)      the next columns' weights; returns where the next values begin
+//   kFewRows                    rows of weights that `few` takes at once
+//   kRows, kInputs              rows of weights and of input that `many` multiplies in registers
+
+// R rows of weights times B rows of input, weights expanded in registers.
+template <class V, Kind K, int R, int B>
+void direct(const Packed& m, const void* x, int64_t begin, float* out, int64_t out_stride) {
+  using Vector = typename V::Vector;
+  constexpr int kTakes = int(kWord) / (V::kTaken * V::kColumns);
+  constexpr int kPerWord = kTakes * V::kTaken;
+  // Enough chains of sums to hide the latency of a product; as many whatever R is, so that a row's
+  // sum does not depend on its neighbours.
+  constexpr int kFull = B == 1 ? 1 : B * V::kFewRows;
+  constexpr int kSums = kFull >= 6 ? 1 : kFull >= 3 ? 2 : 4;
+  const int64_t stride = m.words * kPerWord;
+  const uint64_t* bits = m.bits + begin * m.words;
+  const char* from[R];
+  Vector sums[R][B][kSums];
+  for (int r = 0; r < R; ++r) {
+    from[r] = m.values + int64_t(m.starts[begin + r]) * bytes_of<K>();
+    for (int b = 0; b < B; ++b) {
+      for (int i = 0; i < kSums; ++i) sums[r][b][i] = V::zero();
+    }
+  }
+  for (int64_t at = 0; at < m.words; ++at) {
+    uint64_t words[R];
+    for (int r = 0; r < R; ++r) {
+      words[r] = bits[r * m.words + at];
+      V::ahead(from[r]);
+    }
+    for (int t = 0; t < kTakes; ++t) {
+      Vector w[R][V::kTaken];
+      for (int r = 0; r < R; ++r) {
+        from[r] = V::template take<K>(words[r] >> (t * V::kTaken * V::kColumns), from[r], w[r]);
+      }
+      for (int b = 0; b < B; ++b) {
+        for (int i = 0; i < V::kTaken; ++i) {
+          const int n = t * V::kTaken + i;
+          const Vector input = V::load(x, b * stride + at * kPerWord + n);
+          for (int r = 0; r < R; ++r) {
+            sums[r][b][n % kSums] = V::fma(w[r][i], input, sums[r][b][n % kSums]);
+          }
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) {
+      float total = V::sum(sums[r][b][0]);
+      for (int i = 1; i < kSums; ++i) total += V::sum(sums[r][b][i]);
+      out[b * out_stride + begin + r] = total;
+    }
+  }
+}
+
+template <class V, Kind K, int B>
+void few(const Packed& m, const void* x, int64_t, int64_t begin, int64_t end, float* out,
+         int64_t out_stride) {
+  constexpr int R = B == 1 ? 1 : V::kFewRows;  // several where inputs would not stay in L1
+  int64_t r = begin;
+  for (; r + R <= end; r += R) direct<V, K, R, B>(m, x, r, out, out_stride);
+  for (; r < end; ++r) direct<V, K, 1, B>(m, x, r, out, out_stride);
+}
+
+// R unpacked rows of weights times B rows of input.
+template <class V, int R, int B>
+void tile(const void* w, const void* x, int64_t vectors, float* out, int64_t out_stride) {
+  typename V::Vector sums[R][B];
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) sums[r][b] = V::zero();
+  }
+  for (int64_t at = 0; at < vectors; ++at) {
+    typename V::Vector now[R];
+    for (int r = 0; r < R; ++r) now[r] = V::load(w, r * vectors + at);
+    for (int b = 0; b < B; ++b) {
+      const typename V::Vector input = V::load(x, b * vectors + at);
+      for (int r = 0; r < R; ++r) sums[r][b] = V::fma(now[r], input, sums[r][b]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) out[b * out_stride + r] = V::sum(sums[r][b]);
+  }
+}
+
+template <class V, int R, int B>
+void tiles(const void* w, const void* x, int64_t batch, int64_t vectors, float* out,
+           int64_t out_stride) {
+  const auto* bytes = static_cast<const char*>(x);
+  const int64_t step = vectors * int64_t(sizeof(typename V::Vector));
+  int64_t b = 0;
+  for (; b + B <= batch; b += B) {
+    tile<V, R, B>(w, bytes + b * step, vectors, out + b * out_stride, out_stride);
+  }
+  if constexpr (B > 1) {
+    if (b < batch) {
+      tiles<V, R, B - 1>(w, bytes + b * step, batch - b, vectors, out + b * out_stride, out_stride);
+    }
+  }
+}
+
+template <class V, Kind K, int R>
+void unpacked_rows(const Packed& m, const void* x, int64_t batch, int64_t begin, void* room,
+                   float* out, int64_t out_stride) {
+  constexpr int kTakes = int(kWord) / (V::kTaken * V::kColumns);
+  const int64_t vectors = m.words * kTakes * V::kTaken;
+  for (int r = 0; r < R; ++r) {
+    const uint64_t* bits = m.bits + (begin + r) * m.words;
+    const char* from = m.values + int64_t(m.starts[begin + r]) * bytes_of<K>();
+    int64_t to = r * vectors;
+    for (int64_t at = 0; at < m.words; ++at) {
+      V::ahead(from);
+      for (int t = 0; t < kTakes; ++t) {
+        typename V::Vector w[V::kTaken];
+        from = V::template take<K>(bits[at] >> (t * V::kTaken * V::kColumns), from, w);
+        for (int i = 0; i < V::kTaken; ++i) V::store(room, to++, w[i]);
+      }
+    }
+  }
+  tiles<V, R, V::kInputs>(room, x, batch, vectors, out + begin, out_stride);
+}
+
+// Some rows of weights at a time are unpacked to a buffer that stays in the nearest caches.
+template <class V, Kind K>
+void many(const Packed& m, const void* x, int64_t batch, int64_t begin, int64_t end, float* out,
+          int64_t out_stride) {
+  const int64_t row = m.words * kWord / V::kColumns * int64_t(sizeof(typename V::Vector));
+  void* room = std::aligned_alloc(64, size_t((V::kRows * row + 63) / 64 * 64));
+  int64_t r = begin;
+  for (; r + V::kRows <= end; r += V::kRows) {
+    unpacked_rows<V, K, V::kRows>(m, x, batch, r, room, out, out_stride);
+  }
+  for (; r < end; ++r) unpacked_rows<V, K, 1>(m, x, batch, r, room, out, out_stride);
+  std::free(room);
+}
+
+#define TORCHPRUNE_FEW(V, K)                                                                     \
+  {                                                                                              \
+    few<V, K, 1>, few<V, K, 2>, few<V, K, 3>, few<V, K, 4>, few<V, K, 5>, few<V, K, 6>,          \
+        few<V, K, 7>, few<V, K, 8>                                                               \
+  }

@@ -136,10 +136,11 @@ void arrange(Kind, const float* from, int64_t cols, float* to, int64_t words) {
 
 const Form form = {"AVX2",
                    arrange,
+                   nullptr,
                    {TORCHPRUNE_FEW(Floats, kFloat32), TORCHPRUNE_FEW(Floats, kFloat16),
-                    TORCHPRUNE_FEW(Floats, kBFloat16), TORCHPRUNE_FEW(Floats, kInt8), {}},
+                    TORCHPRUNE_FEW(Floats, kBFloat16), TORCHPRUNE_FEW(Floats, kInt8), {}, {}},
                    {many<Floats, kFloat32>, many<Floats, kFloat16>, many<Floats, kBFloat16>,
-                    many<Floats, kInt8>, nullptr},
+                    many<Floats, kInt8>, nullptr, nullptr},
                    {expand<1>, expand<2>, expand<4>}};
 
 }  // namespace

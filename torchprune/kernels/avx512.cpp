@@ -16,8 +16,9 @@ namespace {
 
 const Form form = {"AVX-512",
                    arrange,
-                   {TORCHPRUNE_FLOATS_FEW, {}},
-                   {TORCHPRUNE_FLOATS_MANY, nullptr},
+                   nullptr,
+                   {TORCHPRUNE_FLOATS_FEW, {}, {}},
+                   {TORCHPRUNE_FLOATS_MANY, nullptr, nullptr},
                    {expand<1>, expand<2>, expand<4>}};
 
 }  // namespace

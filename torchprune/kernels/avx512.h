@@ -30,10 +30,19 @@ __m512i expand32(uint64_t mask, const char* from) {
 
 template <Kind K>
 constexpr int bytes_of() {
-  return K == kFloat32 ? 4 : K == kInt8 ? 1 : 2;
+  return K == kFloat32 ? 4 : K == kInt8 || K == kInt8Pairs ? 1 : 2;
 }
 
 #include "vectors.h"
+
+// Byte i of every 32-bit lane at its top, the rest 0: 2^24 times the byte, sign and all, without the
+// shift back that `arrange` makes up for.
+__m512i at_top(__m512i bytes, int i) {
+  const int first = 0x00808080 | i << 24, next = 4 << 24;
+  const __m512i order =
+      _mm512_set4_epi32(first + 3 * next, first + 2 * next, first + next, first);
+  return _mm512_shuffle_epi8(bytes, order);
+}
 
 // A word of the bitmask, 64 columns, as four vectors of 16 floats. How columns are spread over them
 // is each kind's own affair, as long as `arrange` lays the input out alike: a 16-bit value is half
@@ -65,11 +74,7 @@ struct Floats {
     } else if constexpr (K == kInt8) {
       const __m512i bytes = expand8(bits, from);
       from += count(bits);
-      for (int i = 0; i < 3; ++i) {
-        const __m512i top = _mm512_slli_epi32(bytes, 24 - 8 * i);
-        w[i] = _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
-      }
-      w[3] = _mm512_cvtepi32_ps(_mm512_srai_epi32(bytes, 24));
+      for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtepi32_ps(at_top(bytes, i));
     } else {
       for (int i = 0; i < 4; i += 2) {
         const uint64_t now = bits >> (16 * i) & 0xffffffff;
@@ -123,11 +128,12 @@ void arrange(Kind kind, const float* from, int64_t cols, float* to, int64_t word
     return;
   }
   const int64_t parts = kind == kInt8 ? 4 : 2, run = 16 * parts;
+  const float scale = kind == kInt8 ? 0x1p-24f : 1.0f;
   for (int64_t at = 0; at < all; at += run) {
     for (int64_t part = 0; part < parts; ++part) {
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t column = at + i * parts + part;
-        *to++ = column < cols ? from[column] : 0.0f;
+        *to++ = column < cols ? from[column] * scale : 0.0f;
       }
     }
   }

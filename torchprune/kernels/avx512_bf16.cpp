@@ -31,17 +31,56 @@ struct Pairs {
 
   template <Kind K>
   static const char* take(uint64_t bits, const char* from, Vector (&w)[2]) {
-    w[0] = _mm512_castsi512_ps(expand16(bits & 0xffffffff, from));
-    from += 2 * count(bits & 0xffffffff);
-    w[1] = _mm512_castsi512_ps(expand16(bits >> 32, from));
-    return from + 2 * count(bits >> 32);
+    if constexpr (K == kInt8Pairs) {
+      Vector quarters[4];
+      from = Floats::take<kInt8>(bits, from, quarters);
+      for (int i = 0; i < 2; ++i) {
+        w[i] = (Vector)_mm512_cvtne2ps_pbh(quarters[2 * i + 1], quarters[2 * i]);
+      }
+      return from;
+    }
+    for (int i = 0; i < 2; ++i) {
+      const uint64_t now = bits >> (32 * i) & 0xffffffff;
+      w[i] = _mm512_castsi512_ps(expand16(now, from));
+      from += 2 * count(now);
+    }
+    return from;
   }
 };
 
+float widened(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+void arrange_pairs(Kind kind, const uint16_t* from, int64_t cols, uint16_t* to, int64_t words) {
+  const int64_t all = words * kWord;
+  if (kind == kPairs) {
+    std::memcpy(to, from, cols * 2);
+    std::memset(to + cols, 0, (all - cols) * 2);
+    return;
+  }
+  for (int64_t at = 0; at < all; at += kWord) {  // as `take` deals out the bytes of a lane
+    for (int64_t part = 0; part < 4; ++part) {
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t column = at + 4 * i + part;
+        const float scaled = column < cols ? widened(from[column]) * 0x1p-24f : 0.0f;
+        uint32_t bits;
+        std::memcpy(&bits, &scaled, sizeof bits);
+        *to++ = uint16_t(bits >> 16);  // exact, but for what is too small for a normal number
+      }
+    }
+  }
+}
+
 const Form form = {"AVX-512 BF16",
                    arrange,
-                   {TORCHPRUNE_FLOATS_FEW, TORCHPRUNE_FEW(Pairs, kPairs)},
-                   {TORCHPRUNE_FLOATS_MANY, many<Pairs, kPairs>},
+                   arrange_pairs,
+                   {TORCHPRUNE_FLOATS_FEW, TORCHPRUNE_FEW(Pairs, kPairs),
+                    TORCHPRUNE_FEW(Pairs, kInt8Pairs)},
+                   {TORCHPRUNE_FLOATS_MANY, many<Pairs, kPairs>, many<Pairs, kInt8Pairs>},
                    {expand<1>, expand<2>, expand<4>}};
 
 }  // namespace

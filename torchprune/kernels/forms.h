@@ -8,8 +8,9 @@
 
 namespace torchprune {
 
-// The dtype of the values. Inputs are float32, or bfloat16 as well as the values for kPairs.
-enum Kind : int { kFloat32, kFloat16, kBFloat16, kInt8, kPairs, kKinds };
+// The dtype of the values. Inputs are float32, but bfloat16 for the last two, where instructions
+// that multiply pairs of them are there: with bfloat16 values, and with int8 ones.
+enum Kind : int { kFloat32, kFloat16, kBFloat16, kInt8, kPairs, kInt8Pairs, kKinds };
 
 // The most rows of input that one pass over the weights serves without unpacking them to a buffer.
 constexpr int kFew = 8;
@@ -37,8 +38,11 @@ struct Form {
   const char* name;
 
   // Lay one row of float32 input out as the products with a kind of values want it, zeros up to
-  // words * kWord. Not for kPairs, whose input stays as it is.
+  // words * kWord.
   void (*arrange)(Kind kind, const float* from, int64_t cols, float* to, int64_t words);
+
+  // The same for bfloat16 and the kinds of pairs. Null where there are none.
+  void (*arrange_pairs)(Kind kind, const uint16_t* from, int64_t cols, uint16_t* to, int64_t words);
 
   // By kind and rows of input less 1; for more of them than kFew. Null where not provided.
   Product few[kKinds][kFew];

@@ -160,8 +160,9 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
              int64_t rows, const float* scales, const float* bias, char* out) {
   thread_local std::vector<float> room;
   const Form& now = form();
-  const bool pairs =
-      kind == kBFloat16 && type == ScalarType::BFloat16 && now.few[kPairs][0] != nullptr;
+  const bool pairs = type == ScalarType::BFloat16 && now.arrange_pairs &&
+                     (kind == kBFloat16 || (kind == kInt8 && batch > 1));
+  const Kind how = !pairs ? kind : kind == kInt8 ? kInt8Pairs : kPairs;
   const int64_t wide = m.words * kWord, size = type == ScalarType::Float ? 4 : 2;
   room.resize(std::max<size_t>(room.size(), 16 + batch * (wide + rows) + cols));
   float* arranged = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) / 4;
@@ -169,15 +170,13 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
   for (int64_t b = 0; b < batch; ++b) {
     const char* from = x + b * cols * size;
     if (pairs) {
-      char* to = reinterpret_cast<char*>(arranged) + b * wide * 2;
-      std::memcpy(to, from, cols * 2);
-      std::memset(to + cols * 2, 0, (wide - cols) * 2);
+      now.arrange_pairs(how, reinterpret_cast<const uint16_t*>(from), cols,
+                        reinterpret_cast<uint16_t*>(arranged) + b * wide, m.words);
     } else {
       to_float(type, from, cols, plain);
       now.arrange(kind, plain, cols, arranged + b * wide, m.words);
     }
   }
-  const Kind how = pairs ? kPairs : kind;
   const Product run = batch <= kFew ? now.few[how][batch - 1] : now.many[how];
   torch::stable::parallel_for(0, rows, grain(m), [&](int64_t begin, int64_t end) {
     run(m, arranged, batch, begin, end, sums, rows);

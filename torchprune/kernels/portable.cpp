@@ -85,7 +85,8 @@ void arrange(Kind, const float* from, int64_t cols, float* to, int64_t words) {
 
 const Form form = {"portable",
                    arrange,
-                   {FEW(kFloat32), FEW(kFloat16), FEW(kBFloat16), FEW(kInt8), {}},
+                   nullptr,
+                   {FEW(kFloat32), FEW(kFloat16), FEW(kBFloat16), FEW(kInt8), {}, {}},
                    {},
                    {expand<1>, expand<2>, expand<4>}};
 

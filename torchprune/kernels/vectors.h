@@ -9,6 +9,8 @@
 //   kFewRows                    rows of weights that `few` takes at once
 //   kRows, kInputs              rows of weights and of input that `many` multiplies in registers
 
+#define UNROLLED _Pragma("GCC unroll 16")
+
 // R rows of weights times B rows of input, weights expanded in registers.
 template <class V, Kind K, int R, int B>
 void direct(const Packed& m, const void* x, int64_t begin, float* out, int64_t out_stride) {
@@ -23,38 +25,38 @@ void direct(const Packed& m, const void* x, int64_t begin, float* out, int64_t o
   const uint64_t* bits = m.bits + begin * m.words;
   const char* from[R];
   Vector sums[R][B][kSums];
-  for (int r = 0; r < R; ++r) {
+  UNROLLED for (int r = 0; r < R; ++r) {
     from[r] = m.values + int64_t(m.starts[begin + r]) * bytes_of<K>();
-    for (int b = 0; b < B; ++b) {
-      for (int i = 0; i < kSums; ++i) sums[r][b][i] = V::zero();
+    UNROLLED for (int b = 0; b < B; ++b) {
+      UNROLLED for (int i = 0; i < kSums; ++i) sums[r][b][i] = V::zero();
     }
   }
   for (int64_t at = 0; at < m.words; ++at) {
     uint64_t words[R];
-    for (int r = 0; r < R; ++r) {
+    UNROLLED for (int r = 0; r < R; ++r) {
       words[r] = bits[r * m.words + at];
       V::ahead(from[r]);
     }
-    for (int t = 0; t < kTakes; ++t) {
+    UNROLLED for (int t = 0; t < kTakes; ++t) {
       Vector w[R][V::kTaken];
-      for (int r = 0; r < R; ++r) {
+      UNROLLED for (int r = 0; r < R; ++r) {
         from[r] = V::template take<K>(words[r] >> (t * V::kTaken * V::kColumns), from[r], w[r]);
       }
-      for (int b = 0; b < B; ++b) {
-        for (int i = 0; i < V::kTaken; ++i) {
+      UNROLLED for (int b = 0; b < B; ++b) {
+        UNROLLED for (int i = 0; i < V::kTaken; ++i) {
           const int n = t * V::kTaken + i;
           const Vector input = V::load(x, b * stride + at * kPerWord + n);
-          for (int r = 0; r < R; ++r) {
+          UNROLLED for (int r = 0; r < R; ++r) {
             sums[r][b][n % kSums] = V::fma(w[r][i], input, sums[r][b][n % kSums]);
           }
         }
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) {
+  UNROLLED for (int r = 0; r < R; ++r) {
+    UNROLLED for (int b = 0; b < B; ++b) {
       float total = V::sum(sums[r][b][0]);
-      for (int i = 1; i < kSums; ++i) total += V::sum(sums[r][b][i]);
+      UNROLLED for (int i = 1; i < kSums; ++i) total += V::sum(sums[r][b][i]);
       out[b * out_stride + begin + r] = total;
     }
   }
@@ -73,19 +75,19 @@ void few(const Packed& m, const void* x, int64_t, int64_t begin, int64_t end, fl
 template <class V, int R, int B>
 void tile(const void* w, const void* x, int64_t vectors, float* out, int64_t out_stride) {
   typename V::Vector sums[R][B];
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) sums[r][b] = V::zero();
+  UNROLLED for (int r = 0; r < R; ++r) {
+    UNROLLED for (int b = 0; b < B; ++b) sums[r][b] = V::zero();
   }
   for (int64_t at = 0; at < vectors; ++at) {
     typename V::Vector now[R];
-    for (int r = 0; r < R; ++r) now[r] = V::load(w, r * vectors + at);
-    for (int b = 0; b < B; ++b) {
+    UNROLLED for (int r = 0; r < R; ++r) now[r] = V::load(w, r * vectors + at);
+    UNROLLED for (int b = 0; b < B; ++b) {
       const typename V::Vector input = V::load(x, b * vectors + at);
-      for (int r = 0; r < R; ++r) sums[r][b] = V::fma(now[r], input, sums[r][b]);
+      UNROLLED for (int r = 0; r < R; ++r) sums[r][b] = V::fma(now[r], input, sums[r][b]);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) out[b * out_stride + r] = V::sum(sums[r][b]);
+  UNROLLED for (int r = 0; r < R; ++r) {
+    UNROLLED for (int b = 0; b < B; ++b) out[b * out_stride + r] = V::sum(sums[r][b]);
   }
 }
 
@@ -110,16 +112,16 @@ void unpacked_rows(const Packed& m, const void* x, int64_t batch, int64_t begin,
                    float* out, int64_t out_stride) {
   constexpr int kTakes = int(kWord) / (V::kTaken * V::kColumns);
   const int64_t vectors = m.words * kTakes * V::kTaken;
-  for (int r = 0; r < R; ++r) {
+  UNROLLED for (int r = 0; r < R; ++r) {
     const uint64_t* bits = m.bits + (begin + r) * m.words;
     const char* from = m.values + int64_t(m.starts[begin + r]) * bytes_of<K>();
     int64_t to = r * vectors;
     for (int64_t at = 0; at < m.words; ++at) {
       V::ahead(from);
-      for (int t = 0; t < kTakes; ++t) {
+      UNROLLED for (int t = 0; t < kTakes; ++t) {
         typename V::Vector w[V::kTaken];
         from = V::template take<K>(bits[at] >> (t * V::kTaken * V::kColumns), from, w);
-        for (int i = 0; i < V::kTaken; ++i) V::store(room, to++, w[i]);
+        UNROLLED for (int i = 0; i < V::kTaken; ++i) V::store(room, to++, w[i]);
       }
     }
   }

@@ -83,7 +83,7 @@ def assert_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 cases = st.tuples(
     st.integers(1, 40),
     st.integers(1, 200),
-    st.integers(1, 12),
+    st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 19, 64]),
     st.sampled_from([0.0, 0.5, 0.8, 1.0]),
     st.integers(0, 2**31),
 )
@@ -102,14 +102,13 @@ def test_products_equal_float64(form: str, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed + 1)
         x = torch.randn(batch, cols, generator=generator).to(wide)
         bias = torch.randn(rows, generator=generator).to(wide) if biased else None
-        if batch > 8:  # a torch product of tiles, rounded as torch rounds it
-            found = product(x, Bitmask.pack(weight), bias)
+        found = product(x, Bitmask.pack(weight), bias)
+        if form == "portable" and batch > 8:  # torch's product of tiles, rounded as torch does
             like = torch.nn.functional.linear(x, weight.to(wide), bias)
-            torch.testing.assert_close(
-                found, like, rtol=16 * torch.finfo(wide).eps, atol=64 * torch.finfo(wide).eps
-            )
+            unit = torch.finfo(wide).eps
+            torch.testing.assert_close(found, like, rtol=16 * unit, atol=64 * unit)
         else:
-            assert_product(product(x, Bitmask.pack(weight), bias), x, weight, bias)
+            assert_product(found, x, weight, bias)
 
     check()
 
@@ -122,14 +121,17 @@ def test_int8_products_equal_float64(form: str) -> None:
     @given(cases, st.sampled_from(DTYPES))
     def check(case: tuple[int, int, int, float, int], wide: torch.dtype) -> None:
         rows, cols, batch, share, seed = case
-        batch = min(batch, 8)
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randint(-127, 128, (rows, cols), generator=generator).to(torch.int8)
         weight[torch.rand(rows, cols, generator=generator) < share] = 0
         scales = torch.rand(rows, generator=generator) + 0.1
         x = torch.randn(batch, cols, generator=generator).to(wide)
         found = product(x, Bitmask.pack(weight, scales))
-        assert_product(found, x, weight.double() * scales.double()[:, None])
+        dense = weight.double() * scales.double()[:, None]
+        if form == "portable" and batch > 8 and wide != torch.float32:
+            torch.testing.assert_close(found, exact(x, dense).to(wide), rtol=0.05, atol=1.0)
+        else:
+            assert_product(found, x, dense)
 
     check()
 

@@ -60,6 +60,17 @@ struct Floats {
     _mm512_storeu_ps(static_cast<float*>(to) + 16 * at, w);
   }
   static float sum(Vector v) { return _mm512_reduce_add_ps(v); }
+  static void sum_four(Vector a, Vector b, Vector c, Vector d, float* to) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half =
+        _mm256_add_ps(_mm512_castps512_ps256(all),
+                      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   static void ahead(const char* from) { _mm_prefetch(from + kAhead, _MM_HINT_T0); }
 
   template <Kind K>

@@ -27,6 +27,9 @@ struct Pairs {
   static Vector load(const void* x, int64_t at) { return Floats::load(x, at); }
   static void store(void* to, int64_t at, Vector w) { Floats::store(to, at, w); }
   static float sum(Vector v) { return Floats::sum(v); }
+  static void sum_four(Vector a, Vector b, Vector c, Vector d, float* to) {
+    Floats::sum_four(a, b, c, d, to);
+  }
   static void ahead(const char* from) { Floats::ahead(from); }
 
   template <Kind K>

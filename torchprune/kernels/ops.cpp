@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
@@ -28,7 +27,7 @@ using torch::stable::Tensor;
 constexpr int64_t kGrain = 1 << 16;      // weights below which a thread is not worth waking
 constexpr int64_t kTile = 1 << 20;       // bytes of a decompressed tile: it should stay in L2
 constexpr int64_t kTileRows = 64;
-constexpr int64_t kMany = 64;            // rows of input beyond which torch's product is faster
+constexpr int64_t kAtOnce = 512;         // rows of input, which bounds the room for their sums
 
 std::atomic<const Form*> chosen{nullptr};
 
@@ -100,43 +99,49 @@ Packed packed_of(const Tensor& bits, const Tensor& values, const Tensor& starts,
           static_cast<const char*>(values.data_ptr()), first, bits.size(1)};
 }
 
-template <class T>
-void widen(const void* from, int64_t count, float* to) {
-  const T* typed = static_cast<const T*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = float(typed[i]);
+float widened(uint16_t bfloat16) {
+  const uint32_t bits = uint32_t(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint16_t narrowed(float value) {  // to the nearest bfloat16, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return uint16_t(value == value ? rounded : 0x7fc0);
 }
 
 void to_float(ScalarType type, const void* from, int64_t count, float* to) {
-  switch (type) {
-    case ScalarType::Float:
-      std::memcpy(to, from, count * sizeof(float));
-      break;
-    case ScalarType::Half:
-      widen<torch::headeronly::Half>(from, count, to);
-      break;
-    default:
-      widen<torch::headeronly::BFloat16>(from, count, to);
+  if (type == ScalarType::Float) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else if (type == ScalarType::BFloat16) {
+    const auto* typed = static_cast<const uint16_t*>(from);
+    for (int64_t i = 0; i < count; ++i) to[i] = widened(typed[i]);
+  } else {
+    const auto* typed = static_cast<const torch::headeronly::Half*>(from);
+    for (int64_t i = 0; i < count; ++i) to[i] = float(typed[i]);
   }
 }
 
-template <class T>
-void finish_as(const float* sums, int64_t count, const float* scales, const float* bias, void* to) {
-  T* typed = static_cast<T*>(to);
-  for (int64_t i = 0; i < count; ++i) {
-    const float scaled = scales ? sums[i] * scales[i] : sums[i];
-    typed[i] = T(bias ? scaled + bias[i] : scaled);
+// Scale the sums, add the bias, round to the output's dtype. Spoils the sums.
+void finish(ScalarType type, float* sums, int64_t count, const float* scales, const float* bias,
+            void* to) {
+  if (scales) {
+    for (int64_t i = 0; i < count; ++i) sums[i] *= scales[i];
   }
-}
-
-void finish(ScalarType type, const float* sums, int64_t count, const float* scales,
-            const float* bias, void* to) {
-  switch (type) {
-    case ScalarType::Float:
-      return finish_as<float>(sums, count, scales, bias, to);
-    case ScalarType::Half:
-      return finish_as<torch::headeronly::Half>(sums, count, scales, bias, to);
-    default:
-      return finish_as<torch::headeronly::BFloat16>(sums, count, scales, bias, to);
+  if (bias) {
+    for (int64_t i = 0; i < count; ++i) sums[i] += bias[i];
+  }
+  if (type == ScalarType::Float) {
+    std::memcpy(to, sums, count * sizeof(float));
+  } else if (type == ScalarType::BFloat16) {
+    auto* typed = static_cast<uint16_t*>(to);
+    for (int64_t i = 0; i < count; ++i) typed[i] = narrowed(sums[i]);
+  } else {
+    auto* typed = static_cast<torch::headeronly::Half*>(to);
+    for (int64_t i = 0; i < count; ++i) typed[i] = torch::headeronly::Half(sums[i]);
   }
 }
 
@@ -155,7 +160,6 @@ std::vector<float> floats_of(const std::optional<Tensor>& tensor, int64_t count,
 // Rows that a thread takes at the least.
 int64_t grain(const Packed& m) { return std::max<int64_t>(1, kGrain / (m.words * kWord)); }
 
-// Few rows of input, or not too many: our own product.
 void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t batch, int64_t cols,
              int64_t rows, const float* scales, const float* bias, char* out) {
   thread_local std::vector<float> room;
@@ -164,26 +168,38 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
                      (kind == kBFloat16 || (kind == kInt8 && batch > 1));
   const Kind how = !pairs ? kind : kind == kInt8 ? kInt8Pairs : kPairs;
   const int64_t wide = m.words * kWord, size = type == ScalarType::Float ? 4 : 2;
-  room.resize(std::max<size_t>(room.size(), 16 + batch * (wide + rows) + cols));
+  // Bfloat16 of whole words is what the products with pairs read as it is.
+  const bool as_it_is = how == kPairs && cols == wide;
+  const int64_t held = as_it_is ? 0 : batch * wide;
+  room.resize(std::max<size_t>(room.size(), 16 + held + batch * rows));
   float* arranged = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) / 4;
-  float *sums = arranged + batch * wide, *plain = sums + batch * rows;
-  for (int64_t b = 0; b < batch; ++b) {
-    const char* from = x + b * cols * size;
-    if (pairs) {
-      now.arrange_pairs(how, reinterpret_cast<const uint16_t*>(from), cols,
-                        reinterpret_cast<uint16_t*>(arranged) + b * wide, m.words);
-    } else {
-      to_float(type, from, cols, plain);
-      now.arrange(kind, plain, cols, arranged + b * wide, m.words);
-    }
+  float* sums = arranged + held;
+  const int64_t apiece = std::max<int64_t>(1, kGrain / std::max(wide, rows));
+  if (!as_it_is) {
+    torch::stable::parallel_for(0, batch, apiece, [&](int64_t begin, int64_t end) {
+      std::vector<float> plain(cols);
+      for (int64_t b = begin; b < end; ++b) {
+        const char* from = x + b * cols * size;
+        if (pairs) {
+          now.arrange_pairs(how, reinterpret_cast<const uint16_t*>(from), cols,
+                            reinterpret_cast<uint16_t*>(arranged) + b * wide, m.words);
+        } else {
+          to_float(type, from, cols, plain.data());
+          now.arrange(kind, plain.data(), cols, arranged + b * wide, m.words);
+        }
+      }
+    });
   }
+  const void* input = as_it_is ? static_cast<const void*>(x) : arranged;
   const Product run = batch <= kFew ? now.few[how][batch - 1] : now.many[how];
   torch::stable::parallel_for(0, rows, grain(m), [&](int64_t begin, int64_t end) {
-    run(m, arranged, batch, begin, end, sums, rows);
+    run(m, input, batch, begin, end, sums, rows);
   });
-  for (int64_t b = 0; b < batch; ++b) {
-    finish(type, sums + b * rows, rows, scales, bias, out + b * rows * size);
-  }
+  torch::stable::parallel_for(0, batch, apiece, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      finish(type, sums + b * rows, rows, scales, bias, out + b * rows * size);
+    }
+  });
 }
 
 void unpack_rows(const Packed& m, int64_t size, int64_t begin, int64_t end, int64_t cols, char* to) {
@@ -202,7 +218,8 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Many rows of input: torch's product with one decompressed tile of the weights after the other.
+// Many rows of input where the form has no product for them: torch's own, with one decompressed tile
+// of the weights after the other.
 void product_by_tiles(const Packed& m, const Tensor& values, const Tensor& x, int64_t cols,
                       int64_t rows, const float* scales, const float* bias, Tensor& out) {
   const int64_t batch = x.size(0), size = int64_t(values.element_size());
@@ -257,12 +274,16 @@ Tensor bitmask_linear(const Tensor& x, const Tensor& bits, const Tensor& values,
   const float* scale_at = scales ? scale.data() : nullptr;
   const float* shift_at = bias ? shift.data() : nullptr;
   const Tensor flat = torch::stable::contiguous(x);
-  if (batch <= kFew || (batch <= kMany && form().many[kind])) {
-    product(m, kind, type, static_cast<const char*>(flat.data_ptr()), batch, cols, rows, scale_at,
-            shift_at, static_cast<char*>(out.data_ptr()));
-  } else {
+  const int64_t size = type == ScalarType::Float ? 4 : 2;
+  if (batch > kFew && !form().many[kind]) {
     product_by_tiles(m, values, torch::stable::view(flat, {batch, cols}), cols, rows, scale_at,
                      shift_at, out);
+    return out;
+  }
+  for (int64_t at = 0; at < batch; at += kAtOnce) {
+    product(m, kind, type, static_cast<const char*>(flat.data_ptr()) + at * cols * size,
+            std::min(kAtOnce, batch - at), cols, rows, scale_at, shift_at,
+            static_cast<char*>(out.data_ptr()) + at * rows * size);
   }
   return out;
 }

@@ -6,6 +6,7 @@
 //   kTaken                      vectors that one `take` makes of kTaken * V::kColumns columns
 //   zero(), fma(w, x, sum), load(x, vector index), store(to, vector index, w), sum(v)
 //   take<K>(bits, from, w)      the next columns' weights; returns where the next values begin
+//   sum_four(a, b, c, d, to)    four sums at once, if kRows is 4
 //   kFewRows                    rows of weights that `few` takes at once
 //   kRows, kInputs              rows of weights and of input that `many` multiplies in registers
 
@@ -86,8 +87,12 @@ void tile(const void* w, const void* x, int64_t vectors, float* out, int64_t out
       UNROLLED for (int r = 0; r < R; ++r) sums[r][b] = V::fma(now[r], input, sums[r][b]);
     }
   }
-  UNROLLED for (int r = 0; r < R; ++r) {
-    UNROLLED for (int b = 0; b < B; ++b) out[b * out_stride + r] = V::sum(sums[r][b]);
+  UNROLLED for (int b = 0; b < B; ++b) {
+    if constexpr (R == 4) {
+      V::sum_four(sums[0][b], sums[1][b], sums[2][b], sums[3][b], out + b * out_stride);
+    } else {
+      UNROLLED for (int r = 0; r < R; ++r) out[b * out_stride + r] = V::sum(sums[r][b]);
+    }
   }
 }
 

@@ -373,7 +373,7 @@ def test_the_cache_is_used_again() -> None:
 def test_a_failing_build_says_why(
     environment: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHPRUNE_KERNELS", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(BuildError, match=words):
@@ -397,7 +397,7 @@ print(kernels.native())
 
 
 def test_without_a_compiler_all_is_correct_and_said(tmp_path: Path) -> None:
-    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHPRUNE_CACHE": str(tmp_path)}
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHPRUNE_KERNELS": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT],
         env=environment,

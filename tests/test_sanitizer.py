@@ -36,7 +36,7 @@ def sanitized(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.skip("g++ with libasan and libubsan is not here")
     environment = {
         **os.environ,
-        "TORCHPRUNE_CACHE": str(cache),
+        "TORCHPRUNE_KERNELS": str(cache),
         "TORCHPRUNE_CXXFLAGS": SANITIZE,
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch leave much to the end of the process
         "LD_PRELOAD": ":".join(map(str, libraries)),

@@ -34,7 +34,7 @@ class BuildError(Exception):
 def library() -> Path:
     """The compiled kernels, from the cache if they are there.
 
-    `CXX` names another compiler, `TORCHPRUNE_CXXFLAGS` adds flags, `TORCHPRUNE_CACHE` names
+    `CXX` names another compiler, `TORCHPRUNE_CXXFLAGS` adds flags, `TORCHPRUNE_KERNELS` names
     another directory than the user's cache.
 
     Raises:
@@ -61,7 +61,7 @@ def _compiler() -> list[str]:
 
 
 def _cache() -> Path:
-    given = os.environ.get("TORCHPRUNE_CACHE")
+    given = os.environ.get("TORCHPRUNE_KERNELS")
     base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     folder = base if given else base / "torchprune"
     try:

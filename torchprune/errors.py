@@ -30,6 +30,10 @@ class LoweringError(TorchpruneError, ValueError):
     """A weight cannot take the form it was to be lowered to, or nothing here can."""
 
 
+class ExportError(TorchpruneError, ValueError):
+    """A model cannot be written for another runtime, or computes otherwise there."""
+
+
 class CheckpointError(TorchpruneError, ValueError):
     """A saved directory is damaged, hostile, of another version, or does not fit the model."""
 

@@ -1,0 +1,130 @@
+"""Initialisers as bits and nonzeros, which stock ONNX operators unpack when a session loads.
+
+A weight W of n elements becomes `bits`, one a weight, least significant first as
+`torchprune.packing` orders them, and `values`, a zero and then its nonzeros, row-major:
+
+    BitShift -> BitwiseAnd -> Cast -> Reshape -> CumSum -> Mul -> Gather(values) -> Slice -> Reshape
+
+A bit's place among the set ones so far, or 0, is the index of its value. All inputs are constant,
+so a runtime that folds constants does this once, at load, and then runs the dense graph. Large
+weights are unpacked in pieces: folding holds a few int32 numbers for every weight of a piece, and
+runtimes refuse to fold what takes a gigabyte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+PIECE = 1 << 23
+"""Weights unpacked by one chain of operators."""
+
+SMALLEST = 1024
+"""Weights below which packing saves nothing worth a chain of operators."""
+
+OPSET = 18
+"""The first one with BitwiseAnd."""
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One initialiser that was packed: its size before and after, in bytes."""
+
+    name: str
+    before: int
+    after: int
+
+
+def pack_initializers(model: ir.Model, min_sparsity: float) -> list[PackedWeight]:
+    """Pack every float initialiser with at least this share of zeros, in place.
+
+    The law: what the operators give is the weight, bit for bit, but that -0.0 becomes 0.0.
+    """
+    graph, packed = model.graph, []
+    shared = _Shared(graph)
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in _FLOATS or tensor.size < SMALLEST:
+            continue
+        weight = tensor.numpy()
+        if np.count_nonzero(weight) > (1 - min_sparsity) * weight.size:
+            continue
+        nodes, after = _unpacked(value.name, weight, graph, shared)
+        whole = nodes[-1].outputs[0]
+        whole.dtype, whole.shape = value.dtype, value.shape
+        ir.convenience.replace_all_uses_with(value, whole)
+        graph.initializers.pop(value.name)
+        graph.insert_before(graph[0], nodes)
+        packed.append(PackedWeight(str(value.name), weight.nbytes, after))
+    return packed
+
+
+class _Shared:
+    """Constants that all chains use, added to the graph when first asked for."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._found: dict[str, ir.Value] = {}
+
+    def get(self, name: str, array: Any) -> ir.Value:
+        if name not in self._found:
+            self._found[name] = _constant(self._graph, f"torchprune.{name}", array)
+        return self._found[name]
+
+
+def _constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(
+        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _unpacked(
+    name: str | None, weight: Any, graph: ir.Graph, shared: _Shared
+) -> tuple[list[ir.Node], int]:
+    """The nodes that make a weight, the last of which gives it, and the bytes they read."""
+    flat, nodes, pieces, size = weight.reshape(-1), [], [], 0
+    for start in range(0, flat.size, PIECE):
+        piece = flat[start : start + PIECE]
+        label = name if flat.size <= PIECE else f"{name}.{start // PIECE}"
+        made, read = _piece(str(label), piece, graph, shared)
+        nodes += made
+        pieces.append(made[-1].outputs[0])
+        size += read
+    if len(pieces) > 1:
+        nodes.append(ir.node("Concat", pieces, {"axis": 0}))
+    shape = _constant(graph, f"{name}.shape", np.array(weight.shape, np.int64))
+    nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape]))
+    return nodes, size
+
+
+def _piece(name: str, flat: Any, graph: ir.Graph, shared: _Shared) -> tuple[list[ir.Node], int]:
+    kept = flat != 0
+    packed = np.packbits(kept, bitorder="little").reshape(-1, 1)
+    nonzeros = np.concatenate([np.zeros(1, flat.dtype), flat[kept]])
+    bits = _constant(graph, f"{name}.bits", packed)
+    values = _constant(graph, f"{name}.values", nonzeros)
+    line = shared.get("line", np.array([-1], np.int64))
+    nodes: list[ir.Node] = []
+
+    def then(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        nodes.append(ir.node(operator, inputs, attributes))
+        return nodes[-1].outputs[0]
+
+    shifts = shared.get("shifts", np.arange(8, dtype=np.uint8).reshape(1, 8))
+    one = shared.get("one", np.array(1, np.uint8))
+    lowest = then("BitwiseAnd", then("BitShift", bits, shifts, direction="RIGHT"), one)
+    ones = then("Reshape", then("Cast", lowest, to=ir.DataType.INT32), line)
+    place = then("CumSum", ones, shared.get("axis", np.array(0, np.int64)))
+    found = then("Gather", values, then("Mul", place, ones))
+    if flat.size % 8:
+        end = shared.get(f"end.{flat.size}", np.array([flat.size], np.int64))
+        then("Slice", found, shared.get("start", np.array([0], np.int64)), end)
+    return nodes, packed.nbytes + nonzeros.nbytes

@@ -1,0 +1,279 @@
+"""ONNX: what ONNX Runtime computes from the written file, and what the file holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from by_hand import assert_as_it_was, fingerprint
+from families import FAMILIES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import torchprune
+from torchprune import MagnitudeSpec
+from torchprune.errors import ExportError
+
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+ir = pytest.importorskip("onnx_ir", reason="the extra onnx is not installed")
+
+from torchprune.export import packing_pass, to_onnx  # noqa: E402
+
+CHAIN = {"BitShift", "BitwiseAnd", "Gather", "CumSum"}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Third-party warnings while exporting are not ours to fail on."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def pruned(name: str, **options: Any) -> nn.Module:
+    return torchprune.sparsify(FAMILIES[name].make(), MagnitudeSpec(**options), progress=False)
+
+
+def operators(path: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(str(path)).graph.node}
+
+
+def session(path: Path, optimized: Path | None = None) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, *inputs: Tensor) -> list[Any]:
+    made = session(path)
+    names = [i.name for i in made.get_inputs()]
+    return made.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
+
+
+# -- the packing pass -----------------------------------------------------------------------------
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.sampled_from([0.25, 0.5, 0.9, 1.0]),
+    st.sampled_from([np.float32, np.float16]),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+)
+def test_unpacked_weights_are_bit_equal(
+    rows: int, cols: int, share: float, dtype: Any, pieces: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    weight = generator.standard_normal((rows, cols)).astype(dtype)
+    zero = generator.permutation(rows * cols)[: int(np.ceil(share * rows * cols))]
+    weight.reshape(-1)[zero] = 0
+    if rows * cols > 3:
+        tiny = np.finfo(dtype).smallest_subnormal
+        kept = np.flatnonzero(weight.reshape(-1))
+        weight.reshape(-1)[kept[:1]] = tiny
+    tensor = ir.tensor(weight, name="w")
+    value = ir.Value(
+        name="w", const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+    )
+    out = ir.node("Identity", [value])
+    out.outputs[0].name = "y"
+    graph = ir.Graph(
+        [], [out.outputs[0]], nodes=[out], initializers=[value], opset_imports={"": 18}
+    )
+    out.outputs[0].dtype, out.outputs[0].shape = tensor.dtype, tensor.shape
+    model = ir.Model(graph, ir_version=10)
+    smallest, piece = packing_pass.SMALLEST, packing_pass.PIECE
+    packing_pass.SMALLEST, packing_pass.PIECE = 1, max(1, -(-rows * cols // pieces))
+    try:
+        (packed,) = packing_pass.pack_initializers(model, 0.2)
+    finally:
+        packing_pass.SMALLEST, packing_pass.PIECE = smallest, piece
+    assert packed.name == "w"
+    assert packed.before == weight.nbytes
+    made = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    (found,) = made.run(None, {})
+    assert found.dtype == weight.dtype
+    assert found.tobytes() == weight.tobytes()
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "bert", "vit", "t5", "mixtral"])
+def test_families_compute_the_same_in_the_runtime(name: str, tmp_path: Path) -> None:
+    model = pruned(name)
+    before = fingerprint(model)
+    path = tmp_path / "model.onnx"
+    report = to_onnx(model, path, FAMILIES[name].data()[0])
+    assert_as_it_was(model, before)
+    assert report.relative < 1e-5
+    assert report.packed
+    assert report.bytes == path.stat().st_size < report.dense_bytes
+    assert operators(path) >= CHAIN
+    assert b"/torchprune/" not in path.read_bytes()  # no path of this machine
+    session(path, tmp_path / "optimized.onnx")
+    assert not operators(tmp_path / "optimized.onnx") & {"BitShift", "BitwiseAnd"}  # all folded
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+def test_convolutions_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, groups=2))
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    report = to_onnx(model, tmp_path / "cnn.onnx", torch.randn(2, 8, 9, 9))
+    assert len(report.packed) == 2
+    for batch in (1, 5):
+        x = torch.randn(batch, 8, 9, 9)
+        (found,) = run(tmp_path / "cnn.onnx", x)
+        torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_and_dense_files_compute_the_same_bits(tmp_path: Path) -> None:
+    model = pruned("llama", pattern="2:4")
+    batch = FAMILIES["llama"].data()[0]
+    packed = to_onnx(model, tmp_path / "packed.onnx", batch)
+    dense = to_onnx(model, tmp_path / "dense.onnx", batch, weights="dense")
+    assert not dense.packed
+    assert not operators(tmp_path / "dense.onnx") & {"BitShift"}
+    assert packed.dense_bytes == pytest.approx(dense.bytes, rel=0.15)  # operators count too
+    for rows, length in ((1, 1), (3, 9)):
+        tokens = torch.randint(0, 50, (rows, length))
+        (one,), (other,) = (run(tmp_path / f"{n}.onnx", tokens) for n in ("packed", "dense"))
+        assert one.tobytes() == other.tobytes()
+        with torch.no_grad():
+            expected = model(tokens).logits
+        torch.testing.assert_close(torch.from_numpy(one), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.532), (torch.float16, 0.564)])
+def test_half_of_the_weights_take_little_more_than_half_of_the_file(
+    dtype: torch.dtype, share: float, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).to(dtype)
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    x = torch.randn(2, 1024).to(dtype)
+    report = to_onnx(model, tmp_path / "m.onnx", x)
+    assert report.bytes <= share * 1024 * 1024 * dtype.itemsize + 3000
+    assert f"{report.bytes:,} bytes" in str(report)
+    assert "runs at dense speed" in str(report)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_with_a_cache_greedy_text_is_that_of_generate(name: str, tmp_path: Path) -> None:
+    model = pruned(name).eval()
+    prompt = torch.randint(0, 50, (1, 5), generator=torch.Generator().manual_seed(4))
+    path = tmp_path / "cached.onnx"
+    report = to_onnx(model, path, prompt, with_cache=True)
+    assert report.inputs[:2] == ["input_ids", "attention_mask"]
+    assert report.inputs[2:4] == ["past_key_values.0.key", "past_key_values.0.value"]
+    assert report.outputs[:3] == ["logits", "present.0.key", "present.0.value"]
+    made = session(path)
+    shapes = [i.shape for i in made.get_inputs()[2:]]
+    past = [np.zeros((1, heads, 0, size), np.float32) for _, heads, _, size in shapes]
+    tokens, text = prompt.numpy(), prompt.numpy()
+    for _ in range(6):
+        mask = np.ones((1, text.shape[1]), np.int64)
+        logits, *past = made.run(None, dict(zip(report.inputs, [tokens, mask, *past], strict=True)))
+        tokens = logits[:, -1:].argmax(-1)
+        text = np.concatenate([text, tokens], 1)
+    expected = model.generate(
+        prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    assert text.tolist() == expected.tolist()
+
+
+def test_lowered_models_are_lifted_in_the_file(tmp_path: Path) -> None:
+    model = torchprune.lower(pruned("llama"), "bitmask")
+    batch = FAMILIES["llama"].data()[0]
+    report = to_onnx(model, tmp_path / "m.onnx", batch)
+    assert len(report.packed) == 10
+    assert any("BitmaskLinear" in type(m).__name__ for m in model.modules())
+
+
+def test_large_models_have_their_weights_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchprune.export.onnx_model._EXTERNAL", 1000)
+    model, batch = pruned("llama"), FAMILIES["llama"].data()[0]
+    report = to_onnx(model, tmp_path / "m.onnx", batch)
+    assert report.data == tmp_path / "m.onnx.data"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert report.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    (found,) = run(tmp_path / "m.onnx", batch)
+    torch.testing.assert_close(
+        torch.from_numpy(found), model(batch).logits.detach(), rtol=1e-4, atol=1e-5
+    )
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y if bool(y.sum() > 0) else -y
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "options", "match"),
+    [
+        (lambda: nn.Linear(64, 64).bfloat16(), torch.ones(1, 64), {}, "bfloat16"),
+        (lambda: nn.Linear(64, 64), torch.ones(1, 64), {"weights": "small"}, "'packed' or 'dense'"),
+        (lambda: nn.Linear(64, 64), 7, {}, "must be a tensor"),
+        (lambda: nn.Linear(64, 64), torch.ones(1, 64), {"with_cache": True}, "token ids"),
+        (Branching, torch.ones(2, 64), {}, "could not export"),
+    ],
+)
+def test_what_cannot_be_written_says_why(
+    make: Any, example: Any, options: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=match):
+        to_onnx(make(), tmp_path / "m.onnx", example, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_computes_otherwise_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = packing_pass._piece
+
+    def wrong(name: str, flat: Any, *rest: Any) -> Any:
+        return honest(name, np.roll(flat, 1), *rest)
+
+    monkeypatch.setattr(packing_pass, "_piece", wrong)
+    old = tmp_path / "m.onnx"
+    old.write_text("an older file")
+    with pytest.raises(ExportError, match="computes otherwise"):
+        to_onnx(pruned("llama"), old, FAMILIES["llama"].data()[0])
+    assert old.read_text() == "an older file"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_without_the_extra_it_is_named() -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "import torch, torchprune.export\n"
+        "try:\n    torchprune.export.to_onnx(torch.nn.Linear(2, 2), 'x.onnx', torch.ones(1, 2))\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "needs the package 'onnxruntime': pip install 'torchprune[onnx]'" in done.stdout

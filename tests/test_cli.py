@@ -425,3 +425,45 @@ def test_enough_documents_and_no_more():
 )
 def test_what_can_only_be_a_path(name, is_path):
     assert looks_like_path(name) is is_path
+
+
+# -- export ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pruned(home: Path) -> Path:
+    worked("prune", home / "model", "--method", "magnitude", "-q", "--output", home / "pruned")
+    return home / "pruned"
+
+
+def test_export_writes_onnx_that_computes_the_same(pruned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    path = tmp_path / "model.onnx"
+    done = program("export", pruned, "--to", "onnx", "--output", path, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["relative"] < 1e-4
+    assert report["packed"] == []  # its weights are smaller than is worth packing
+    assert report["bytes"] == path.stat().st_size
+    assert "past_key_values.0.key" in report["inputs"]
+    done = program("export", pruned, "--to", "onnx", "-o", path, "--dense", "--no-cache")
+    assert done.returncode == 0, done.stderr
+    assert "inputs: input_ids\n" in done.stdout
+    assert "0 weights packed" in done.stdout
+
+
+def test_export_writes_a_plain_transformers_directory(pruned: Path, tmp_path: Path) -> None:
+    assert worked("export", pruned, "--to", "hf", "--output", tmp_path / "hf").startswith("wrote ")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.arange(6)[None]
+    expected = torchprune.load(pruned)(tokens).logits
+    assert torch.equal(plain(tokens).logits, expected)
+
+
+def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    out = ("--to", "onnx", "--output", tmp_path / "m.onnx")
+    assert "no such directory" in complaint("export", "./nowhere", *out)
+    assert "bfloat16" in complaint("export", pruned, *out, "--dtype", "bfloat16")
+    assert call("export", pruned, "--to", "gguf", "--output", tmp_path / "x").exit_code == 2
+    assert not list(tmp_path.iterdir())

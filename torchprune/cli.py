@@ -1,4 +1,4 @@
-"""The command line: `torchprune prune`, `torchprune eval`, `torchprune inspect`.
+"""The command line: `torchprune prune`, `eval`, `inspect` and `export`.
 
 Results go to standard output; progress, and errors as one line, go to standard error. transformers
 and datasets are imported only when a command needs them.
@@ -7,23 +7,31 @@ and datasets are imported only when a command needs them.
 from __future__ import annotations
 
 import json
-import logging
 import re
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor
 
 import torchprune
-from torchprune.errors import MissingExtraError, TorchpruneError
+from torchprune.console import (
+    ColumnOption,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    bars_wanted,
+    one_line,
+    speaker,
+    typer,
+)
 from torchprune.evaluation import context_of, default_seqlen, perplexity
 from torchprune.manifest import is_saved
 from torchprune.named import device_of, import_transformers, load_model, load_tokenizer
@@ -38,11 +46,6 @@ from torchprune.text import (
     tokenise,
 )
 
-try:
-    import typer
-except ImportError:  # this module is the program: say what to install, and stop
-    sys.exit(f"error: {MissingExtraError('typer', 'cli', 'the command line')}")
-
 CHARACTERS_PER_TOKEN = 64
 """How much text is tokenised for each calibration token that is wanted."""
 
@@ -53,19 +56,6 @@ class Method(StrEnum):
     magnitude = "magnitude"
     wanda = "wanda"
     sparsegpt = "sparsegpt"
-
-
-class Dtype(StrEnum):
-    """The dtype a model is loaded in; `auto` is the checkpoint's own."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-    def to_torch(self) -> torch.dtype | None:
-        """None stands for the checkpoint's own."""
-        return None if self is Dtype.auto else getattr(torch, self.value)
 
 
 SPECS: dict[Method, type[Spec]] = {
@@ -81,25 +71,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ModelOption = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A torchprune directory, a transformers directory, or a name on the model hub.",
-        show_default=False,
-    ),
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Load the model in this dtype.")]
-DeviceOption = Annotated[
-    str, typer.Option(help='Where to compute: "cpu", "cuda", "cuda:1"; auto is a GPU if any.')
-]
-ColumnOption = Annotated[str, typer.Option(help="The field of a row that holds the text.")]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print results and errors, nothing else.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _version(wanted: bool) -> None:
@@ -123,6 +94,8 @@ def _root(
       torchprune inspect smol-2of4
 
       torchprune eval smol-2of4 --text held-out.txt
+
+      torchprune export smol-2of4 --to onnx --output smol.onnx
 
     Exit codes: 0 done, 1 something is wrong with the input (one line says what), 2 wrong usage.
     """
@@ -233,8 +206,8 @@ def prune(
       torchprune prune ./model --sparsity 0.7 --override '*.down_proj=0.5' --data allenai/c4:en
     """
     overrides = dict(_override(item) for item in override or [])
-    with _one_line(debug):
-        say = _speaker(quiet)
+    with one_line(debug):
+        say = speaker(quiet)
         spec = SPECS[method](
             sparsity=sparsity,
             pattern=pattern,
@@ -249,12 +222,14 @@ def prune(
         _check_free(output, is_saved)
         _check_free(hf, lambda directory: (directory / "torchprune.json").is_file())
         reads = data is not None and spec.needs_data
-        documents = read_documents(data, column, progress=_bars(quiet)) if data and reads else None
+        documents = (
+            read_documents(data, column, progress=bars_wanted(quiet)) if data and reads else None
+        )
         if data and not reads:
             say(f"{method.value} needs no data: {data} is not read")
 
         say(f"loading {model}")
-        transformers = import_transformers(_bars(quiet))
+        transformers = import_transformers(bars_wanted(quiet))
         net = load_model(transformers, model, dtype.to_torch(), where)
         tokenizer = load_tokenizer(transformers, model, required=reads)
         batches, note = None, ""
@@ -265,14 +240,14 @@ def prune(
                 batches = _drawn(tokenizer, documents, samples, length, seed)
             elif can_synthesise(net):
                 batches = synthesise(
-                    net, sequences=samples, length=length, seed=seed, progress=_bars(quiet)
+                    net, sequences=samples, length=length, seed=seed, progress=bars_wanted(quiet)
                 )
             note = f"calibrated on {samples} windows of {length} tokens "
             note += f"of {data}" if data else "sampled from the model itself"
         say(f"pruning by {method.value} to {spec.goal}")
         started = time.perf_counter()
         torchprune.sparsify(
-            net, spec, batches, progress=_bars(quiet), max_batches=samples, seed=seed
+            net, spec, batches, progress=bars_wanted(quiet), max_batches=samples, seed=seed
         )
         say(f"pruned in {time.perf_counter() - started:.1f} s")
         if note:
@@ -337,8 +312,8 @@ def evaluate(
 
       torchprune eval ./model --text Salesforce/wikitext:wikitext-2-raw-v1:test
     """
-    with _one_line(debug):
-        bars = _bars(quiet or as_json)
+    with one_line(debug):
+        bars = bars_wanted(quiet or as_json)
         documents = read_documents(text, column, progress=bars)
         transformers = import_transformers(bars)
         net = load_model(transformers, model, dtype.to_torch(), device_of(device))
@@ -370,11 +345,79 @@ def inspect(
 
       torchprune inspect smol-2of4 --json | jq .total
     """
-    with _one_line(debug):
+    with one_line(debug):
         if not directory.is_dir():
             raise InputError(f"no such directory: {directory}")
         report = torchprune.report(torchprune.load(directory))
         typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+
+
+class Format(StrEnum):
+    """What `torchprune export` writes."""
+
+    onnx = "onnx"
+    hf = "hf"
+
+
+@app.command()
+def export(
+    model: ModelOption,
+    to: Annotated[Format, typer.Option(help="ONNX, or a plain transformers directory.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="The file (onnx) or directory (hf) to write.",
+            show_default=False,
+        ),
+    ],
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed/--dense", help="ONNX: weights as bits and nonzeros, or as they are."
+        ),
+    ] = True,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="ONNX: with the key-value cache in and out.")
+    ] = True,
+    dtype: DtypeOption = Dtype.auto,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a pruned model for another runtime, masks folded.
+
+    ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
+    makes the file smaller, not the runtime faster. What it computes is compared with torch.
+
+    [bold]Examples[/bold]
+
+      torchprune export smol-2of4 --to onnx --dtype float32 --output smol.onnx
+
+      torchprune export smol-2of4 --to hf --output smol-folded
+    """
+    with one_line(debug):
+        transformers = import_transformers(bars_wanted(quiet or as_json))
+        net = load_model(transformers, model, dtype.to_torch(), device_of("cpu"))
+        writers = import_module("torchprune.export")
+        if to is Format.hf:
+            writers.to_hf(
+                net, output, tokenizer=load_tokenizer(transformers, model, required=False)
+            )
+            told, figures = f"wrote {output}", dict[str, Any](path=str(output))
+        else:
+            tokens = net.dummy_inputs["input_ids"][:2, :4] % net.config.vocab_size
+            report = writers.to_onnx(
+                net, output, tokens, weights="packed" if packed else "dense", with_cache=cache
+            )
+            told = str(report)
+            figures = {k: str(v) if isinstance(v, Path) else v for k, v in vars(report).items()}
+        if as_json:
+            typer.echo(json.dumps(figures))
+        elif not quiet:
+            typer.echo(told)
 
 
 # -- what the user named -------------------------------------------------------------------------
@@ -425,50 +468,6 @@ def _fitting(model: Any, length: int, say: Callable[[str], None]) -> int:
     if length > context:
         say(f"the model's context is {context} tokens: windows are cut to that")
     return min(length, context)
-
-
-# -- speaking ------------------------------------------------------------------------------------
-
-
-def _speaker(quiet: bool) -> Callable[[str], None]:
-    def say(text: str) -> None:
-        if not quiet:
-            typer.echo(text)
-
-    return say
-
-
-def _bars(quiet: bool) -> bool:
-    """Whether to draw progress bars: for a person at a terminal who did not ask for quiet."""
-    return not quiet and sys.stderr.isatty()
-
-
-@contextmanager
-def _one_line(debug: bool) -> Iterator[None]:
-    """Make an error one plain line and exit code 1; with debug leave everything as it comes."""
-    if debug:
-        yield
-        return
-    for library in ("transformers", "datasets", "huggingface_hub", "torch", "torchao"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sparsify's own are in the report
-            yield
-    except typer.Exit:
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        typer.echo(f"error: {_message(error)}", err=True)
-        raise typer.Exit(1) from None
-
-
-def _message(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, TorchpruneError | OSError):
-        return text
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ class OnnxReport:
             f"{self.path}: {self.bytes:,} bytes ({share:.3f} of dense), {len(self.packed)} weights "
             f"packed; loads in {self.load_seconds:.2f} s; ONNX Runtime differs from torch by at "
             f"most {self.difference:.3g} ({self.relative:.2g} of the largest output)\n"
-            f"inputs: {', '.join(self.inputs)}\noutputs: {', '.join(self.outputs)}\n"
+            f"inputs: {_few(self.inputs)}\noutputs: {_few(self.outputs)}\n"
             "Sparsity makes the file smaller; the runtime unpacks it and runs at dense speed."
         )
 
@@ -159,6 +159,11 @@ def to_onnx(
         inputs=inputs,
         outputs=outputs,
     )
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:6])
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
 
 
 def _require() -> None:

@@ -39,3 +39,21 @@ def test_a_failure_leaves_the_model_on_its_device_as_it_was() -> None:
     assert list(model.state_dict()) == list(before)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_semi_structured_layers_compute_what_dense_ones_do(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 128)
+    )
+    model = model.to("cuda", dtype)
+    torchprune.fold(torchprune.sparsify(model, MagnitudeSpec(pattern="2:4"), progress=False))
+    folded = copy.deepcopy(model)
+    torchprune.lower(model, "semi_structured")
+    for rows in (1, 8, 100):
+        x = torch.randn(rows, 256, device="cuda", dtype=dtype)
+        torch.testing.assert_close(model(x), folded(x), rtol=2e-2, atol=2e-2)
+    torchprune.lift(model)
+    for name, tensor in folded.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name

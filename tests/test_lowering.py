@@ -320,7 +320,7 @@ def test_half_of_the_weights_take_little_more_than_half_of_the_bytes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"target": "bitmsk"}, LoweringError, "'bitmask' or 'dense'"),
+        ({"target": "bitmsk"}, LoweringError, "'bitmask', 'semi_structured', 'dense'"),
         ({"target": "bitmask", "dtype": torch.float64}, LoweringError, "float64"),
         ({"target": "bitmask", "targets": "nope"}, TargetError, "nope"),
         ({"target": "bitmask", "min_sparsity": 0.9}, LoweringError, "less than 90%"),

@@ -8,8 +8,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from torchprune import kernels
-from torchprune.bitmask import DTYPES, Bitmask
+from torchprune import kernels, semi_structured
+from torchprune.bitmask import DTYPES, SLACK, WORD, Bitmask
 from torchprune.errors import LoweringError
 from torchprune.lowered import BitmaskLinear
 from torchprune.masking import detach, fold, mask_of, obstacle, original_of
@@ -20,7 +20,9 @@ from torchprune.weights import is_transformers_conv1d, view_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
-TARGETS = ("bitmask", "dense")
+_TRAINED = "_torchprune_trained"
+
+TARGETS = ("bitmask", "semi_structured", "dense")
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,14 @@ def lower(
     - "bitmask": linear layers become `BitmaskLinear`: one bit a weight and the nonzeros. On CPUs
       it is faster than dense for up to about 8 rows of input (decoding), and as fast beyond. Any
       pattern will do.
+    - "semi_structured": 2:4 linear layers on a CUDA device, in float16 or bfloat16, hold torch's
+      semi-structured tensors (cuSPARSELt, or CUTLASS). They stay `nn.Linear`; products with many
+      rows of input are faster, those with one are slower. What is not 2:4 is left, and said.
     - "dense": masks are folded and that is all: plain modules for any runtime.
 
     Args:
         model: sparsified, or with zeros in its weights.
-        target: "bitmask" or "dense".
+        target: "bitmask", "semi_structured" or "dense".
         dtype: of the bitmask's values: float32, float16, bfloat16, or int8 with one scale a row
             (rounded to nearest); None keeps the weight's own.
         targets, ignore: which layers, as in specs; by default every one that can be.
@@ -123,6 +128,9 @@ def lower(
         )
     places = _places(model)
     for layer in chosen:
+        if target == "semi_structured":
+            _compress(layer)
+            continue
         packed = _pack(layer, dtype)
         if mask_of(layer.module, layer.tensor) is not None:
             detach(layer.module, layer.tensor)
@@ -144,6 +152,10 @@ def lift(model: Model) -> Model:
             origin = module.lifted()
             for parent, name in places:
                 parent._modules[name] = origin
+        elif semi_structured.is_semi_structured(module._parameters.get("weight")):
+            dense = semi_structured.decompress(cast(Tensor, module.weight))
+            trained = module.__dict__.pop(_TRAINED, True)
+            module._parameters["weight"] = nn.Parameter(dense, requires_grad=trained)
     return model
 
 
@@ -156,7 +168,7 @@ def _plan(
     min_sparsity: float,
 ) -> tuple[LoweringPlan, list[Layer]]:
     if target not in TARGETS:
-        raise LoweringError(f"target must be {' or '.join(map(repr, TARGETS))}, got {target!r}")
+        raise LoweringError(f"target must be {', '.join(map(repr, TARGETS))}, got {target!r}")
     if dtype not in (None, torch.int8, *DTYPES):
         raise LoweringError(
             f"dtype must be None, torch.float32, float16, bfloat16 or int8, got {dtype}"
@@ -166,10 +178,14 @@ def _plan(
     for what, selectors in (("targets", wanted), ("ignore", unwanted)):
         for selector in selectors:
             check_used(what, selector, model, layers)
+    if target == "semi_structured" and dtype is not None:
+        raise LoweringError(f"semi_structured keeps each weight's dtype, got dtype={dtype}")
     if target == "dense":
         masks = sum(mask_of(y.module, y.tensor) is not None for y in layers)
         return LoweringPlan(target, runs_on=f"{masks} masks are folded; plain modules, dense"), []
-    plan, chosen = LoweringPlan(target, runs_on=str(kernels.native())), []
+    kind = semi_structured.backend()
+    runs_on = str(kernels.native()) if target == "bitmask" else f"2:4 products by {kind.__name__}"
+    plan, chosen = LoweringPlan(target, runs_on=runs_on), []
     ties = tied_to(model)
     for layer in layers:
         if wanted and not any(matches(s, layer) for s in wanted):
@@ -177,22 +193,20 @@ def _plan(
         if any(matches(s, layer) for s in unwanted):
             plan.left[layer.name] = "ignored"
             continue
-        if why := _hindrance(layer, ties):
+        if why := _hindrance(layer, ties, "cpu" if target == "bitmask" else "cuda"):
             plan.left[layer.name] = why
             continue
         weight = _effective(layer)
-        nonzeros = int(torch.count_nonzero(weight))
-        zeros = 1 - nonzeros / weight.numel()
-        if zeros < min_sparsity:
-            plan.left[layer.name] = f"less than {min_sparsity:.0%} of it is zero (min_sparsity)"
+        zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+        if target == "bitmask":
+            why = _bitmask_obstacle(layer, weight, zeros, min_sparsity)
+            after = _bitmask_bytes(layer, weight, zeros, dtype)
+        else:
+            why = semi_structured.obstacle(weight, kind)
+            after = semi_structured.compressed_bytes(weight)
+        if why:
+            plan.left[layer.name] = why
             continue
-        if not bool(weight.isfinite().all()):
-            plan.left[layer.name] = "it holds inf or NaN"
-            continue
-        view = view_of(layer.module, weight.shape)
-        size = (dtype or weight.dtype).itemsize
-        after = view.rows * (8 * -(-view.cols // 64) + 4) + 4 + size * (nonzeros + 64)
-        after += 4 * view.rows if dtype == torch.int8 else 0
         name = str(weight.dtype).removeprefix("torch.")
         plan.layers.append(
             LoweredLayer(layer.name, tuple(weight.shape), name, zeros, weight.nbytes, after)
@@ -201,22 +215,44 @@ def _plan(
     return plan, chosen
 
 
-def _hindrance(layer: Layer, ties: dict[int, list[str]]) -> str | None:
-    """Why a layer cannot become a `BitmaskLinear`, or None."""
+def _bitmask_obstacle(
+    layer: Layer, weight: Tensor, zeros: float, min_sparsity: float
+) -> str | None:
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}"
+    if zeros < min_sparsity:
+        return f"less than {min_sparsity:.0%} of it is zero (min_sparsity)"
+    if not bool(weight.isfinite().all()):
+        return "it holds inf or NaN"
+    return None
+
+
+def _bitmask_bytes(layer: Layer, weight: Tensor, zeros: float, dtype: torch.dtype | None) -> int:
+    """Bits in whole words, starts, and nonzeros with their slack; scales for int8."""
+    view = view_of(layer.module, weight.shape)
+    nonzeros = round((1 - zeros) * weight.numel())
+    size = view.rows * (8 * -(-view.cols // WORD) + 4) + 4
+    size += (dtype or weight.dtype).itemsize * (nonzeros + SLACK)
+    return size + (4 * view.rows if dtype == torch.int8 else 0)
+
+
+def _hindrance(layer: Layer, ties: dict[int, list[str]], device: str) -> str | None:
+    """Why a layer's module cannot be lowered for this kind of device, or None."""
     module = layer.module
     plain = mask_of(module, layer.tensor) is not None
     kind = type(module).__bases__[0] if plain else type(module)
-    if kind is not nn.Linear and not (is_transformers_conv1d(module) and kind.__name__ == "Conv1D"):
+    if kind.__name__ == "Conv1D" and is_transformers_conv1d(module):
+        if device == "cuda":
+            return "a Conv1D holds its weight the other way round; 2:4 products want a Linear"
+    elif kind is not nn.Linear:
         if isinstance(module, nn.Linear):
             return f"a {kind.__name__} may compute otherwise than a Linear"
         return f"a {kind.__name__} is no linear layer, which is what the kernels compute"
     if reason := obstacle(layer, ties):
         return reason
     weight = original_of(module, layer.tensor)
-    if weight.dtype not in DTYPES:
-        return f"its weight is {weight.dtype}"
-    if weight.device.type != "cpu":
-        return f"it is on {weight.device}, and the kernels are for CPUs"
+    if weight.device.type != device:
+        return f"it is on {weight.device}, and the product is for {device.upper()} devices"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, name) for name in hooks) or "forward" in vars(module):
         return "it carries hooks or a forward of its own, which would be lost"
@@ -230,6 +266,16 @@ def _effective(layer: Layer) -> Tensor:
     weight = original_of(layer.module, layer.tensor).detach()
     mask = mask_of(layer.module, layer.tensor)
     return weight if mask is None else masked(weight, mask.mask)
+
+
+def _compress(layer: Layer) -> None:
+    weight = semi_structured.compress(_effective(layer), semi_structured.backend())
+    module = layer.module
+    trained = original_of(module, layer.tensor).requires_grad
+    if mask_of(module, layer.tensor) is not None:
+        detach(module, layer.tensor)
+    module.__dict__[_TRAINED] = trained
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
 
 def _pack(layer: Layer, dtype: torch.dtype | None) -> Bitmask:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchprune.errors import TargetError, did_you_mean
 from torchprune.specs import Selector, Selectors
@@ -136,10 +136,18 @@ def tied_to(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
-                address = parameter.untyped_storage().data_ptr()
+                address = _address(parameter)
                 if address:
                     holders.setdefault(address, []).append(f"{name}.{key}" if name else key)
     return {address: names for address, names in holders.items() if len(names) > 1}
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's values begin; 0 for one that only wraps others (quantized, sparse)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """Tokens a second of a language model that decodes on the CPU: dense, masked, lowered, int8.
 
-    python benchmarks/decode.py [--model smollm2|1b] [--tokens 48] [--compile] [--output FILE]
+    python benchmarks/decode.py [--model smollm2|1b] [--tokens 48] [--compile] [--onnx]
+                                [--output FILE]
 
 All contenders hold the same weights (the dense ones before pruning) and decode side by side, one
 token each in turn, after a context of 64 tokens, with their key-value caches: a busy machine hurts
@@ -12,12 +13,14 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -89,6 +92,36 @@ class Contender:
         self.seconds.append(time.perf_counter() - start)
 
 
+class InRuntime:
+    """The same in ONNX Runtime, from a file with a cache as inputs and outputs."""
+
+    def __init__(self, model: nn.Module, context: Tensor) -> None:
+        import onnxruntime
+
+        from torchprune.export import to_onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            report = to_onnx(model, Path(folder) / "model.onnx", context[:, :8], with_cache=True)
+            self.session = onnxruntime.InferenceSession(
+                report.path, providers=["CPUExecutionProvider"]
+            )
+        self.names, self.bytes = report.inputs, report.bytes
+        shapes = [i.shape for i in self.session.get_inputs()[2:]]
+        self.past = [np.zeros((1, heads, 0, size), np.float32) for _, heads, _, size in shapes]
+        self.token, self.length = context.numpy(), 0
+        self.seconds: list[float] = []
+        self.step()
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        self.length += self.token.shape[1]
+        mask = np.ones((1, self.length), np.int64)
+        inputs = dict(zip(self.names, [self.token, mask, *self.past], strict=True))
+        logits, *self.past = self.session.run(None, inputs)
+        self.token = logits[:, -1:].argmax(-1)
+        self.seconds.append(time.perf_counter() - start)
+
+
 def in_int8(model: nn.Module) -> nn.Module:
     """Quantized by torchao: weights in int8 with a scale a row."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -103,9 +136,12 @@ def compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def contenders(dense: nn.Module, context: Tensor, with_compile: bool) -> dict[str, Contender]:
+def contenders(
+    dense: nn.Module, context: Tensor, with_compile: bool, with_onnx: bool
+) -> dict[str, Contender | InRuntime]:
     sparse = torchprune.sparsify(copy.deepcopy(dense), MagnitudeSpec())
     folded = torchprune.fold(copy.deepcopy(sparse))
+    folded_wide = copy.deepcopy(folded).float() if with_onnx else folded
 
     def bitmask(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return torchprune.lower(copy.deepcopy(model), "bitmask", dtype=dtype, min_sparsity=0.0)
@@ -129,6 +165,8 @@ def contenders(dense: nn.Module, context: Tensor, with_compile: bool) -> dict[st
             found[name] = Contender(make(), context)
         except Exception as error:  # one that does not run here is left out, and said
             print(f"{name}: left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+    if with_onnx:
+        found["ONNX Runtime float32, packed file"] = InRuntime(folded_wide, context)
     return found
 
 
@@ -137,13 +175,14 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "1b"), default="smollm2")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--compile", action="store_true", help="inductor too: minutes a model")
+    parser.add_argument("--onnx", action="store_true", help="ONNX Runtime too")
     parser.add_argument("--output", type=Path, help="write the medians to this JSON file")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     dense = real() if options.model == "smollm2" else one_billion()
     context = torch.randint(10, 20000, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        all_of_them = contenders(dense, context, options.compile)
+        all_of_them = contenders(dense, context, options.compile, options.onnx)
         for turn in range(-3, options.tokens):
             for contender in all_of_them.values():
                 if turn == 0:

@@ -228,7 +228,6 @@ def test_saving_a_lowered_model_is_refused(tmp_path: Any) -> None:
     torchprune.save(torchprune.lift(model), tmp_path / "it")
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
 def test_lowered_layers_compile_and_export_whole() -> None:
     model = torchprune.lower(plain(), "bitmask").eval()
     x = torch.randn(3, 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,10 @@ from torchprune.report import RunRecord, remember_run
 from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
 from torchprune.synthesis import can_synthesise, synthesise
 
-Model = TypeVar("Model", bound=nn.Module)
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+Model = TypeVar("Model", bound="nn.Module | ExportedProgram")
 
 
 def sparsify(
@@ -39,7 +42,9 @@ def sparsify(
     """Prune a model in place: every chosen layer gets a mask as a parametrization.
 
     Args:
-        model: any module. Its training flags, hooks and settings are as before afterwards.
+        model: any module. Its training flags, hooks and settings are as before afterwards. Or an
+            `ExportedProgram`, of which a new one with masks is returned; the given one stays as it
+            is (`keep_dense` and `hold` do not apply, and data must be given).
         spec: `MagnitudeSpec`, `WandaSpec` or `SparseGPTSpec`.
         data: calibration batches: any iterable whose items are tensors (passed positionally),
             tuples or lists (positional) or mappings (keywords). Tokens that a batch's
@@ -54,7 +59,7 @@ def sparsify(
         seed: for the sampled text.
 
     Returns:
-        the same model.
+        the same model; for an `ExportedProgram` a new one.
 
     Raises:
         SpecError, TargetError: the spec does not fit the model. Nothing was touched.
@@ -66,6 +71,11 @@ def sparsify(
         raise SpecError(f"spec must be a MagnitudeSpec, WandaSpec or SparseGPTSpec, got {got}")
     if hold not in (None, torch.bfloat16, torch.float16):
         raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")
+    if type(model).__name__ == "ExportedProgram":
+        options = keep_dense or hold is not None
+        return cast(Model, _pruned_program(model, spec, data, max_batches, progress, options))
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model must be a Module or an ExportedProgram, got {type(model).__name__}")
     plan = make_plan(model, spec)
     _check_weights(plan, finite=isinstance(spec, SparseGPTSpec))
     run = RunRecord(spec=spec, skipped=dict(plan.skipped))
@@ -102,6 +112,32 @@ def sparsify(
     for warning in run.warnings:
         warnings.warn(warning, stacklevel=2)
     return model
+
+
+def _pruned_program(
+    program: Any,
+    spec: Spec,
+    data: Iterable[Any] | None,
+    max_batches: int,
+    progress: bool,
+    options: bool,
+) -> Any:
+    from torchprune.programs import prune_program  # torch.export takes a while to import
+
+    if options:
+        raise SpecError("keep_dense and hold are for modules; a program's own weights stay anyway")
+    batches: list[Batch] = []
+    if not isinstance(spec, MagnitudeSpec):
+        if data is None:
+            raise CalibrationError(
+                f"{type(spec).__name__} needs calibration data for an ExportedProgram: "
+                f"sparsify(program, spec, data). {ACCEPTED_DATA}"
+            )
+        batches, _ = read_batches(data, program.module(), max_batches)
+    pruned, found = prune_program(program, spec, batches, progress=progress)
+    for warning in found:
+        warnings.warn(warning, stacklevel=3)
+    return pruned
 
 
 def _calibrate(

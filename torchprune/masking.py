@@ -63,9 +63,9 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         mask = self.mask if self._bits is None else self._whole()
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
-        return masked(weight, mask)
+        return masked(weight, mask)  # inductor folds this one where weights are frozen
 
     def compress(self, into: Tensor) -> None:
         """Hold the mask as one bit a weight, `into` uint8; the buffer is empty until `expand`."""

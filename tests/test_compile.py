@@ -1,0 +1,69 @@
+"""Sparsified and lowered models under torch.compile: one graph, no recompilation for new masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from families import FAMILIES
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import torchprune
+from torchprune import MagnitudeSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile and transformers
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = model(tokens)
+    return y.logits if hasattr(y, "logits") else y.last_hidden_state  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["masked", "lowered"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_models_compile_whole_and_compute_the_same(name: str, lowered: bool) -> None:
+    model = torchprune.sparsify(FAMILIES[name].make(), MagnitudeSpec(), progress=False).eval()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    if lowered:
+        torchprune.lower(model, "bitmask")
+    tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = logits(model, tokens)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    torch.testing.assert_close(logits(compiled, tokens), expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_new_masks_take_effect_without_recompiling(train: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    x = torch.randn(5, 16)
+    with torch.set_grad_enabled(train):
+        for sparsity in (0.5, 0.7, 0.9):
+            torchprune.sparsify(model, MagnitudeSpec(sparsity=sparsity), progress=False)
+            found, expected = compiled(x), model(x)
+            torch.testing.assert_close(found, expected)
+            if train:
+                model.zero_grad()
+                found.square().sum().backward()
+                for name, mask in torchprune.masks(model).items():
+                    layer = model[int(name[0])]
+                    grad = layer.parametrizations.weight.original.grad
+                    assert not grad[~mask].any()
+                    assert grad[mask].any()
+    assert counter.frame_count == 1

@@ -40,7 +40,6 @@ _CONVS = {
 }
 
 Env = dict[Node, Any]
-Stop = list[tuple[Target, Moments]]
 
 
 @dataclass(frozen=True)

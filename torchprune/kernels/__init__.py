@@ -85,7 +85,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 handle = ctypes.CDLL(path)
                 handle.torchprune_form.restype = ctypes.c_char_p
                 _loaded.append((handle, ""))
-            except (BuildError, OSError) as error:
+            except (BuildError, OSError, RuntimeError) as error:  # the last: no home directory
                 _loaded.append((None, str(error)))
         return _loaded[0]
 

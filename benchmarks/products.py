@@ -1,6 +1,6 @@
 """Time of one linear layer's product on the CPU: bitmask weights against dense ones.
 
-    python benchmarks/kernels.py [--shape 4096x4096] [--batches 1,2,4,8,16,32,64] [--repeats 60]
+    python benchmarks/products.py [--shape 4096x4096] [--batches 1,2,4,8,16,32,64] [--repeats 60]
                                  [--form NAME] [--output FILE.json]
 
 Weights rotate through sets that no cache holds, as they do when a model decodes. Contenders take

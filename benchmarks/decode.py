@@ -14,13 +14,11 @@ import copy
 import json
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,9 +28,9 @@ from torchprune import MagnitudeSpec, kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-CONTEXT = 64
+from decoding import Contender, InRuntime, InTorch, race
 
-Step = Callable[[Tensor], Tensor]
+CONTEXT = 64
 
 
 def one_billion() -> LlamaForCausalLM:
@@ -76,50 +74,24 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-class Contender:
-    """A model that decodes greedily, one token a call."""
+@dataclass
+class Entry:
+    """A contender and the bytes of its weights."""
 
-    def __init__(self, model: nn.Module, context: Tensor) -> None:
-        self.model, self.bytes = model, weight_bytes(model)
-        out = model(context, use_cache=True)
-        self.cache, self.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        self.seconds: list[float] = []
-
-    def step(self) -> None:
-        start = time.perf_counter()
-        out = self.model(self.token, past_key_values=self.cache, use_cache=True)
-        self.token = out.logits[:, -1:].argmax(-1)
-        self.seconds.append(time.perf_counter() - start)
+    runs: Contender
+    bytes: int
 
 
-class InRuntime:
-    """The same in ONNX Runtime, from a file with a cache as inputs and outputs."""
+def in_torch(model: nn.Module, context: Tensor) -> Entry:
+    return Entry(InTorch(model, context), weight_bytes(model))
 
-    def __init__(self, model: nn.Module, context: Tensor) -> None:
-        import onnxruntime
 
-        from torchprune.export import to_onnx
+def in_runtime(model: nn.Module, context: Tensor) -> Entry:
+    from torchprune.export import to_onnx
 
-        with tempfile.TemporaryDirectory() as folder:
-            report = to_onnx(model, Path(folder) / "model.onnx", context[:, :8], with_cache=True)
-            self.session = onnxruntime.InferenceSession(
-                report.path, providers=["CPUExecutionProvider"]
-            )
-        self.names, self.bytes = report.inputs, report.bytes
-        shapes = [i.shape for i in self.session.get_inputs()[2:]]
-        self.past = [np.zeros((1, heads, 0, size), np.float32) for _, heads, _, size in shapes]
-        self.token, self.length = context.numpy(), 0
-        self.seconds: list[float] = []
-        self.step()
-
-    def step(self) -> None:
-        start = time.perf_counter()
-        self.length += self.token.shape[1]
-        mask = np.ones((1, self.length), np.int64)
-        inputs = dict(zip(self.names, [self.token, mask, *self.past], strict=True))
-        logits, *self.past = self.session.run(None, inputs)
-        self.token = logits[:, -1:].argmax(-1)
-        self.seconds.append(time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        report = to_onnx(model, Path(folder) / "model.onnx", context[:, :8], with_cache=True)
+        return Entry(InRuntime(report.path, context), report.bytes)
 
 
 def in_int8(model: nn.Module) -> nn.Module:
@@ -138,7 +110,7 @@ def compiled(model: nn.Module) -> nn.Module:
 
 def contenders(
     dense: nn.Module, context: Tensor, with_compile: bool, with_onnx: bool
-) -> dict[str, Contender | InRuntime]:
+) -> dict[str, Entry]:
     sparse = torchprune.sparsify(copy.deepcopy(dense), MagnitudeSpec())
     folded = torchprune.fold(copy.deepcopy(sparse))
     folded_wide = copy.deepcopy(folded).float() if with_onnx else folded
@@ -157,16 +129,21 @@ def contenders(
         "bitmask int8 50 %": lambda: bitmask(folded, torch.int8),
     }
     if with_compile:
-        made["compiled bfloat16"] = lambda: compiled(copy.deepcopy(dense))
-        made["compiled bitmask bfloat16 50 %"] = lambda: compiled(bitmask(folded))
+        made |= {
+            "compiled bfloat16": lambda: compiled(copy.deepcopy(dense)),
+            "compiled bitmask bfloat16 50 %": lambda: compiled(bitmask(folded)),
+            "compiled torchao int8": lambda: compiled(in_int8(copy.deepcopy(dense))),
+            "compiled ours dense int8": lambda: compiled(bitmask(dense, torch.int8)),
+            "compiled bitmask int8 50 %": lambda: compiled(bitmask(folded, torch.int8)),
+        }
     found = {}
     for name, make in made.items():
         try:
-            found[name] = Contender(make(), context)
+            found[name] = in_torch(make(), context)
         except Exception as error:  # one that does not run here is left out, and said
             print(f"{name}: left out: {type(error).__name__}: {str(error).splitlines()[0]}")
     if with_onnx:
-        found["ONNX Runtime float32, packed file"] = InRuntime(folded_wide, context)
+        found["ONNX Runtime float32, packed file"] = in_runtime(folded_wide, context)
     return found
 
 
@@ -182,27 +159,21 @@ def main() -> None:
     dense = real() if options.model == "smollm2" else one_billion()
     context = torch.randint(10, 20000, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        all_of_them = contenders(dense, context, options.compile, options.onnx)
-        for turn in range(-3, options.tokens):
-            for contender in all_of_them.values():
-                if turn == 0:
-                    contender.seconds.clear()
-                contender.step()
+        entries = contenders(dense, context, options.compile, options.onnx)
+    medians = race([entry.runs for entry in entries.values()], options.tokens)
     print(
         f"{options.model}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{kernels.native()}\n"
     )
-    eager = median(all_of_them["transformers bfloat16"].seconds)
-    size = all_of_them["transformers bfloat16"].bytes
+    size, eager = entries["transformers bfloat16"].bytes, medians[0]
     print("| contender | ms a token | tokens/s | times bfloat16 | weights MB | of bfloat16 |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     found = {}
-    for name, contender in all_of_them.items():
-        now = median(contender.seconds)
-        found[name] = {"seconds": now, "bytes": contender.bytes}
+    for (name, entry), now in zip(entries.items(), medians, strict=True):
+        found[name] = {"seconds": now, "bytes": entry.bytes}
         print(
             f"| {name} | {now * 1e3:.1f} | {1 / now:.1f} | {eager / now:.2f} | "
-            f"{contender.bytes / 1e6:.0f} | {contender.bytes / size:.3f} |"
+            f"{entry.bytes / 1e6:.0f} | {entry.bytes / size:.3f} |"
         )
     if options.output:
         options.output.write_text(json.dumps(found, indent=2))

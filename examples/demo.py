@@ -4,8 +4,9 @@
 
 SmolLM2-135M is calibrated on one half of a set of Wikipedia articles and measured on the other.
 Every pruned model is saved, loaded again and must then have the very same perplexity; one is
-written as a plain transformers model, whose logits must be the same bit for bit. The exit code is
-1 if anything differs. ``demo.md`` and ``demo.json`` beside the saved models hold the table.
+written as a plain transformers model, whose logits must be the same bit for bit, lowered, and
+written as ONNX, and a second table shows what ships and how fast it decodes. The exit code is 1 if
+anything differs. ``demo.md`` and ``demo.json`` beside the saved models hold the tables.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import deployed
 import smollm2
 import torch
+from deployed import Form, weight_bytes
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -49,11 +52,14 @@ class Size:
 
     calibration: int  # windows of LENGTH tokens
     evaluation: int  # windows at the most
+    decoded: int  # tokens by each form that ships
     goals: tuple[tuple[str, str], ...]  # (method, pattern)
 
 
-FULL = Size(32, 12, tuple((m, p) for m in SPECS for p in ("unstructured", "2:4")))
-QUICK = Size(6, 4, (("magnitude", "unstructured"), ("wanda", "unstructured"), ("sparsegpt", "2:4")))
+FULL = Size(32, 12, 32, tuple((m, p) for m in SPECS for p in ("unstructured", "2:4")))
+QUICK = Size(
+    6, 4, 12, (("magnitude", "unstructured"), ("wanda", "unstructured"), ("sparsegpt", "2:4"))
+)
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,6 @@ def pruned_share(model: PreTrainedModel) -> float:
     return (size - kept) / size
 
 
-def weight_bytes(directory: Path) -> int:
-    """Bytes of the weights' files of a saved model."""
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
 def continuation(model: PreTrainedModel, tokenizer: Any) -> str:
     """What the model writes after the prompt, always the likeliest token."""
     start = tokenizer(PROMPT, return_tensors="pt").to(model.device)
@@ -145,8 +146,8 @@ def as_row(
 
 def run(
     size: Size, artifacts: Path, say: Callable[[str], None]
-) -> tuple[list[Row], dict[str, Any]]:
-    """All rows, the dense one first, and what was checked and written besides."""
+) -> tuple[list[Row], list[Form], dict[str, Any]]:
+    """All rows and all forms, the dense one first, and what was checked and written besides."""
     logging.disable_progress_bar()
     say("loading SmolLM2-135M and Wikipedia (the first time they are unpacked)")
     dense, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
@@ -175,13 +176,25 @@ def run(
     plain = artifacts / "transformers"
     export.to_hf(pruned, plain, tokenizer=tokenizer)
     reloaded = AutoModelForCausalLM.from_pretrained(plain)
+    say("lowering it, writing it as ONNX, and letting all forms decode in turns")
+    forms, written = deployed.compare(
+        dense,
+        smollm2.model_directory(),
+        artifacts / f"{best.method}-{best.pattern}",
+        plain,
+        artifacts,
+        tokens[None, :64],
+        size.decoded,
+    )
     extras = {
+        "onnx_relative_difference": written.relative,
+        "onnx_load_seconds": written.load_seconds,
         "transformers_logits_equal": same_logits(pruned, reloaded, tokens[:LENGTH]),
         "best": best.method,
         "dense_writes": continuation(dense, tokenizer),
         "best_writes": continuation(reloaded, tokenizer),
     }
-    return rows, extras
+    return rows, forms, extras
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -216,8 +229,29 @@ HEADS = (
 )
 
 
-def as_markdown(rows: list[Row], extras: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The table and the two continuations."""
+def form_cells(form: Form) -> tuple[str, ...]:
+    """One line of the second table as text."""
+    return (
+        form.name,
+        form.note,
+        f"{form.megabytes:.1f}",
+        f"{form.relative_size:.1%}",
+        f"{form.tokens_per_second:.1f}",
+        f"{form.relative_speed:.2f}",
+    )
+
+
+FORM_CAPTION = (
+    "what ships: MB of weights on disk, size beside the dense file; tokens a second, one by one, "
+    "in float32 on this machine's CPU"
+)
+FORM_HEADS = ("form", "runs in", "MB", "size", "tokens/s", "times dense")
+
+
+def as_markdown(
+    rows: list[Row], forms: list[Form], extras: dict[str, Any], settings: dict[str, Any]
+) -> str:
+    """The tables and the two continuations."""
     lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * 2 + "---:|" * (len(HEADS) - 2)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     lines += [
@@ -226,18 +260,20 @@ def as_markdown(rows: list[Row], extras: dict[str, Any], settings: dict[str, Any
         "",
         ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in settings.items()),
     ]
+    lines += ["", "| " + " | ".join(FORM_HEADS) + " |", "|---|---|" + "---:|" * 4]
+    lines += ["| " + " | ".join(form_cells(form)) + " |" for form in forms]
     lines += ["", f"Dense: *{extras['dense_writes']}*", ""]
     lines += [f"{extras['best']}, half of the weights: *{extras['best_writes']}*"]
     return "\n".join(lines) + "\n"
 
 
-def as_table(rows: list[Row]) -> Table:
-    """The table for a terminal."""
+def as_table(heads: tuple[str, ...], lines: list[tuple[str, ...]], sections: set[int]) -> Table:
+    """A table for a terminal; a rule follows the lines of `sections`."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for i, head in enumerate(HEADS):
+    for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row), end_section=not row.pattern or row.pattern == "2:4")
+    for i, line in enumerate(lines):
+        table.add_row(*line, end_section=i in sections)
     return table
 
 
@@ -246,6 +282,8 @@ def failures(rows: list[Row], extras: dict[str, Any]) -> list[str]:
     found = [
         f"{r.method} {r.pattern}: reloaded perplexity differs" for r in rows if r.identical is False
     ]
+    if not extras["onnx_relative_difference"] < 1e-3:
+        found.append("ONNX Runtime computes otherwise")
     if not extras["transformers_logits_equal"]:
         found.append("the plain transformers model gives other logits")
     return found
@@ -263,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - started:4.0f} s] {text}", flush=True)
 
-    rows, extras = run(size, options.artifacts, say)
+    rows, forms, extras = run(size, options.artifacts, say)
     settings = {
         "calibration_windows": size.calibration,
         "evaluation_windows": size.evaluation,
@@ -272,10 +310,20 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": f"{platform.machine()} with {os.cpu_count()} cores",
         "total_seconds": round(time.perf_counter() - started),
     }
-    record = {"settings": settings, "rows": [asdict(r) for r in rows], **extras}
+    record = {
+        "settings": settings,
+        "rows": [asdict(row) for row in rows],
+        "forms": [asdict(form) for form in forms],
+        **extras,
+    }
     (options.artifacts / "demo.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    (options.artifacts / "demo.md").write_text(as_markdown(rows, extras, settings), "utf-8")
-    console.print(as_table(rows), CAPTION, "", sep="\n", highlight=False)
+    (options.artifacts / "demo.md").write_text(as_markdown(rows, forms, extras, settings), "utf-8")
+    sections = {i for i, row in enumerate(rows) if not row.pattern or row.pattern == "2:4"}
+    for heads, lines, rules, caption in (
+        (HEADS, [cells(row) for row in rows], sections, CAPTION),
+        (FORM_HEADS, [form_cells(form) for form in forms], set[int](), FORM_CAPTION),
+    ):
+        console.print(as_table(heads, lines, rules), caption, "", sep="\n", highlight=False)
     console.print(f"dense:  {extras['dense_writes']}", markup=False)
     console.print(f"{extras['best']}:  {extras['best_writes']}", markup=False)
     say(f"done; models, demo.json and demo.md are in {options.artifacts}")

@@ -3,12 +3,15 @@
 A weight W of n elements becomes `bits`, one a weight, least significant first as
 `torchprune.packing` orders them, and `values`, a zero and then its nonzeros, row-major:
 
-    BitShift -> BitwiseAnd -> Cast -> Reshape -> CumSum -> Mul -> Gather(values) -> Slice -> Reshape
+    before = CumSum(Gather(counts, bits))              one number a byte: nonzeros before its bits
+    place  = Max(Gather(places, bits) + before, 0)     one a weight: where its value is, or 0
+    weight = Reshape(Slice(Gather(values, place)))
 
-A bit's place among the set ones so far, or 0, is the index of its value. All inputs are constant,
-so a runtime that folds constants does this once, at load, and then runs the dense graph. Large
-weights are unpacked in pieces: folding holds a few int32 numbers for every weight of a piece, and
-runtimes refuse to fold what takes a gigabyte.
+`counts` and `places` are tables over the 256 bytes: how many bits of one are set, and for each of
+its eight bits how many are set up to it, or a number far below zero if it is not. All inputs are
+constant, so a runtime that folds constants does this once, at load, and then runs the dense graph.
+Large weights are unpacked in pieces: folding holds a few int32 numbers for every weight of a piece,
+and runtimes refuse to fold what takes a gigabyte.
 """
 
 from __future__ import annotations
@@ -25,10 +28,15 @@ PIECE = 1 << 23
 SMALLEST = 1024
 """Weights below which packing saves nothing worth a chain of operators."""
 
-OPSET = 18
-"""The first one with BitwiseAnd."""
+_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8)
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_BITS = np.arange(256)[:, None] >> np.arange(8) & 1
+
+_TABLES = {
+    "counts": _BITS.sum(1).astype(np.int32),
+    "places": np.where(_BITS, _BITS.cumsum(1), -(1 << 30)).astype(np.int32),
+    "zero": np.array(0, np.int32),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class PackedWeight:
 
 
 def pack_initializers(model: ir.Model, min_sparsity: float) -> list[PackedWeight]:
-    """Pack every float initialiser with at least this share of zeros, in place.
+    """Pack every float or int8 initialiser with at least this share of zeros, in place.
 
     The law: what the operators give is the weight, bit for bit, but that -0.0 becomes 0.0.
     """
@@ -49,7 +57,7 @@ def pack_initializers(model: ir.Model, min_sparsity: float) -> list[PackedWeight
     shared = _Shared(graph)
     for value in list(graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype not in _FLOATS or tensor.size < SMALLEST:
+        if tensor is None or tensor.dtype not in _DTYPES or tensor.size < SMALLEST:
             continue
         weight = tensor.numpy()
         if np.count_nonzero(weight) > (1 - min_sparsity) * weight.size:
@@ -107,24 +115,27 @@ def _unpacked(
 
 def _piece(name: str, flat: Any, graph: ir.Graph, shared: _Shared) -> tuple[list[ir.Node], int]:
     kept = flat != 0
-    packed = np.packbits(kept, bitorder="little").reshape(-1, 1)
+    packed = np.packbits(kept, bitorder="little")
     nonzeros = np.concatenate([np.zeros(1, flat.dtype), flat[kept]])
     bits = _constant(graph, f"{name}.bits", packed)
     values = _constant(graph, f"{name}.values", nonzeros)
-    line = shared.get("line", np.array([-1], np.int64))
     nodes: list[ir.Node] = []
 
     def then(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         nodes.append(ir.node(operator, inputs, attributes))
         return nodes[-1].outputs[0]
 
-    shifts = shared.get("shifts", np.arange(8, dtype=np.uint8).reshape(1, 8))
-    one = shared.get("one", np.array(1, np.uint8))
-    lowest = then("BitwiseAnd", then("BitShift", bits, shifts, direction="RIGHT"), one)
-    ones = then("Reshape", then("Cast", lowest, to=ir.DataType.INT32), line)
-    place = then("CumSum", ones, shared.get("axis", np.array(0, np.int64)))
-    found = then("Gather", values, then("Mul", place, ones))
+    counts, places, zero = (shared.get(key, table) for key, table in _TABLES.items())
+    axis, line, column = (
+        shared.get(key, np.array(value, np.int64))
+        for key, value in (("axis", 0), ("line", [-1]), ("column", [-1, 1]))
+    )
+    byte = then("Cast", bits, to=ir.DataType.INT32)
+    before = then("CumSum", then("Gather", counts, byte), axis, exclusive=1)
+    signed = then("Add", then("Gather", places, byte), then("Reshape", before, column))
+    place = then("Reshape", then("Max", signed, zero), line)
+    then("Gather", values, place)
     if flat.size % 8:
         end = shared.get(f"end.{flat.size}", np.array([flat.size], np.int64))
-        then("Slice", found, shared.get("start", np.array([0], np.int64)), end)
+        then("Slice", nodes[-1].outputs[0], shared.get("start", np.array([0], np.int64)), end)
     return nodes, packed.nbytes + nonzeros.nbytes

@@ -27,7 +27,10 @@ ir = pytest.importorskip("onnx_ir", reason="the extra onnx is not installed")
 
 from torchprune.export import packing_pass, to_onnx  # noqa: E402
 
-CHAIN = {"BitShift", "BitwiseAnd", "Gather", "CumSum"}
+CHAIN = {"CumSum", "Gather", "Max"}
+
+TABLES = 10_000
+"""Bytes of the tables that all packed weights share, roughly."""
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +153,9 @@ def test_packed_and_dense_files_compute_the_same_bits(tmp_path: Path) -> None:
     dense = to_onnx(model, tmp_path / "dense.onnx", batch, weights="dense")
     assert not dense.packed
     assert not operators(tmp_path / "dense.onnx") & {"BitShift"}
-    assert packed.dense_bytes == pytest.approx(dense.bytes, rel=0.15)  # operators count too
+    assert packed.dense_bytes - TABLES == pytest.approx(
+        dense.bytes, rel=0.15
+    )  # operators count too
     for rows, length in ((1, 1), (3, 9)):
         tokens = torch.randint(0, 50, (rows, length))
         (one,), (other,) = (run(tmp_path / f"{n}.onnx", tokens) for n in ("packed", "dense"))
@@ -168,7 +173,7 @@ def test_half_of_the_weights_take_little_more_than_half_of_the_file(
     torchprune.sparsify(model, MagnitudeSpec(), progress=False)
     x = torch.randn(2, 1024).to(dtype)
     report = to_onnx(model, tmp_path / "m.onnx", x)
-    assert report.bytes <= share * 1024 * 1024 * dtype.itemsize + 3000
+    assert report.bytes <= share * 1024 * 1024 * dtype.itemsize + 3000 + TABLES
     assert f"{report.bytes:,} bytes" in str(report)
     assert "runs at dense speed" in str(report)
 

@@ -19,15 +19,21 @@ from torchprune.specs import Spec
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.export
 QUIET: dict[str, Any] = {"progress": False}
 
+FAMILIES_HERE = ["llama", "qwen3", "gemma", "gpt2", "opt", "bert", "t5", "vit", "mlp", "resnet"]
+
 
 def masks_of(program: Any) -> dict[str, Tensor]:
     ending = "_mask"
     return {k.removesuffix(ending): v for k, v in program.state_dict.items() if k.endswith(ending)}
 
 
-def assert_as_eager(name: str, spec: Spec, *, weights: bool = False) -> None:
+def assert_as_eager(
+    name: str, spec: Spec, *, weights: bool = False, decomposed: bool = False
+) -> None:
     model, data = FAMILIES[name].make().eval(), FAMILIES[name].data()
     program = exported(model, data[0])
+    if decomposed:
+        program = program.run_decompositions()
     state, ops = state_of(program), operators(program)
     other = copy.deepcopy(model)
     pruned = torchprune.sparsify(program, spec, data, **QUIET)
@@ -49,9 +55,14 @@ def assert_as_eager(name: str, spec: Spec, *, weights: bool = False) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "bert", "vit", "mlp", "resnet"])
+@pytest.mark.parametrize("name", FAMILIES_HERE)
 def test_wanda_masks_are_those_of_the_eager_path(name: str) -> None:
     assert_as_eager(name, WandaSpec())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "mlp", "resnet"])
+def test_decomposed_programs_are_pruned_alike(name: str) -> None:
+    assert_as_eager(name, WandaSpec(), decomposed=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "resnet"])

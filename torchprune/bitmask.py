@@ -129,3 +129,16 @@ class Bitmask:
             or len(self.values) != int(counts[-1]) + SLACK
         ):
             raise LoweringError(f"{name}: its bits, starts and values contradict each other")
+
+
+def obstacle(weight: Tensor, min_sparsity: float) -> str | None:
+    """Why a weight, in its module's layout, should not become a bitmask, or None."""
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}"
+    if weight.device.type != "cpu":
+        return f"it is on {weight.device}, and the kernels are for CPUs"
+    if 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1) < min_sparsity:
+        return f"less than {min_sparsity:.0%} of it is zero (min_sparsity)"
+    if not bool(weight.isfinite().all()):
+        return "it holds inf or NaN"
+    return None

@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from torchprune import kernels, semi_structured
+from torchprune import bitmask, kernels, semi_structured
 from torchprune.bitmask import DTYPES, SLACK, WORD, Bitmask
 from torchprune.errors import LoweringError
 from torchprune.lowered import BitmaskLinear
@@ -16,7 +16,7 @@ from torchprune.masking import detach, fold, mask_of, obstacle, original_of
 from torchprune.packing import masked
 from torchprune.selection import Layer, as_selectors, check_used, layers_of, matches, tied_to
 from torchprune.specs import Selectors
-from torchprune.weights import is_transformers_conv1d, view_of
+from torchprune.weights import is_transposed_linear, view_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -199,7 +199,7 @@ def _plan(
         weight = _effective(layer)
         zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
         if target == "bitmask":
-            why = _bitmask_obstacle(layer, weight, zeros, min_sparsity)
+            why = bitmask.obstacle(weight, min_sparsity)
             after = _bitmask_bytes(layer, weight, zeros, dtype)
         else:
             why = semi_structured.obstacle(weight, kind)
@@ -213,18 +213,6 @@ def _plan(
         )
         chosen.append(layer)
     return plan, chosen
-
-
-def _bitmask_obstacle(
-    layer: Layer, weight: Tensor, zeros: float, min_sparsity: float
-) -> str | None:
-    if weight.dtype not in DTYPES:
-        return f"its weight is {weight.dtype}"
-    if zeros < min_sparsity:
-        return f"less than {min_sparsity:.0%} of it is zero (min_sparsity)"
-    if not bool(weight.isfinite().all()):
-        return "it holds inf or NaN"
-    return None
 
 
 def _bitmask_bytes(layer: Layer, weight: Tensor, zeros: float, dtype: torch.dtype | None) -> int:
@@ -241,7 +229,7 @@ def _hindrance(layer: Layer, ties: dict[int, list[str]], device: str) -> str | N
     module = layer.module
     plain = mask_of(module, layer.tensor) is not None
     kind = type(module).__bases__[0] if plain else type(module)
-    if kind.__name__ == "Conv1D" and is_transformers_conv1d(module):
+    if kind.__name__ == "Conv1D" and is_transposed_linear(module):
         if device == "cuda":
             return "a Conv1D holds its weight the other way round; 2:4 products want a Linear"
     elif kind is not nn.Linear:

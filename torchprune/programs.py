@@ -27,32 +27,52 @@ from torchprune.errors import CalibrationError
 from torchprune.moments import SAMPLE_ROWS, Moments
 from torchprune.packing import masked
 from torchprune.passes.masks import insert_masks
+from torchprune.passes.products import product_of
 from torchprune.passes.program import Draft, tied
 from torchprune.plan import Target, make_plan
 from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
-from torchprune.weights import geometry, input_rows
+from torchprune.weights import ConvNd, TransposedLinear, geometry, input_rows
 
 _aten = torch.ops.aten
-_CONVS = {
-    _aten.conv1d.default: nn.Conv1d,
-    _aten.conv2d.default: nn.Conv2d,
-    _aten.conv3d.default: nn.Conv3d,
-}
+_CONVS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
 
 Env = dict[Node, Any]
+"""What the nodes gave for one batch, while somebody still reads it."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A layer's first use in the graph: the node that multiplies, what it reads, and the weight.
+
+    `through` are transpositions and repetitions of the weight between them.
+    """
+
+    node: Node
+    input: Node
+    weight: Node
+    through: tuple[Node, ...] = ()
+    turned: bool = False
+
+    def replace(self, env: Env, weight: Tensor) -> None:
+        """Let a batch go on with another weight, and with what was made of the old one already."""
+        env[self.weight] = weight
+        matrix = weight if self.turned or not self.through else weight.t()
+        for node in self.through:
+            if node in env:
+                env[node] = matrix.expand(env[node].shape)
 
 
 @dataclass(frozen=True)
 class _Use:
-    """A target's first product in the graph."""
+    """A target and its place."""
 
     target: Target
-    node: Node
-    weight: Node
+    place: _Place
 
     @property
-    def input(self) -> Node:
-        return cast(Node, self.node.args[0])
+    def node(self) -> Node:
+        """The node that calibration stops at."""
+        return self.place.node
 
 
 def prune_program(
@@ -68,7 +88,7 @@ def prune_program(
         CalibrationError: a layer's statistics are not finite.
         Exception: whatever a node raises on a batch.
     """
-    layers, uses = _layers_of(program)
+    layers, places = _layers_of(program)
     plan = make_plan(layers, spec)
     changes: list[Change] = []
     warnings: list[str] = []
@@ -79,7 +99,7 @@ def prune_program(
         else:
             assert isinstance(spec, WandaSpec | SparseGPTSpec)
             decider = Decider(spec, len(batches))
-            found = [_Use(t, *uses[t.layer.key]) for t in plan.targets]
+            found = [_Use(t, places[t.layer.key]) for t in plan.targets]
             blocks = [tuple(name.split(".")) for name in plan.blocks]
             run = _Run(program, found, batches, decider, blocks)
             with tqdm(
@@ -100,7 +120,7 @@ def prune_program(
 # -- layers of a graph ----------------------------------------------------------------------------
 
 
-def _layers_of(program: ExportedProgram) -> tuple[nn.Module, dict[str, tuple[Node, Node]]]:
+def _layers_of(program: ExportedProgram) -> tuple[nn.Module, dict[str, _Place]]:
     """A tree of modules that hold the program's weights, and where each is first used.
 
     The modules never run: selection and plans read them as they read a model.
@@ -111,53 +131,68 @@ def _layers_of(program: ExportedProgram) -> tuple[nn.Module, dict[str, tuple[Nod
         if spec.kind == InputKind.PARAMETER
     }
     shared, root = tied(program.state_dict), nn.Module()
-    uses: dict[str, tuple[Node, Node]] = {}
+    places: dict[str, _Place] = {}
     for node in program.graph_module.graph.nodes:
-        weight = node.args[1] if len(node.args) > 1 else None
-        if node.op != "call_function" or not isinstance(weight, Node):
+        product = product_of(node)
+        if product is not None:
+            place = _Place(node, product.x, product.weight, product.through, product.turned)
+        elif _is_conv(node):
+            place = _Place(node, node.args[0], node.args[1])
+        else:
             continue
-        name = names.get(weight.name)
-        if name is None or not name.endswith(".weight") or name in uses or name in shared:
+        name = names.get(place.weight.name)
+        if name is None or not name.endswith(".weight") or name in places or name in shared:
             continue
-        module = _module_of(node, cast(Tensor, program.state_dict[name]))
-        if module is not None:
-            uses[name] = node, weight
-            _place(root, name.removesuffix(".weight").split("."), module)
-    return _listed(root), uses
+        module = _module_of(place, cast(Tensor, program.state_dict[name]))
+        places[name] = place
+        _put(root, name.removesuffix(".weight").split("."), module)
+    return _listed(root), places
 
 
-def _module_of(node: Node, weight: Tensor) -> nn.Module | None:
+def _module_of(place: _Place, weight: Tensor) -> nn.Module:
     """The module that a product is the forward of, with the program's own weight."""
     made: nn.Module
-    if node.target is _aten.linear.default:
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    elif node.target in _CONVS:
-        space = weight.dim() - 2
-        options = [*node.args[3:], *[None] * 7]
-        stride, padding, dilation = (
-            tuple(cast(Sequence[int], given)) if given else (usual,) * space
-            for given, usual in zip(options[:3], (1, 0, 1), strict=True)
-        )
-        groups = int(cast(int, options[3] or 1))
-        kind: Any = _CONVS[node.target]
-        made = kind(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            tuple(weight.shape[2:]),
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias=False,
-            device="meta",
-        )
+    if _is_conv(place.node):
+        made = _conv_of(place.node, weight)
+    elif place.turned:
+        made = TransposedLinear()
     else:
-        return None
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return made
 
 
-def _place(root: nn.Module, path: Sequence[str], module: nn.Module) -> None:
+def _is_conv(node: Node) -> bool:
+    decomposed = node.target is _aten.convolution.default and not node.args[6]  # transposed
+    return node.target in _CONVS or decomposed
+
+
+def _conv_of(node: Node, weight: Tensor) -> nn.Module:
+    options = [*node.args[3:], *[None] * 7]
+    if node.target is _aten.convolution.default:
+        options[3] = options[5]  # transposed and output_padding stand before the groups
+    space = weight.dim() - 2
+    stride, padding, dilation = (
+        tuple(cast(Sequence[int], given)) if given else (usual,) * space
+        for given, usual in zip(options[:3], (1, 0, 1), strict=True)
+    )
+    groups = int(cast(int, options[3] or 1))
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
+    made: nn.Module = kind(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        stride,
+        padding,
+        dilation,
+        groups,
+        bias=False,
+        device="meta",
+    )
+    return made
+
+
+def _put(root: nn.Module, path: Sequence[str], module: nn.Module) -> None:
     for name in path[:-1]:
         if name not in root._modules:
             root.add_module(name, nn.Module())
@@ -219,8 +254,9 @@ class _Run:
                 for change in self._decider.changes(stop):
                     use = next(u for u in group if u.target is change.target)
                     weight = change.target.weight if change.values is None else change.values
+                    new = masked(weight.to(change.target.weight.dtype), change.mask)
                     for env in envs:
-                        env[use.weight] = masked(weight.to(change.target.weight.dtype), change.mask)
+                        use.place.replace(env, new)
                     yield change
 
     def _groups(self, sequential: str) -> list[list[_Use]]:
@@ -243,7 +279,7 @@ class _Run:
         shared: dict[tuple[Node, object], Moments] = {}
         moments: dict[Node, Moments] = {}
         for use in group:
-            key = use.input, geometry(use.target.layer.module)
+            key = use.place.input, geometry(use.target.layer.module)
             if key not in shared:
                 view, device = use.target.view, use.target.weight.device
                 with ambient.exact():
@@ -258,7 +294,7 @@ class _Run:
                 own = moments[use.node]
                 if id(own) not in counted:
                     counted.add(id(own))
-                    self._count(own, use, ahead[use.input], batch, sample)
+                    self._count(own, use, ahead[use.place.input], batch, sample)
         for use in group:
             own = moments[use.node]
             with ambient.exact():
@@ -272,7 +308,7 @@ class _Run:
     def _count(self, moments: Moments, use: _Use, x: Tensor, batch: Batch, sample: int) -> None:
         module = use.target.layer.module
         keep = None
-        if isinstance(module, nn.Linear):
+        if not isinstance(module, ConvNd):
             keep = batch.token_mask(x.shape[:-1], use.target.name, encoder_decoder=False)
         with ambient.exact():
             moments.add(input_rows(module, x, keep), sample)

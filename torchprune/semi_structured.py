@@ -21,8 +21,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def backend() -> type[SparseSemiStructuredTensor]:
-    """The class that torch would compress to here."""
-    lt = torch.backends.cusparselt.is_available()
+    """The class that torch would compress to here, `_FORCE_CUTLASS` heeded as torch does."""
+    forced = SparseSemiStructuredTensor._FORCE_CUTLASS
+    lt = torch.backends.cusparselt.is_available() and not forced
     return SparseSemiStructuredTensorCUSPARSELT if lt else SparseSemiStructuredTensorCUTLASS
 
 

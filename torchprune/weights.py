@@ -61,9 +61,13 @@ class View:
         return matrix.reshape(tuple(shape)).contiguous()
 
 
-def is_transformers_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a Linear that stores its weight as (in, out)."""
-    return any(
+class TransposedLinear(nn.Module):
+    """Stands for a product of a graph with an (in, out) weight. It never runs."""
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """A linear layer that stores its weight as (in, out): transformers' Conv1D (GPT-2)."""
+    return isinstance(module, TransposedLinear) or any(
         c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")
         for c in type(module).__mro__
     )
@@ -82,7 +86,7 @@ def prunable_names(module: nn.Module) -> tuple[str, ...]:
     """The parameters of this module (not of its children) that can be pruned."""
     if is_fused_experts(module):
         return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-    if isinstance(module, nn.Linear | ConvNd) or is_transformers_conv1d(module):
+    if isinstance(module, nn.Linear | ConvNd) or is_transposed_linear(module):
         return ("weight",)
     return ()
 
@@ -98,7 +102,7 @@ def view_of(module: nn.Module, shape: Sequence[int]) -> View:
         out, inner, *kernel = shape
         cols = inner * int(torch.Size(kernel).numel())
         return View("conv", module.groups, out // module.groups, cols, inner)
-    if is_transformers_conv1d(module):
+    if is_transposed_linear(module):
         return View("transposed", 1, shape[1], shape[0], shape[0])
     return View("linear", 1, shape[0], shape[1], shape[1])
 

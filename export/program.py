@@ -1,0 +1,163 @@
+"""torch's own archive of an exported program, `.pt2`, without a pickle in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from torchprune import passes
+from torchprune.errors import CheckpointError, ExportError
+from torchprune.export.call import Call, file_bytes, folder_of, prepare, reason_of
+from torchprune.export.written import WEIGHTS, ExportReport, compare, tensors_of
+
+_ALLOWED = 3e-2
+"""Largest difference from torch, relative to the largest output, beyond which a program is wrong.
+
+Half-precision products that are packed sum in another order; dense ones are equal."""
+
+_BRINGS = {
+    "packed": "Linear layers read their weights packed: smaller and, for few rows of input on a "
+    "CPU, faster. Whoever loads the file must have imported torchprune before.",
+    "dense": "The zeros are stored and multiplied like all numbers: neither smaller nor faster.",
+}
+
+
+def to_pt2(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    weights: str = "packed",
+    with_cache: bool = False,
+    dynamic_shapes: Any = None,
+    min_sparsity: float = 0.25,
+) -> ExportReport:
+    """Write a model as a `torch.export` archive with its masks folded, load it, and compare.
+
+    With `weights="packed"` linear layers with enough zeros become `torchprune::bitmask_linear` (see
+    `torchprune.passes.pack_linears`): the file is smaller, and decoding on a CPU faster. Such a
+    file needs `import torchprune` before `torch.export.load`. No example inputs are stored, so that
+    the archive holds JSON and plain bytes and nothing that loading would have to unpickle.
+
+    Args:
+        model: masked, folded, lowered or dense, of any dtype. It is not changed.
+        path: of the file, ending in ".pt2"; replaced if it exists, whole or not at all.
+        example_inputs, with_cache, dynamic_shapes: as for `to_onnx`.
+        weights: "packed", or "dense".
+        min_sparsity: weights with a smaller share of zeros stay dense.
+
+    Returns:
+        sizes and differences; print it.
+
+    Raises:
+        ExportError: a model that torch cannot export (with its reason), or a program that computes
+            otherwise. No file is left then.
+    """
+    if weights not in WEIGHTS:
+        raise ExportError(f"weights must be {' or '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    target = Path(path)
+    if target.suffix != ".pt2":
+        raise ExportError(f"torch loads such files only if they end in .pt2, got {target.name}")
+    call = prepare(
+        model,
+        example_inputs,
+        with_cache=with_cache,
+        dynamic_shapes=dynamic_shapes,
+        vary=True,
+    )
+    with torch.no_grad():
+        expected = tensors_of(call.module(*call.args, **call.kwargs))
+    program = exported(call)
+    packed: list[str] = []
+    dense = _bytes_of(program)
+    if weights == "packed":
+        passed = passes.pack_linears(program, min_sparsity=min_sparsity)
+        program, packed = passed.program, passed.modified
+    saved = dense - _bytes_of(program)
+    program.example_inputs = None
+    with tempfile.TemporaryDirectory(dir=folder_of(target)) as home, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.export's own making
+        partial = Path(home) / target.name
+        torch.export.save(program, partial)
+        start = time.perf_counter()
+        loaded = load_pt2(partial)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            found = tensors_of(loaded.module()(*call.args, **call.kwargs))
+        difference, relative = compare(expected, found, _ALLOWED)
+        total = file_bytes(partial)
+        partial.replace(target)
+    return ExportReport(
+        path=target,
+        data=None,
+        runtime="the loaded program",
+        bytes=total,
+        dense_bytes=total + saved,
+        packed=packed,
+        difference=difference,
+        relative=relative,
+        load_seconds=seconds,
+        brings=_BRINGS[weights],
+    )
+
+
+def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
+    """`torch.export.load`, but never of an archive in which anything is pickled.
+
+    torch unpickles whatever an archive says is pickled, which runs code of the file's maker. Files
+    of `to_pt2` hold none. Even so load only what you trust: torch also evaluates the expressions
+    that an archive gives for its sizes.
+
+    Raises:
+        CheckpointError: no such archive, or it holds pickled tensors, constants or example inputs.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.lower() for name in archive.namelist()]  # as torch looks for them
+            if len(set(names)) < len(names):
+                raise CheckpointError(f"{path}: it holds two files of one name: not loaded")
+            for name in archive.namelist():
+                if "/sample_inputs/" in name and archive.getinfo(name).file_size:
+                    raise CheckpointError(f"{path}: its example inputs are pickled: not loaded")
+                if name.endswith("_config.json"):
+                    for key, entry in json.loads(archive.read(name)).get("config", {}).items():
+                        if entry.get("use_pickle") is not False:
+                            raise CheckpointError(f"{path}: {key} is pickled: not loaded")
+    except (OSError, zipfile.BadZipFile, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no archive of torch.export: {error}") from error
+    if not any("/models/" in name for name in names):
+        raise CheckpointError(f"{path}: no archive of torch.export: it holds no model")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: torch could not load it: {reason_of(error)}") from error
+
+
+def exported(call: Call) -> ExportedProgram:
+    """The program of a call.
+
+    Raises:
+        ExportError: torch cannot export the model.
+    """
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch.export's own making
+        try:
+            return torch.export.export(
+                call.module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes
+            )
+        except Exception as error:
+            raise ExportError(f"torch could not export this model: {reason_of(error)}") from error
+
+
+def _bytes_of(program: ExportedProgram) -> int:
+    return sum(tensor.nbytes for tensor in program.state_dict.values())

@@ -1,7 +1,18 @@
 """Export: what other programs read. `import torchprune` never imports this package."""
 
+from torchprune.export.executorch_program import to_executorch
 from torchprune.export.hf import to_hf
 from torchprune.export.onnx_model import to_onnx
+from torchprune.export.openvino_model import to_openvino
+from torchprune.export.program import load_pt2, to_pt2
 from torchprune.export.written import ExportReport
 
-__all__ = ["ExportReport", "to_hf", "to_onnx"]
+__all__ = [
+    "ExportReport",
+    "load_pt2",
+    "to_executorch",
+    "to_hf",
+    "to_onnx",
+    "to_openvino",
+    "to_pt2",
+]

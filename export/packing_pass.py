@@ -5,7 +5,7 @@ A weight W of n elements becomes `bits`, one a weight, least significant first a
 
     before = CumSum(Gather(counts, bits))              one number a byte: nonzeros before its bits
     place  = Max(Gather(places, bits) + before, 0)     one a weight: where its value is, or 0
-    weight = Reshape(Slice(Gather(values, place)))
+    weight = Reshape(Gather(values, place))
 
 `counts` and `places` are tables over the 256 bytes: how many bits of one are set, and for each of
 its eight bits how many are set up to it, or a number far below zero if it is not. All inputs are
@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 PIECE = 1 << 23
-"""Weights unpacked by one chain of operators."""
+"""Weights unpacked by one chain of operators; whole bytes of bits."""
 
 SMALLEST = 1024
 """Weights below which packing saves nothing worth a chain of operators."""
@@ -58,6 +58,8 @@ def pack_initializers(model: ir.Model, min_sparsity: float) -> list[PackedWeight
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _DTYPES or tensor.size < SMALLEST:
+            continue
+        if len(tensor.shape) < 2:  # scales, zero points, norms
             continue
         weight = tensor.numpy()
         if np.count_nonzero(weight) > (1 - min_sparsity) * weight.size:
@@ -108,6 +110,13 @@ def _unpacked(
         size += read
     if len(pieces) > 1:
         nodes.append(ir.node("Concat", pieces, {"axis": 0}))
+    if flat.size % 8:
+        line, begin, end = (
+            shared.get(f"{key}.{at}", np.array([at], np.int64))
+            for key, at in (("line", -1), ("start", 0), ("end", flat.size))
+        )
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], line]))
+        nodes.append(ir.node("Slice", [nodes[-1].outputs[0], begin, end]))
     shape = _constant(graph, f"{name}.shape", np.array(weight.shape, np.int64))
     nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape]))
     return nodes, size
@@ -126,16 +135,10 @@ def _piece(name: str, flat: Any, graph: ir.Graph, shared: _Shared) -> tuple[list
         return nodes[-1].outputs[0]
 
     counts, places, zero = (shared.get(key, table) for key, table in _TABLES.items())
-    axis, line, column = (
-        shared.get(key, np.array(value, np.int64))
-        for key, value in (("axis", 0), ("line", [-1]), ("column", [-1, 1]))
-    )
+    axis = shared.get("axis", np.array(0, np.int64))
+    column = shared.get("column", np.array([-1, 1], np.int64))
     byte = then("Cast", bits, to=ir.DataType.INT32)
     before = then("CumSum", then("Gather", counts, byte), axis, exclusive=1)
     signed = then("Add", then("Gather", places, byte), then("Reshape", before, column))
-    place = then("Reshape", then("Max", signed, zero), line)
-    then("Gather", values, place)
-    if flat.size % 8:
-        end = shared.get(f"end.{flat.size}", np.array([flat.size], np.int64))
-        then("Slice", nodes[-1].outputs[0], shared.get("start", np.array([0], np.int64)), end)
+    then("Gather", values, then("Max", signed, zero))
     return nodes, packed.nbytes + nonzeros.nbytes

@@ -123,24 +123,32 @@ def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.lower() for name in archive.namelist()]  # as torch looks for them
-            if len(set(names)) < len(names):
-                raise CheckpointError(f"{path}: it holds two files of one name: not loaded")
-            for name in archive.namelist():
-                if "/sample_inputs/" in name and archive.getinfo(name).file_size:
-                    raise CheckpointError(f"{path}: its example inputs are pickled: not loaded")
-                if name.endswith("_config.json"):
-                    for key, entry in json.loads(archive.read(name)).get("config", {}).items():
-                        if entry.get("use_pickle") is not False:
-                            raise CheckpointError(f"{path}: {key} is pickled: not loaded")
-    except (OSError, zipfile.BadZipFile, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no archive of torch.export: {error}") from error
-    if not any("/models/" in name for name in names):
-        raise CheckpointError(f"{path}: no archive of torch.export: it holds no model")
+            why = _objection(archive)
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"no archive of torch.export: {error}"
+    if why is not None:
+        raise CheckpointError(f"{path}: {why}")
     try:
         return torch.export.load(path)
     except Exception as error:
         raise CheckpointError(f"{path}: torch could not load it: {reason_of(error)}") from error
+
+
+def _objection(archive: zipfile.ZipFile) -> str | None:
+    """Why an archive is not to be loaded, or None."""
+    names = archive.namelist()
+    if len({name.lower() for name in names}) < len(names):  # torch looks without regard to case
+        return "it holds two files of one name"
+    if not any("/models/" in name for name in names):
+        return "no archive of torch.export: it holds no model"
+    for name in names:
+        if "/sample_inputs/" in name.lower() and archive.getinfo(name).file_size:
+            return "its example inputs are pickled"
+        if name.lower().endswith("_config.json"):
+            for key, entry in json.loads(archive.read(name))["config"].items():
+                if entry.get("use_pickle") is not False:
+                    return f"{key} is pickled"
+    return None
 
 
 def exported(call: Call) -> ExportedProgram:

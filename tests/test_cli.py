@@ -452,6 +452,21 @@ def test_export_writes_onnx_that_computes_the_same(pruned: Path, tmp_path: Path)
     assert "0 weights packed" in done.stdout
 
 
+def test_export_writes_an_archive_and_int8(pruned: Path, tmp_path: Path) -> None:
+    done = program("export", pruned, "--to", "pt2", "--output", tmp_path / "m.pt2", "--json")
+    figures = json.loads(done.stdout)
+    assert figures["runtime"] == "the loaded program"
+    assert figures["relative"] < 1e-3
+    said = worked(
+        "export", pruned, "--to", "onnx", "-o", tmp_path / "m.onnx", "--int8", "--no-cache",
+        "--keep-float", "*.down_proj.*",
+    )  # fmt: skip
+    assert "int8 is what is faster" in said
+    assert "for --to onnx" in complaint(
+        "export", pruned, "--to", "pt2", "-o", tmp_path / "x.pt2", "--int8"
+    )
+
+
 def test_export_writes_a_plain_transformers_directory(pruned: Path, tmp_path: Path) -> None:
     assert worked("export", pruned, "--to", "hf", "--output", tmp_path / "hf").startswith("wrote ")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")

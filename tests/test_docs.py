@@ -122,7 +122,7 @@ def demo(stand_ins: pytest.MonkeyPatch) -> Any:
     """The demo, made small."""
     module = importlib.import_module("demo")
     stand_ins.setattr(module, "LENGTH", 16)
-    stand_ins.setattr(module, "FULL", module.Size(3, 4, module.FULL.goals))
+    stand_ins.setattr(module, "FULL", module.Size(3, 4, 2, module.FULL.goals))
     return module
 
 
@@ -137,6 +137,13 @@ def test_the_demo_runs(demo, tmp_path, capsys):
     assert len(rows) == 6
     assert all(row["sparsity"] == 0.5 and row["identical"] for row in rows)
     assert record["transformers_logits_equal"] is True
+    assert [form["name"] for form in record["forms"]] == [
+        "dense",
+        "folded",
+        "bitmask",
+        "ONNX packed",
+    ]
+    assert all(form["tokens_per_second"] > 0 for form in record["forms"])
     table = (tmp_path / "artifacts" / "demo.md").read_text("utf-8")
     assert table.count("| equal |") == 6
     assert demo.main(["--artifacts", str(tmp_path / "artifacts")]) == 0  # over the earlier ones

@@ -101,7 +101,7 @@ def test_unpacked_weights_are_bit_equal(
     out.outputs[0].dtype, out.outputs[0].shape = tensor.dtype, tensor.shape
     model = ir.Model(graph, ir_version=10)
     smallest, piece = packing_pass.SMALLEST, packing_pass.PIECE
-    packing_pass.SMALLEST, packing_pass.PIECE = 1, max(1, -(-rows * cols // pieces))
+    packing_pass.SMALLEST, packing_pass.PIECE = 1, 8 * -(-rows * cols // (8 * pieces))
     try:
         (packed,) = packing_pass.pack_initializers(model, 0.2)
     finally:
@@ -282,3 +282,64 @@ def test_without_the_extra_it_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "needs the package 'onnxruntime': pip install 'torchprune[onnx]'" in done.stdout
+
+
+# -- int8 on top ----------------------------------------------------------------------------------
+
+
+def initializers(path: Path) -> dict[str, Any]:
+    return {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(str(path)).graph.initializer}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "mlp"])
+def test_int8_keeps_zeros_and_packs_what_is_left(name: str, tmp_path: Path) -> None:
+    model, batch = pruned(name), FAMILIES[name].data()[0]
+    plain = to_onnx(model, tmp_path / "plain.onnx", batch, weights="dense")
+    dense = to_onnx(model, tmp_path / "dense.onnx", batch, weights="dense", int8=True)
+    packed = to_onnx(model, tmp_path / "packed.onnx", batch, int8=True)
+    assert "int8 is what is faster" in str(packed)
+    assert dense.bytes < plain.bytes
+    assert 0 < dense.relative < 0.3
+    floats, integers = initializers(plain.path), initializers(dense.path)
+    quantized = [key for key in floats if f"{key}_quantized" in integers]
+    assert len(quantized) >= (3 if name == "mlp" else 12)
+    for key in quantized:
+        found, scale = integers[f"{key}_quantized"], integers[f"{key}_scale"]
+        assert found.dtype == np.int8
+        assert not integers[f"{key}_zero_point"].any()
+        ways = [w for w in (floats[key], floats[key].T) if w.shape == found.shape]  # Gemm turns it
+        near = [w for w in ways if np.all(np.abs(found * scale - w) <= 0.51 * scale)]
+        assert near, key
+        assert not found[near[0] == 0].any()
+    inputs = list(batch.values()) if isinstance(batch, dict) else [batch]
+    for a, b in zip(run(packed.path, *inputs), run(dense.path, *inputs), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_int8_makes_a_large_weight_a_sixth_of_its_size(tmp_path: Path) -> None:
+    model = torchprune.sparsify(nn.Linear(1024, 1024), MagnitudeSpec(), progress=False)
+    report = to_onnx(model, tmp_path / "m.onnx", torch.randn(2, 1024), int8=True)
+    assert report.bytes < (1 / 8 + 1 / 2) * 1024 * 1024 + 16 * 1024 + TABLES
+    assert report.packed == ["weight_quantized"]
+
+
+def test_named_weights_stay_float(tmp_path: Path) -> None:
+    model, batch = pruned("llama"), FAMILIES["llama"].data()[0]
+    ignore = ["*.down_proj.*", "lm_head.weight"]
+    to_onnx(model, tmp_path / "m.onnx", batch, weights="dense", int8=True, int8_ignore=ignore)
+    kept = [key for key in initializers(tmp_path / "m.onnx") if key.endswith("_quantized")]
+    assert any("up_proj" in key for key in kept)
+    assert not any("down_proj" in key or "lm_head" in key for key in kept)
+
+
+def test_int8_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    model, x, path = nn.Linear(8, 8), torch.randn(2, 8), tmp_path / "m.onnx"
+    with pytest.raises(ExportError, match="'nope' fits none of weight"):
+        to_onnx(model, path, x, int8=True, int8_ignore=["nope"])
+    with pytest.raises(ExportError, match="no product with a weight"):
+        to_onnx(model, path, x, int8=True, int8_ignore=["*"])
+    with pytest.raises(ExportError, match="int8_ignore is for int8=True"):
+        to_onnx(model, path, x, int8_ignore=["*"])
+    with pytest.raises(ExportError, match="all float32"):
+        to_onnx(nn.Linear(8, 8).half(), path, x.half(), int8=True)
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The command line: `torchprune prune`, `eval`, `inspect` and `export`.
+"""The command line: `torchprune prune`, `eval` and `inspect`; `export` is in `cli_export`.
 
 Results go to standard output; progress, and errors as one line, go to standard error. transformers
 and datasets are imported only when a command needs them.
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from torch import Tensor
 
 import torchprune
+from torchprune.cli_export import export
 from torchprune.console import (
     ColumnOption,
     DebugOption,
@@ -352,72 +353,7 @@ def inspect(
         typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
 
 
-class Format(StrEnum):
-    """What `torchprune export` writes."""
-
-    onnx = "onnx"
-    hf = "hf"
-
-
-@app.command()
-def export(
-    model: ModelOption,
-    to: Annotated[Format, typer.Option(help="ONNX, or a plain transformers directory.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="The file (onnx) or directory (hf) to write.",
-            show_default=False,
-        ),
-    ],
-    packed: Annotated[
-        bool,
-        typer.Option(
-            "--packed/--dense", help="ONNX: weights as bits and nonzeros, or as they are."
-        ),
-    ] = True,
-    cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="ONNX: with the key-value cache in and out.")
-    ] = True,
-    dtype: DtypeOption = Dtype.auto,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Write a pruned model for another runtime, masks folded.
-
-    ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
-    makes the file smaller, not the runtime faster. What it computes is compared with torch.
-
-    [bold]Examples[/bold]
-
-      torchprune export smol-2of4 --to onnx --dtype float32 --output smol.onnx
-
-      torchprune export smol-2of4 --to hf --output smol-folded
-    """
-    with one_line(debug):
-        transformers = import_transformers(bars_wanted(quiet or as_json))
-        net = load_model(transformers, model, dtype.to_torch(), device_of("cpu"))
-        writers = import_module("torchprune.export")
-        if to is Format.hf:
-            writers.to_hf(
-                net, output, tokenizer=load_tokenizer(transformers, model, required=False)
-            )
-            told, figures = f"wrote {output}", dict[str, Any](path=str(output))
-        else:
-            tokens = net.dummy_inputs["input_ids"][:2, :4] % net.config.vocab_size
-            report = writers.to_onnx(
-                net, output, tokens, weights="packed" if packed else "dense", with_cache=cache
-            )
-            told = str(report)
-            figures = {k: str(v) if isinstance(v, Path) else v for k, v in vars(report).items()}
-        if as_json:
-            typer.echo(json.dumps(figures))
-        elif not quiet:
-            typer.echo(told)
+app.command()(export)
 
 
 # -- what the user named -------------------------------------------------------------------------

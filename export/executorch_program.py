@@ -1,0 +1,116 @@
+"""ExecuTorch: a `.pte` program for phones and small devices, lowered to XNNPACK on their CPUs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torchprune.errors import ExportError, MissingExtraError
+from torchprune.export.call import dtype_of, file_bytes, folder_of, prepare, reason_of
+from torchprune.export.program import exported
+from torchprune.export.written import ExportReport, compare, tensors_of
+
+_ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2}
+"""Difference from torch, relative to the largest output, beyond which a program is wrong."""
+
+_BRINGS = (
+    "ExecuTorch stores and multiplies zeros like all numbers: neither smaller nor faster. Removing "
+    "whole channels, heads or layers is what pays there, and quantization."
+)
+
+
+def to_executorch(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    with_cache: bool = False,
+    dynamic_shapes: Any = None,
+) -> ExportReport:
+    """Write a model for ExecuTorch with its masks folded, run it there, and compare with torch.
+
+    Args:
+        model: masked, folded, lowered or dense; float32 or float16. It is not changed.
+        path: of the file, replaced if it exists, whole or not at all.
+        example_inputs: as for `to_onnx`. The program takes their tensors in order, flat.
+        with_cache: as for `to_onnx`; the past is then as long as in the example, unless
+            `dynamic_shapes` bounds it.
+        dynamic_shapes: as for `torch.export.export`, every size that varies with a `max`, because
+            the program's memory is planned beforehand; by default all sizes are the example's.
+
+    Returns:
+        sizes and differences; print it.
+
+    Raises:
+        MissingExtraError: the extra "executorch" is absent.
+        ExportError: a dtype it does not take, a model that torch or ExecuTorch cannot lower (with
+            the reason), or a program that computes otherwise. No file is left then.
+    """
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except ImportError:
+        raise MissingExtraError(
+            "executorch", "executorch", "torchprune.export.to_executorch"
+        ) from None
+    target = Path(path)
+    call = prepare(
+        model,
+        example_inputs,
+        with_cache=with_cache,
+        dynamic_shapes=dynamic_shapes,
+        vary=False,
+    )
+    allowed = _ALLOWED[dtype_of(call.module, tuple(_ALLOWED), "to_executorch")]
+    with torch.no_grad():
+        expected = tensors_of(call.module(*call.args, **call.kwargs))
+    program = exported(call)
+    # What torch decomposes attention to lays its output out otherwise than its fused kernels do.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")  # of ExecuTorch's own making
+        try:
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            made = lowered.to_executorch()
+        except Exception as error:
+            raise ExportError(
+                f"ExecuTorch could not lower this model: {reason_of(error)}"
+            ) from error
+    with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
+        partial = Path(home) / target.name
+        with partial.open("wb") as file:
+            made.write_to_file(file)
+        seconds, found = _run(partial, tensors_of((call.args, call.kwargs)))
+        difference, relative = compare(expected, found, allowed)
+        total = file_bytes(partial)
+        partial.replace(target)
+    return ExportReport(
+        path=target,
+        data=None,
+        runtime="ExecuTorch",
+        bytes=total,
+        dense_bytes=total,
+        packed=[],
+        difference=difference,
+        relative=relative,
+        load_seconds=seconds,
+        brings=_BRINGS,
+    )
+
+
+def _run(path: Path, given: list[Tensor]) -> tuple[float, list[Tensor]]:
+    from executorch.runtime import Runtime, Verification
+
+    start = time.perf_counter()
+    program = Runtime.get().load_program(path, verification=Verification.Minimal)
+    method = program.load_method("forward")
+    seconds = time.perf_counter() - start
+    found = method.execute([t.contiguous() for t in given])
+    return seconds, [y.clone() for y in found if isinstance(y, Tensor)]

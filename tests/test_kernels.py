@@ -136,6 +136,61 @@ def test_int8_products_equal_float64(form: str) -> None:
     check()
 
 
+INPUTS = {
+    "outlier": lambda x: x.index_fill(1, torch.tensor([3]), 3000.0),
+    "positive": lambda x: x.abs() + 5.0,
+    "spread": lambda x: x * 10.0 ** torch.linspace(-4, 4, x.shape[1]),
+    "zero": lambda x: x * 0.0,
+    "small": lambda x: x * 6e-5,
+    "large": lambda x: x.clamp(-3, 3) * 2e4,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("wide", DTYPES, ids=str)
+def test_int8_products_of_one_row_that_is_hard(form: str, kind: str, wide: torch.dtype) -> None:
+    """Some forms take 16-bit inputs in fixed point: within 2^-22 of the largest of them."""
+    use(form)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (9, 700), generator=generator).to(torch.int8)
+    weight[torch.rand(9, 700, generator=generator) < 0.5] = 0
+    weight[:4, 3] = 0  # the outlier meets a zero
+    weight[8] = 0
+    scales = torch.rand(9, generator=generator) / 3000
+    x = INPUTS[kind](torch.randn(1, 700, generator=generator)).to(wide)
+    found = product(x, Bitmask.pack(weight, scales)).double()
+    dense = weight.double() * scales.double()[:, None]
+    expected, size = exact(x, dense), dense.abs().sum(1) * float(x.abs().max())
+    room = expected.abs() * torch.finfo(wide).eps + size * 2.0**-22 + torch.finfo(wide).tiny
+    assert bool(((found - expected).abs() <= room).all())
+    assert not found[:, 8].any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_an_input_that_is_not_finite_shows(form: str, bad: float) -> None:
+    use(form)
+    weight = torch.full((2, 70), 3, dtype=torch.int8)
+    weight[:, 10:60] = 0
+    packed = Bitmask.pack(weight, torch.ones(2))
+    for dtype in DTYPES:
+        x = torch.ones(1, 70, dtype=dtype)
+        x[0, 65] = bad
+        assert not product(x, packed).isfinite().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_int8_rows_of_any_length(form: str) -> None:
+    use(form)
+    weight = torch.full((1, 3 << 20), 127, dtype=torch.int8)  # too long for sums of 32 bits
+    x = torch.full((1, weight.shape[1]), 1 + 2**-6, dtype=torch.bfloat16)
+    for cols in (1 << 20, weight.shape[1]):
+        found = product(x[:, :cols], Bitmask.pack(weight[:, :cols], torch.ones(1)))
+        few_sums = form == "portable"  # millions of terms in each
+        assert float(found) == pytest.approx(127.0 * 1.015625 * cols, rel=0.1 if few_sums else 4e-3)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 def test_unpacking_is_exact(form: str, dtype: torch.dtype) -> None:

@@ -17,8 +17,8 @@ namespace {
 const Form form = {"AVX-512",
                    arrange,
                    nullptr,
-                   {TORCHPRUNE_FLOATS_FEW, {}, {}},
-                   {TORCHPRUNE_FLOATS_MANY, nullptr, nullptr},
+                   {TORCHPRUNE_FLOATS_FEW, {}, {}, {}},
+                   {TORCHPRUNE_FLOATS_MANY, nullptr, nullptr, nullptr},
                    {expand<1>, expand<2>, expand<4>}};
 
 }  // namespace

@@ -22,7 +22,7 @@ _UNITS = {
     "portable.cpp": [],
     "avx2.cpp": ["-mavx2", *_X86],
     "avx512.cpp": _AVX512,
-    "avx512_bf16.cpp": [*_AVX512, "-mavx512bf16"],
+    "avx512_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 _MINIMAL_TORCH = "0x020a000000000000"  # the stable interface as of 2.10
 

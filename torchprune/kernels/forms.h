@@ -8,9 +8,13 @@
 
 namespace torchprune {
 
-// The dtype of the values. Inputs are float32, but bfloat16 for the last two, where instructions
-// that multiply pairs of them are there: with bfloat16 values, and with int8 ones.
-enum Kind : int { kFloat32, kFloat16, kBFloat16, kInt8, kPairs, kInt8Pairs, kKinds };
+// The dtype of the values. Inputs are float32, but bfloat16 for the two of pairs, where instructions
+// that multiply pairs of them are there: with bfloat16 values, and with int8 ones. kInt8Fixed is
+// int8 with one finite row of input in fixed point, where instructions that multiply bytes are.
+enum Kind : int { kFloat32, kFloat16, kBFloat16, kInt8, kPairs, kInt8Pairs, kInt8Fixed, kKinds };
+
+// The most words in a row for kInt8Fixed, whose sums are whole numbers of 32 bits.
+constexpr int64_t kFixedWords = 1 << 14;
 
 // The most rows of input that one pass over the weights serves without unpacking them to a buffer.
 constexpr int kFew = 8;
@@ -38,7 +42,7 @@ struct Form {
   const char* name;
 
   // Lay one row of float32 input out as the products with a kind of values want it, zeros up to
-  // words * kWord.
+  // words * kWord. kInt8Fixed takes no more room than the others.
   void (*arrange)(Kind kind, const float* from, int64_t cols, float* to, int64_t words);
 
   // The same for bfloat16 and the kinds of pairs. Null where there are none.

@@ -46,7 +46,9 @@ bool runs_here(const Form* form) {
                       __builtin_cpu_supports("avx512vbmi2");
   if (form == avx2_form()) return avx2;
   if (form == avx512_form()) return avx512;
-  if (form == avx512_bf16_form()) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (form == avx512_bf16_form()) {
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  }
 #endif
   return true;
 }
@@ -157,6 +159,16 @@ std::vector<float> floats_of(const std::optional<Tensor>& tensor, int64_t count,
   return found;
 }
 
+// Whether numbers are of 16 bits, and none is inf or NaN.
+bool is_finite_half(ScalarType type, const void* x, int64_t count) {
+  if (type == ScalarType::Float) return false;
+  const uint16_t exponent = type == ScalarType::BFloat16 ? 0x7f80 : 0x7c00;
+  const auto* bits = static_cast<const uint16_t*>(x);
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) finite &= (bits[i] & exponent) != exponent;
+  return finite;
+}
+
 // Rows that a thread takes at the least.
 int64_t grain(const Packed& m) { return std::max<int64_t>(1, kGrain / (m.words * kWord)); }
 
@@ -166,7 +178,9 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
   const Form& now = form();
   const bool pairs = type == ScalarType::BFloat16 && now.arrange_pairs &&
                      (kind == kBFloat16 || (kind == kInt8 && batch > 1));
-  const Kind how = !pairs ? kind : kind == kInt8 ? kInt8Pairs : kPairs;
+  const bool fixed = kind == kInt8 && batch == 1 && now.few[kInt8Fixed][0] &&
+                     m.words <= kFixedWords && is_finite_half(type, x, cols);
+  const Kind how = pairs ? (kind == kInt8 ? kInt8Pairs : kPairs) : fixed ? kInt8Fixed : kind;
   const int64_t wide = m.words * kWord, size = type == ScalarType::Float ? 4 : 2;
   // Bfloat16 of whole words is what the products with pairs read as it is.
   const bool as_it_is = how == kPairs && cols == wide;
@@ -185,7 +199,7 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
                             reinterpret_cast<uint16_t*>(arranged) + b * wide, m.words);
         } else {
           to_float(type, from, cols, plain.data());
-          now.arrange(kind, plain.data(), cols, arranged + b * wide, m.words);
+          now.arrange(how, plain.data(), cols, arranged + b * wide, m.words);
         }
       }
     });

@@ -1,7 +1,7 @@
 """Tokens a second of a language model that decodes on the CPU: dense, masked, lowered, int8.
 
     python benchmarks/decode.py [--model smollm2|1b] [--tokens 48] [--compile] [--onnx]
-                                [--output FILE]
+                                [--only REGEX] [--output FILE]
 
 All contenders hold the same weights (the dense ones before pruning) and decode side by side, one
 token each in turn, after a context of 64 tokens, with their key-value caches: a busy machine hurts
@@ -12,6 +12,7 @@ weights, which decode as fast as trained ones. "ours dense" is the bitmask produ
 import argparse
 import copy
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from decoding import Contender, InRuntime, InTorch, race
 
 CONTEXT = 64
+BASE = "transformers bfloat16"
 
 
 def one_billion() -> LlamaForCausalLM:
@@ -109,7 +111,7 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 def contenders(
-    dense: nn.Module, context: Tensor, with_compile: bool, with_onnx: bool
+    dense: nn.Module, context: Tensor, only: re.Pattern[str], with_compile: bool, with_onnx: bool
 ) -> dict[str, Entry]:
     sparse = torchprune.sparsify(copy.deepcopy(dense), MagnitudeSpec())
     folded = torchprune.fold(copy.deepcopy(sparse))
@@ -119,7 +121,7 @@ def contenders(
         return torchprune.lower(copy.deepcopy(model), "bitmask", dtype=dtype, min_sparsity=0.0)
 
     made: dict[str, Callable[[], nn.Module]] = {
-        "transformers bfloat16": lambda: dense,
+        BASE: lambda: dense,
         "transformers float32": lambda: copy.deepcopy(dense).float(),
         "masked bfloat16 (not folded)": lambda: sparse,
         "ours dense bfloat16": lambda: bitmask(dense),
@@ -138,6 +140,8 @@ def contenders(
         }
     found = {}
     for name, make in made.items():
+        if name != BASE and not only.search(name):
+            continue
         try:
             found[name] = in_torch(make(), context)
         except Exception as error:  # one that does not run here is left out, and said
@@ -152,6 +156,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "1b"), default="smollm2")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--compile", action="store_true", help="inductor too: minutes a model")
+    parser.add_argument("--only", default="", help="leave out other names than this finds")
     parser.add_argument("--onnx", action="store_true", help="ONNX Runtime too")
     parser.add_argument("--output", type=Path, help="write the medians to this JSON file")
     options = parser.parse_args()
@@ -159,13 +164,14 @@ def main() -> None:
     dense = real() if options.model == "smollm2" else one_billion()
     context = torch.randint(10, 20000, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        entries = contenders(dense, context, options.compile, options.onnx)
+        only = re.compile(options.only)
+        entries = contenders(dense, context, only, options.compile, options.onnx)
     medians = race([entry.runs for entry in entries.values()], options.tokens)
     print(
         f"{options.model}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{kernels.native()}\n"
     )
-    size, eager = entries["transformers bfloat16"].bytes, medians[0]
+    size, eager = entries[BASE].bytes, medians[0]
     print("| contender | ms a token | tokens/s | times bfloat16 | weights MB | of bfloat16 |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     found = {}

@@ -106,6 +106,8 @@ def in_int8(model: nn.Module) -> nn.Module:
 
 def compiled(model: nn.Module) -> nn.Module:
     """By inductor, for a cache that grows."""
+    # All contenders run the same code objects, each with graphs of its own.
+    torch._dynamo.config.recompile_limit = 64
     model.forward = torch.compile(model.forward, dynamic=True)
     return model
 

@@ -34,6 +34,10 @@ class ExportError(TorchpruneError, ValueError):
     """A model cannot be written for another runtime, or computes otherwise there."""
 
 
+class ShrinkError(TorchpruneError, ValueError):
+    """A model's structure cannot be read, or what is to be removed cannot go."""
+
+
 class CheckpointError(TorchpruneError, ValueError):
     """A saved directory is damaged, hostile, of another version, or does not fit the model."""
 

@@ -1,0 +1,194 @@
+"""Labels: which indices of which axes stand or fall together.
+
+Every index of every axis of every weight gets a label of its own. Following a model's graph, labels
+are joined (two indices that meet in one element of some tensor can only go together) or frozen
+(something reads them in a way that would not survive their absence). What is connected in the end,
+and not frozen, is a unit that can be removed.
+
+A *tag* says how a tensor's elements depend on labels: an int64 tensor with the dimensions of the
+tensor it belongs to, of size 1 along the axes on which the label does not depend. After a view
+splits features into heads, one tag varies along two axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNLABELLED = 0
+"""The label of what can never go."""
+
+
+def axes_of(tag: Tensor) -> tuple[int, ...]:
+    """The axes along which a tag varies, outermost first."""
+    return tuple(axis for axis, size in enumerate(tag.shape) if size > 1)
+
+
+def collapsed(tag: Tensor) -> Tensor:
+    """The tag with size 1 along every axis on which it does not really vary."""
+    for axis in axes_of(tag):
+        first = tag.narrow(axis, 0, 1)
+        if bool((tag == first).all()):
+            tag = first
+    return tag
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What became of all labels.
+
+    Attributes:
+        classes: (labels,) int64, the connected class of each label, named by its smallest member.
+        frozen: (labels,) bool, whether the label's class can never go.
+        reasons: class -> why it is frozen, for those that some operator froze.
+        attended: (labels,) bool, whether attention keeps the label's class apart as a head.
+    """
+
+    classes: Tensor
+    frozen: Tensor
+    reasons: dict[int, str]
+    attended: Tensor
+
+
+class Labels:
+    """The labels of one graph while it is followed."""
+
+    def __init__(self) -> None:
+        self._count = 1
+        self._edges: list[tuple[Tensor, Tensor]] = []
+        self._frozen: list[tuple[Tensor, str]] = []
+        self._grids: list[Tensor] = []
+        self._attended: list[Tensor] = []
+        self.read: list[Tensor] = []
+        """Labels of weights' input indices: where what they carry is consumed."""
+
+    def new(self, count: int) -> Tensor:
+        """(count,) fresh labels."""
+        self._count += count
+        return torch.arange(self._count - count, self._count)
+
+    def join(self, a: Tensor, b: Tensor) -> None:
+        """Two tags of broadcastable shapes: elements that meet go together."""
+        a, b = torch.broadcast_tensors(a, b)
+        self._edges.append((a.reshape(-1), b.reshape(-1)))
+
+    def freeze(self, tag: Tensor, why: str) -> None:
+        """Nothing of this may go."""
+        self._frozen.append((tag.reshape(-1), why))
+
+    def watch(self, tag: Tensor) -> Tensor:
+        """Remember a tag of several axes: whatever goes must leave a rectangle of it."""
+        if len(axes_of(tag)) > 1:
+            self._grids.append(tag)
+        return tag
+
+    def attend(self, tag: Tensor) -> None:
+        """Mark labels as heads of attention."""
+        self._attended.append(tag.reshape(-1))
+
+    def united(self, tag: Tensor, axes: Iterable[int]) -> Tensor:
+        """The tag after its labels are joined along some axes."""
+        for axis in axes:
+            if tag.shape[axis] > 1:
+                first = tag.narrow(axis, 0, 1)
+                self.join(tag, first)
+                tag = first
+        return tag
+
+    def bounded(self, tag: Tensor, fixed: Iterable[int], why: str) -> Tensor:
+        """The tag where some axes must keep their size: frozen, or joined along those axes.
+
+        The outermost axis is the one that can shrink (heads, then what is inside a head).
+        """
+        own = axes_of(tag)
+        bound = [axis for axis in own if axis in set(fixed)]
+        if not bound:
+            return tag
+        if own[0] in bound:
+            self.freeze(tag, why)
+            return tag
+        return self.united(tag, bound)
+
+    def merged(self, tags: Sequence[Tensor], why: str) -> list[Tensor]:
+        """Tags of one tensor made disjoint: those that vary along a common axis become one.
+
+        Tags of the same axes are joined index by index. Otherwise the outermost axis decides: with
+        (heads, features) meets (heads), each head becomes one; with (heads, features) meets
+        (features), as where one norm serves all heads, the features are frozen.
+        """
+        done: list[Tensor] = []
+        todo = list(tags)
+        while todo:
+            tag = todo.pop(0)
+            other = next((t for t in done if set(axes_of(t)) & set(axes_of(tag))), None)
+            if other is None:
+                if axes_of(tag):
+                    done.append(tag)
+                continue
+            done = [t for t in done if t is not other]
+            if axes_of(other) == axes_of(tag):
+                self.join(other, tag)
+                todo.insert(0, other)
+                continue
+            outermost = min(axes_of(other) + axes_of(tag))
+            both = [other, tag]
+            inner = set(axes_of(other)) ^ set(axes_of(tag))
+            if all(outermost in axes_of(t) for t in both):
+                todo[:0] = [self.united(t, inner) for t in both]
+            else:
+                low = next(t for t in both if outermost not in axes_of(t))
+                self.freeze(low, why)
+                high = other if low is tag else tag
+                todo.insert(0, self.united(high, axes_of(low)))
+        return done
+
+    def resolve(self) -> Resolved:
+        """Connect all that was joined, until whatever goes leaves rectangles."""
+        classes = self._classes()
+        while self._straighten(classes):
+            classes = self._classes()
+        frozen = torch.zeros(self._count, dtype=torch.bool)
+        frozen[UNLABELLED] = True
+        reasons: dict[int, str] = {}
+        for tag, why in self._frozen:
+            own = classes[tag]
+            frozen[own] = True
+            for name in own.unique().tolist():
+                reasons.setdefault(name, why)
+        attended = torch.zeros(self._count, dtype=torch.bool)
+        for tag in self._attended:
+            attended[classes[tag]] = True
+        return Resolved(classes, frozen[classes], reasons, attended[classes])
+
+    def _classes(self) -> Tensor:
+        if not self._edges:
+            return torch.arange(self._count)
+        one, two = (torch.cat(ends) for ends in zip(*self._edges, strict=True))
+        return components(self._count, one, two)
+
+    def _straighten(self, classes: Tensor) -> bool:
+        """Join what would leave a tensor without its corners. Whether there was any."""
+        found = False
+        for grid in self._grids:
+            now = collapsed(classes[grid])
+            if len(axes_of(now)) > 1:
+                self.united(now, axes_of(now)[1:])
+                found = True
+        return found
+
+
+def components(count: int, one: Tensor, two: Tensor) -> Tensor:
+    """(count,) the smallest member of each node's connected component, from edges one[i]-two[i]."""
+    parents = torch.arange(count)
+    while True:
+        low = torch.minimum(parents[one], parents[two])
+        new = parents.scatter_reduce(0, parents[one], low, "amin")
+        new = new.scatter_reduce(0, parents[two], low, "amin")
+        while not torch.equal(jumped := new[new], new):
+            new = jumped
+        if torch.equal(new, parents):
+            return parents
+        parents = new

@@ -31,10 +31,12 @@ class Product:
     Attributes:
         shape: extents of all axes of the product, those summed over included.
         tags: of both factors, broadcast to those axes.
+        module: the path of the module whose code multiplies.
     """
 
     shape: tuple[int, ...]
     tags: tuple[Tensor, ...]
+    module: str = ""
 
 
 @dataclass
@@ -45,12 +47,14 @@ class Context:
         labels: of the whole graph.
         why: what to tell of labels that this node freezes.
         shapes: of the node's results, as on the example inputs.
+        module: the path of the module whose code runs it.
         products: filled by every contraction, for counting floating point operations.
     """
 
     labels: Labels
     why: str = ""
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    module: str = ""
     products: list[Product] = field(default_factory=list)
 
     @property
@@ -95,7 +99,7 @@ Rule = Callable[..., Any]
 def contract(ctx: Context, x: Value, y: Value, axes: Sequence[int] = (-1,)) -> Value:
     """The sum over some axes of a pointwise product."""
     product = met(ctx.labels, [x, y], ctx.why)
-    ctx.products.append(Product(product.shape, product.tags))
+    ctx.products.append(Product(product.shape, product.tags, ctx.module))
     dim = product.dim
     summed = sorted(axis % dim for axis in axes)
     for factor in (x.widened(dim), y.widened(dim)):
@@ -252,7 +256,7 @@ def _depthwise(ctx: Context, x: Value, filters: Value) -> Value:
     index = torch.arange(x.shape[-1]).repeat_interleave(times)
     own = Value((filters.shape[0],), tuple(t.squeeze(1) for t in filters.tags), filters.weight)
     out = met(ctx.labels, [indexed(x, -1, index), own], ctx.why)
-    ctx.products.append(Product(out.shape, out.tags))
+    ctx.products.append(Product(out.shape, out.tags, ctx.module))
     return out
 
 
@@ -281,7 +285,8 @@ def _grouped(ctx: Context, x: Value, weight: Value, groups: int, *, turned: bool
     ctx.labels.join(reads, makes)
     if tag is None:
         return Value((*x.shape[:-1], count))
-    ctx.products.append(Product((*x.shape[:-1], count, per_in), (_last(made, x.dim + 1, -2),)))
+    shape = (*x.shape[:-1], count, per_in)
+    ctx.products.append(Product(shape, (_last(made, x.dim + 1, -2),), ctx.module))
     return Value((*x.shape[:-1], count), (_last(made, x.dim, -1),))
 
 
@@ -305,7 +310,7 @@ def _extent(shape: Sequence[int]) -> int:
 
 def _scaled(product: Product, times: int) -> Product:
     tags = tuple(tag.unsqueeze(0) for tag in product.tags)
-    return Product((times, *product.shape), tags)
+    return Product((times, *product.shape), tags, product.module)
 
 
 def embedding(ctx: Context, weight: Value, indices: Value, *_: Any) -> Value:

@@ -200,7 +200,7 @@ def _follow(walk: _Walk, node: Node) -> None:
         return
     kwargs = torch.fx.map_arg(node.kwargs, walk.env.get)
     shapes = [tuple(int(s) for s in t.shape) for t in _tensors(node.meta.get("val"))]
-    context = Context(walk.labels, _why(node), shapes, walk.products)
+    context = Context(walk.labels, _why(node), shapes, _module_of(node), walk.products)
     made = follow(context, node.target, args, kwargs)
     walk.env[node] = made
     for value in _values(made):

@@ -17,13 +17,20 @@ from torchprune.patterns import NM, Block, Unstructured
 from torchprune.report import report
 from torchprune.sparsify import sparsify
 from torchprune.specs import MagnitudeSpec, SparseGPTSpec, WandaSpec
+from torchprune.structure.plan import plan_shrink
+from torchprune.structure.shrink import shrink
+from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NM",
     "Block",
+    "ChannelSpec",
+    "HeadSpec",
+    "LayerSpec",
     "MagnitudeSpec",
+    "NeuronSpec",
     "SparseGPTSpec",
     "TorchpruneError",
     "Unstructured",
@@ -38,7 +45,9 @@ __all__ = [
     "masks",
     "perplexity",
     "plan_lowering",
+    "plan_shrink",
     "report",
     "save",
+    "shrink",
     "sparsify",
 ]

@@ -32,7 +32,7 @@ from torchprune.manifest import (
 )
 from torchprune.masking import attach, detach, mask_of
 from torchprune.report import keep_runs, runs_of
-from torchprune.selection import layers_of
+from torchprune.selection import maskable_of
 from torchprune.skeleton import Skeleton, write_config
 from torchprune.slots import Slot, obstacle, slots_of, ties_of
 from torchprune.staging import staged
@@ -180,7 +180,7 @@ def _check_fit(
             expected = _described(slot.kind, slot.tensor.shape, entry.torch_dtype)
         if expected != got:
             raise CheckpointError(f"{key}: expected {expected} in the {name}, got {got}")
-    prunable = {layer.key for layer in layers_of(model)}
+    prunable = {layer.key for layer in maskable_of(model)}
     for key, entry in entries.items():
         if entry.kind != "transient" and key not in lasting:
             raise CheckpointError(f"{key}: in the saved model, but the {name} has no such tensor")
@@ -253,7 +253,7 @@ def _place(entries: dict[str, Entry], slots: dict[str, Slot], held: dict[str, Te
 
 def _dress(model: nn.Module, manifest: Manifest, decoded: dict[str, Decoded]) -> None:
     """Attach the masks and what is known of them."""
-    for layer in list(layers_of(model)):
+    for layer in list(maskable_of(model)):
         entry = manifest.tensors.get(layer.key)  # none where another parametrization holds it
         if entry is None or entry.record is None:
             continue

@@ -110,6 +110,7 @@ class Calibration:
         targets: the layers to stop at.
         batches: one coroutine each.
         gram: whether methods need the second moment, or only sums of squares.
+        total: whether they need the sums themselves.
         blocks: the model's repeated blocks by name.
         twice: prune a block's targets together, on what they read in its dense pass, and run the
             block again.
@@ -127,9 +128,11 @@ class Calibration:
         blocks: Mapping[str, nn.Module],
         twice: bool = False,
         foresee: bool = True,
+        total: bool = False,
         hold: torch.dtype | None = None,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
+        self.total = total
         self.gram, self.blocks = gram, list(blocks.values()) if twice else []
         self.usage = Usage()
         self._held = Held(model, hold)
@@ -337,7 +340,9 @@ class Calibration:
         target = self.targets[index]
         view, device = target.view, target.weight.device
         with ambient.exact():  # a forward in inference mode must not make them inference tensors
-            moments = Moments.empty(view.groups, view.cols, device, gram=self.gram)
+            moments = Moments.empty(
+                view.groups, view.cols, device, gram=self.gram, total=self.total
+            )
         gathered = _Gathered(moments, geometry(target.layer.module), index)
         self._shareable.append(gathered)
         return gathered

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, did_you_mean
 from torchprune.packing import masked, pack_bits, unpack_bits
-from torchprune.selection import Layer, layers_of, tied_to
+from torchprune.selection import Layer, maskable_of, tied_to
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def original_of(module: nn.Module, tensor: str) -> Tensor:
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[Layer, Mask]]:
     """Every layer that carries a mask, in registration order."""
-    for layer in layers_of(model):
+    for layer in maskable_of(model):
         mask = mask_of(layer.module, layer.tensor)
         if mask is not None:
             yield layer, mask
@@ -225,7 +225,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         MaskError: an unknown name, a tied weight, a wrong shape or dtype. Nothing is changed then.
     """
-    layers = {layer.key: layer for layer in layers_of(model)}
+    layers = {layer.key: layer for layer in maskable_of(model)}
     ties = tied_to(model)
     for key, mask in masks.items():
         if key not in layers:

@@ -29,6 +29,7 @@ class Moments:
         rows: input rows seen by each group.
         batches: batches that reached the layer.
         sample: per group, up to SAMPLE_ROWS input rows spread over the batches.
+        total: (groups, cols) float32, sum of x, where it was asked for.
     """
 
     square: Tensor
@@ -37,15 +38,19 @@ class Moments:
     sample: list[list[Tensor]]
     batches: int = 0
     finished: bool = False
+    total: Tensor | None = None
 
     @staticmethod
-    def empty(groups: int, cols: int, device: torch.device, *, gram: bool) -> Moments:
+    def empty(
+        groups: int, cols: int, device: torch.device, *, gram: bool, total: bool = False
+    ) -> Moments:
         """Zero statistics."""
         return Moments(
             square=torch.zeros(groups, cols, device=device),
             gram=torch.zeros(groups, cols, cols, device=device) if gram else None,
             rows=[0] * groups,
             sample=[[] for _ in range(groups)],
+            total=torch.zeros(groups, cols, device=device) if total else None,
         )
 
     def add(self, inputs: Sequence[Tensor], sample_rows: int = 0) -> None:
@@ -62,6 +67,8 @@ class Moments:
                 self.sample[group].append(rows.to(torch.float32, copy=True))
             for chunk in x.split(_CHUNK):
                 wide = chunk.float()
+                if self.total is not None:
+                    self.total[group] += wide.sum(0)
                 if self.gram is not None:
                     _add_gram(self.gram[group], wide)
                 else:

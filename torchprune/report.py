@@ -13,7 +13,7 @@ from torch import nn
 
 from torchprune.lockstep import Usage
 from torchprune.masking import masked_layers, original_of
-from torchprune.specs import Spec
+from torchprune.specs import Checked
 
 _RUNS = "_torchprune_runs"
 
@@ -22,7 +22,7 @@ _RUNS = "_torchprune_runs"
 class RunRecord:
     """One call of `sparsify`: its spec, what it left dense and why, what calibration cost."""
 
-    spec: Spec
+    spec: Checked
     skipped: dict[str, str] = field(default_factory=dict)
     batches: int = 0
     peak_held_bytes: int = 0

@@ -38,6 +38,20 @@ def layers_of(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
             yield Layer(name if tensor == "weight" and name else key, key, module, tensor)
 
 
+def maskable_of(model: nn.Module) -> Iterator[Layer]:
+    """Every tensor that may carry a mask: the prunable ones and the biases beside them."""
+    for name, module in model.named_modules():
+        names = prunable_names(module)
+        for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
+            key = f"{name}.{tensor}" if name else tensor
+            yield Layer(name if tensor == "weight" and name else key, key, module, tensor)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a layer adds a bias."""
+    return isinstance(getattr(module, "bias", None), Tensor)
+
+
 def as_selectors(selectors: Selectors | None) -> tuple[Selector, ...]:
     """One selector or several, as a tuple."""
     if selectors is None:

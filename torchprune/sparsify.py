@@ -20,6 +20,7 @@ from torchprune.lockstep import Calibration, Unforeseen
 from torchprune.plan import Plan, make_plan
 from torchprune.report import RunRecord, remember_run
 from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
+from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.synthesis import can_synthesise, synthesise
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ Model = TypeVar("Model", bound="nn.Module | ExportedProgram")
 
 def sparsify(
     model: Model,
-    spec: Spec,
+    spec: Spec | StructuredSpec | LayerSpec,
     data: Iterable[Any] | None = None,
     *,
     progress: bool = True,
@@ -45,7 +46,9 @@ def sparsify(
         model: any module. Its training flags, hooks and settings are as before afterwards. Or an
             `ExportedProgram`, of which a new one with masks is returned; the given one stays as it
             is (`keep_dense` and `hold` do not apply, and data must be given).
-        spec: `MagnitudeSpec`, `WandaSpec` or `SparseGPTSpec`.
+        spec: `MagnitudeSpec`, `WandaSpec` or `SparseGPTSpec` for single weights; `HeadSpec`,
+            `NeuronSpec`, `ChannelSpec` or `LayerSpec` for whole units, which `torchprune.shrink`
+            can then remove.
         data: calibration batches: any iterable whose items are tensors (passed positionally),
             tuples or lists (positional) or mappings (keywords). Tokens that a batch's
             `attention_mask` excludes do not count. Without data, a generative transformers model
@@ -66,16 +69,26 @@ def sparsify(
         CalibrationError: no usable data, or a layer's statistics are not finite.
         Exception: whatever the model raises. After any error the model is as it was.
     """
-    if not isinstance(spec, MagnitudeSpec | WandaSpec | SparseGPTSpec):
+    if not isinstance(spec, MagnitudeSpec | WandaSpec | SparseGPTSpec | StructuredSpec | LayerSpec):
         got = f"the class {spec.__name__}" if isinstance(spec, type) else repr(spec)
-        raise SpecError(f"spec must be a MagnitudeSpec, WandaSpec or SparseGPTSpec, got {got}")
+        raise SpecError(
+            "spec must be a MagnitudeSpec, WandaSpec, SparseGPTSpec, HeadSpec, NeuronSpec, "
+            f"ChannelSpec or LayerSpec, got {got}"
+        )
     if hold not in (None, torch.bfloat16, torch.float16):
         raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")
     if type(model).__name__ == "ExportedProgram":
+        if not isinstance(spec, Spec):
+            raise SpecError(
+                f"{type(spec).__name__} prunes modules, since a program's sizes are constants: "
+                "sparsify and shrink the model, then export it"
+            )
         options = keep_dense or hold is not None
         return cast(Model, _pruned_program(model, spec, data, max_batches, progress, options))
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a Module or an ExportedProgram, got {type(model).__name__}")
+    if not isinstance(spec, Spec):
+        return _pruned_structures(model, spec, data, max_batches, seed, keep_dense, hold, progress)
     plan = make_plan(model, spec)
     _check_weights(plan, finite=isinstance(spec, SparseGPTSpec))
     run = RunRecord(spec=spec, skipped=dict(plan.skipped))
@@ -111,6 +124,33 @@ def sparsify(
     remember_run(model, run)
     for warning in run.warnings:
         warnings.warn(warning, stacklevel=2)
+    return model
+
+
+def _pruned_structures(
+    model: Any,
+    spec: StructuredSpec | LayerSpec,
+    data: Iterable[Any] | None,
+    max_batches: int,
+    seed: int,
+    keep_dense: bool,
+    hold: torch.dtype | None,
+    progress: bool,
+) -> Any:
+    from torchprune.structure.blocks import prune_blocks
+    from torchprune.structure.prune import prune_structures  # torch.export takes a while to import
+
+    run = RunRecord(spec=spec)
+    batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run)
+    if isinstance(spec, LayerSpec):
+        prune_blocks(model, spec, batches, run, progress=progress)
+    else:
+        prune_structures(
+            model, spec, batches, run, progress=progress, keep_dense=keep_dense, hold=hold
+        )
+    remember_run(model, run)
+    for warning in run.warnings:
+        warnings.warn(warning, stacklevel=3)
     return model
 
 
@@ -172,7 +212,7 @@ def _calibrate(
 
 def _calibration_batches(
     model: nn.Module,
-    spec: Spec,
+    spec: Spec | StructuredSpec | LayerSpec,
     data: Iterable[Any] | None,
     max_batches: int,
     seed: int,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
@@ -38,8 +38,22 @@ class Goal:
         return f"{self.pattern} {self.sparsity:.4g}"
 
 
+class Checked:
+    """A spec whose misspelt options are named."""
+
+    def __new__(cls, *args: object, **options: object) -> Self:
+        known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
+        for option in options:
+            if option not in known:
+                raise SpecError(
+                    f"{cls.__name__} has no option {option!r}{did_you_mean(option, known)}; "
+                    f"it accepts {', '.join(known)}"
+                )
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class Spec:
+class Spec(Checked):
     """The fields all methods share. Use `MagnitudeSpec`, `WandaSpec` or `SparseGPTSpec`.
 
     Args:
@@ -70,16 +84,6 @@ class Spec:
     method: ClassVar[str]
     scopes: ClassVar[tuple[str, ...]]
     needs_data: ClassVar[bool]
-
-    def __new__(cls, *args: object, **options: object) -> Spec:
-        known = [f.name for f in fields(cls)] if hasattr(cls, "__dataclass_fields__") else []
-        for option in options:
-            if option not in known:
-                raise SpecError(
-                    f"{cls.__name__} has no option {option!r}{did_you_mean(option, known)}; "
-                    f"it accepts {', '.join(known)}"
-                )
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         goal = _goal(type(self).__name__, parse_pattern(self.pattern), self.sparsity)

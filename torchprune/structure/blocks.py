@@ -1,0 +1,249 @@
+"""`sparsify` for whole blocks: which of them change least, and masks on everything in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchprune import ambient
+from torchprune.batches import Batch
+from torchprune.errors import CalibrationError, ShrinkError, TargetError
+from torchprune.lockstep import Usage
+from torchprune.masking import Record, attach, obstacle, original_of
+from torchprune.report import RunRecord
+from torchprune.selection import (
+    Layer,
+    as_selectors,
+    check_used,
+    layers_of,
+    maskable_of,
+    matches,
+    repeated_blocks,
+    tied_to,
+)
+from torchprune.structure.scores import default_loss
+from torchprune.structure.specs import LayerSpec
+
+
+def prune_blocks(
+    model: nn.Module, spec: LayerSpec, batches: Sequence[Batch], run: RunRecord, *, progress: bool
+) -> None:
+    """Mask whole blocks of a model, in place.
+
+    Raises:
+        TargetError: there are not so many blocks to choose from, or a selector matches nothing.
+        ShrinkError: a chosen block would not hand on its input if its weights were zero.
+        CalibrationError: a loss is missing, or not finite.
+    """
+    blocks = _candidates(model, spec, run)
+    idle = _passing(model, blocks, batches[0])
+    for name in [name for name in blocks if name not in idle]:
+        run.skipped[name] = "with zero weights it would not hand on its input"
+        del blocks[name]
+    lists = {name.rpartition(".")[0] for name in blocks}
+    spare = max(0, len(blocks) - len(lists))
+    if spec.drop > spare:
+        why = "; ".join(f"{k}: {v}" for k, v in list(run.skipped.items())[:3])
+        kind = ShrinkError if not blocks and run.skipped else TargetError
+        raise kind(
+            f"LayerSpec: {spec.drop} blocks to drop, but only {spare} of this "
+            f"{type(model).__name__} can be (one of each list stays)" + (f"; {why}" if why else "")
+        )
+    choose = _by_cosine if spec.score == "cosine" else _by_loss
+    with tqdm(total=len(batches), desc="layers", unit="batch", disable=not progress) as bar:
+        scores = choose(model, blocks, batches, spec, bar)
+    run.finish(batches=len(batches), usage=Usage())
+    with ambient.exact():
+        for name, note in scores.items():
+            record = Record("layers", f"block dropped by {spec.score}", note=note)
+            for layer in _inside(model, name):
+                weight = original_of(layer.module, layer.tensor)
+                attach(layer.module, layer.tensor, torch.zeros_like(weight, dtype=torch.bool), record)
+
+
+def _candidates(model: nn.Module, spec: LayerSpec, run: RunRecord) -> dict[str, nn.Module]:
+    layers = list(layers_of(model))
+    targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
+    for what, selectors in (("targets", targets), ("ignore", ignore)):
+        for selector in selectors:
+            check_used(what, selector, model, layers)
+    ties = tied_to(model)
+    found = {}
+    for name, block in repeated_blocks(model).items():
+        inside = [y for y in layers if y.key.startswith(f"{name}.")]
+        if targets and not any(matches(s, y) for s in targets for y in inside):
+            continue
+        if any(matches(s, y) for s in ignore for y in inside):
+            run.skipped[name] = "ignored"
+        elif problem := next((p for y in inside if (p := obstacle(y, ties))), None):
+            run.skipped[name] = problem
+        else:
+            found[name] = block
+    return found
+
+
+def _inside(model: nn.Module, block: str) -> Iterator[Layer]:
+    for layer in maskable_of(model):
+        if layer.key.startswith(f"{block}."):
+            yield layer
+
+
+# -- blocks as functions ---------------------------------------------------------------------------
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple | list) else out
+
+
+def _passing(model: nn.Module, blocks: dict[str, nn.Module], example: Batch) -> set[str]:
+    """The blocks that would hand on their input if all their layers were zero."""
+    found: set[str] = set()
+
+    def hook(name: str) -> Callable[..., None]:
+        def run(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            if name in running:
+                return
+            running.add(name)
+            zero = {key: torch.zeros_like(tensor) for key, tensor in _own_tensors(block).items()}
+            made = torch.func.functional_call(block, zero, args, kwargs)
+            running.discard(name)
+            one, two = _given(args, kwargs), _first(made)
+            if one is not None and isinstance(two, Tensor) and torch.equal(one, two):
+                found.add(name)
+
+        return run
+
+    running: set[str] = set()
+    with ambient.calibration_mode(model), torch.no_grad(), ExitStack() as stack:
+        for name, block in blocks.items():
+            handle = block.register_forward_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        model(*example.args, **example.kwargs)
+    return found
+
+
+def _own_tensors(block: nn.Module) -> dict[str, Tensor]:
+    """A block's weights and biases by the names under which its modules hold them."""
+    own = {id(original_of(y.module, y.tensor)) for y in maskable_of(block)}
+    return {name: p.detach() for name, p in block.named_parameters() if id(p) in own}
+
+
+@contextmanager
+def _skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let blocks hand on their input."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        given = _given(args, kwargs)
+        return (given, *out[1:]) if isinstance(out, tuple) else given
+
+    with ExitStack() as stack:
+        for block in blocks:
+            handle = block.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+# -- choosing --------------------------------------------------------------------------------------
+
+
+def _by_cosine(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    batches: Sequence[Batch],
+    spec: LayerSpec,
+    bar: Any,
+) -> dict[str, str]:
+    """The blocks whose output is most like their input, with the reason as a note."""
+    turned = dict.fromkeys(blocks, 0.0)
+    tokens = dict.fromkeys(blocks, 0)
+    current = [batches[0]]
+
+    def hook(name: str) -> Callable[..., None]:
+        def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            one, two = _given(args, kwargs), _first(out)
+            if one is None or not isinstance(two, Tensor) or one.shape != two.shape:
+                return
+            apart = 1 - torch.cosine_similarity(one.float(), two.float(), dim=-1)
+            keep = current[0].token_mask(one.shape[:-1], name, encoder_decoder=False)
+            apart = apart.flatten() if keep is None else apart[keep]
+            turned[name] += float(apart.sum())
+            tokens[name] += apart.numel()
+
+        return run
+
+    with ambient.calibration_mode(model), torch.no_grad(), ExitStack() as stack:
+        for name, block in blocks.items():
+            handle = block.register_forward_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        for batch in batches:
+            current[0] = batch
+            model(*batch.args, **batch.kwargs)
+            bar.update()
+    mean = {name: turned[name] / tokens[name] for name in blocks if tokens[name]}
+    order = sorted(mean, key=lambda name: mean[name])
+    chosen = _leaving_one(order, blocks, spec.drop)
+    return {name: f"it turned its input by 1 - cos = {mean[name]:.4g}" for name in chosen}
+
+
+def _leaving_one(order: Sequence[str], blocks: dict[str, nn.Module], count: int) -> list[str]:
+    left: dict[str, int] = {}
+    for name in blocks:
+        parent = name.rpartition(".")[0]
+        left[parent] = left.get(parent, 0) + 1
+    chosen: list[str] = []
+    for name in order:
+        parent = name.rpartition(".")[0]
+        if len(chosen) < count and left[parent] > 1:
+            chosen.append(name)
+            left[parent] -= 1
+    return chosen
+
+
+def _by_loss(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    batches: Sequence[Batch],
+    spec: LayerSpec,
+    bar: Any,
+) -> dict[str, str]:
+    """One by one the block whose absence costs least, with the loss as a note."""
+    loss = spec.loss or default_loss
+    bar.reset(total=sum(len(blocks) - i for i in range(spec.drop)))
+    bar.unit = "trial"
+    chosen: dict[str, str] = {}
+    while len(chosen) < spec.drop:
+        trials: dict[str, float] = {}
+        for name in _droppable(blocks, chosen):
+            with _skipped([blocks[n] for n in (*chosen, name)]), ambient.calibration_mode(model):
+                trials[name] = _mean_loss(model, batches, loss)
+            bar.update()
+        best = min(trials, key=lambda name: trials[name])
+        chosen[best] = f"loss {trials[best]:.4g} without it and those chosen before"
+    return chosen
+
+
+def _droppable(blocks: dict[str, nn.Module], chosen: dict[str, str]) -> list[str]:
+    rest = [name for name in blocks if name not in chosen]
+    parents = [name.rpartition(".")[0] for name in rest]
+    return [name for name in rest if parents.count(name.rpartition(".")[0]) > 1]
+
+
+def _mean_loss(
+    model: nn.Module, batches: Sequence[Batch], loss: Callable[[nn.Module, Any], Tensor]
+) -> float:
+    total = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            total += float(loss(model, batch.kwargs or batch.args))
+    if not total < float("inf"):
+        raise CalibrationError(f"the loss on the data is {total}")
+    return total / len(batches)

@@ -1,0 +1,439 @@
+"""`sparsify` for whole units: read the structure, score, mask, and refit what reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchprune import ambient
+from torchprune.batches import Batch
+from torchprune.errors import CalibrationError, SpecError, TargetError
+from torchprune.lockstep import Calibration, Usage
+from torchprune.masking import Record, attach, mask_of, obstacle, original_of
+from torchprune.moments import Moments
+from torchprune.packing import masked
+from torchprune.patterns import Unstructured
+from torchprune.plan import Target
+from torchprune.report import RunRecord
+from torchprune.selection import (
+    Layer,
+    as_selectors,
+    check_used,
+    layers_of,
+    matches,
+    repeated_blocks,
+    tied_to,
+)
+from torchprune.specs import Goal
+from torchprune.spool import Spool
+from torchprune.structure.allocate import across, uniform
+from torchprune.structure.groups import Group, Member, read_groups
+from torchprune.structure.refit import refit
+from torchprune.structure.scores import (
+    by_unit,
+    default_loss,
+    random_scores,
+    read_scores,
+    taylor_scores,
+    weight_scores,
+)
+from torchprune.structure.specs import StructuredSpec
+from torchprune.structure.trace import trace
+from torchprune.weights import view_of
+
+
+@dataclass(eq=False)
+class _Choice:
+    """A group to prune: its layers, those that read it, and what was decided."""
+
+    group: Group
+    layers: dict[str, Layer]
+    readers: list[Target]
+    gone: Tensor | None = None
+    scored: bool = True
+
+
+@dataclass
+class _Done:
+    """What happened to one layer that reads."""
+
+    error: float | None = None
+    tokens: int | None = None
+    refitted: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def prune_structures(
+    model: nn.Module,
+    spec: StructuredSpec,
+    batches: Sequence[Batch],
+    run: RunRecord,
+    *,
+    progress: bool,
+    keep_dense: bool,
+    hold: torch.dtype | None,
+) -> None:
+    """Mask whole units of a model, in place.
+
+    Raises:
+        ShrinkError: the model cannot be exported.
+        TargetError: there is no such group, or a selector matches nothing.
+        CalibrationError: statistics are not finite, or a loss is missing.
+    """
+    choices = _choose(model, spec, batches[0], run)
+    runner = _Runner(model, spec, batches, choices, run, hold)
+    with _Edits(keep_dense=keep_dense) as edits:
+        runner.score_ahead()
+        runner.sweep(edits, progress=progress)
+        runner.finish()
+        with ambient.exact():
+            edits.settle()
+            _attach(choices, spec, runner.done, edits)
+
+
+# -- choosing --------------------------------------------------------------------------------------
+
+
+def _choose(
+    model: nn.Module, spec: StructuredSpec, example: Batch, run: RunRecord
+) -> list[_Choice]:
+    layers = list(layers_of(model))
+    targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
+    for what, selectors in (("targets", targets), ("ignore", ignore)):
+        for selector in selectors:
+            check_used(what, selector, model, layers)
+    structure = read_groups(model, trace(model, example))
+    by_key = {layer.key: layer for layer in layers}
+    ties = tied_to(model)
+    choices = []
+    for group in structure.groups:
+        if group.kind != spec.kind:
+            continue
+        own = {m.key: by_key[m.key] for m in group.members if m.key in by_key}
+        if targets and not any(matches(s, y) for s in targets for y in own.values()):
+            continue
+        if any(matches(s, y) for s in ignore for y in own.values()):
+            run.skipped[group.name] = "ignored"
+            continue
+        readers = [m for m in group.members if m.reads]
+        problem = next((p for y in own.values() if (p := obstacle(y, ties))), None)
+        if any(m.key not in own for m in readers) or not readers:
+            problem = "a weight that is no layer's reads it, so it cannot be observed or masked"
+        if problem:
+            run.skipped[group.name] = problem
+            continue
+        choices.append(_Choice(group, own, [_target(own[m.key]) for m in readers]))
+    if not choices:
+        there = ", ".join(sorted({g.kind for g in structure.groups})) or "nothing"
+        why = "; ".join(f"{k}: {v}" for k, v in list(run.skipped.items())[:3])
+        raise TargetError(
+            f"{type(spec).__name__}: no {spec.kind} to prune in this {type(model).__name__}; it has "
+            f"groups of {there}" + (f" ({why})" if why else "")
+        )
+    return choices
+
+
+def _target(layer: Layer) -> Target:
+    shape = original_of(layer.module, layer.tensor).shape
+    return Target(layer, Goal(Unstructured(), 0.0), view_of(layer.module, shape))
+
+
+def _columns(target: Target, member: Member) -> Tensor:
+    """(cols,) the unit of each column of the layer's matrix, or -1."""
+    shape = target.weight.shape
+    place = [len(member.units) if a == member.axis else 1 for a in range(len(shape))]
+    return target.view.to_matrix(member.units.reshape(place).expand(shape))[0, 0]
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+class _Runner:
+    """One pruning: scores where they are needed at once, then a sweep in the model's order."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: StructuredSpec,
+        batches: Sequence[Batch],
+        choices: list[_Choice],
+        run: RunRecord,
+        hold: torch.dtype | None,
+    ) -> None:
+        self.model, self.spec, self.batches, self.choices = model, spec, batches, choices
+        self.run, self.hold = run, hold
+        self.done: dict[str, _Done] = {}
+        self._reading: dict[str, list[tuple[_Choice, Member]]] = {}
+        self._targets: dict[str, Target] = {}
+        for choice in choices:
+            for target, member in zip(
+                choice.readers, (m for m in choice.group.members if m.reads), strict=True
+            ):
+                self._targets.setdefault(target.layer.key, target)
+                self._reading.setdefault(target.layer.key, []).append((choice, member))
+
+    @property
+    def _by_inputs(self) -> bool:
+        return self.spec.score in ("flap", "activation")
+
+    def score_ahead(self) -> None:
+        """Decide what does not depend on inputs that earlier removals change."""
+        groups = [choice.group for choice in self.choices]
+        if self._by_inputs:
+            shared = any(len(choice.readers) > 1 for choice in self.choices)
+            if self.spec.allocation == "uniform" and not shared:
+                return
+            scores = self._dense_scores()
+        elif self.spec.score == "taylor":
+            weights = self._weights()
+            loss = self.spec.loss or default_loss
+            scores = taylor_scores(self.model, groups, weights, self.batches, loss)
+        else:
+            scores = [self._given(group) for group in groups]
+        if self.spec.allocation == "uniform":
+            found = [uniform(score, self.spec) for score in scores]
+        else:
+            found = across(scores, self.spec)
+        for choice, gone in zip(self.choices, found, strict=True):
+            choice.gone = gone
+
+    def _given(self, group: Group) -> Tensor:
+        score = self.spec.score
+        if score == "random":
+            return random_scores(group, self.spec.seed)
+        if not callable(score):
+            return weight_scores(group, self._weights(group))
+        given = score(self.model, group)
+        if not isinstance(given, Tensor) or given.shape != (group.count,) or given.isnan().any():
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise SpecError(
+                f"score must give a tensor ({group.count},) without NaN for {group.name}, got {got}"
+            )
+        return given.detach().float().cpu()
+
+    def _weights(self, group: Group | None = None) -> dict[str, Tensor]:
+        """The parameters behind the layers of one group or all, masked where they are."""
+        some = [c for c in self.choices if group is None or c.group is group]
+        layers = {key: layer for choice in some for key, layer in choice.layers.items()}
+        return {key: original_of(y.module, y.tensor) for key, y in layers.items()}
+
+    def _calibration(self, *, gram: bool) -> Calibration:
+        return Calibration(
+            self.model,
+            list(self._targets.values()),
+            self.batches,
+            gram=gram,
+            total=True,
+            blocks=repeated_blocks(self.model),
+            foresee=False,
+            hold=self.hold,
+        )
+
+    def _dense_scores(self) -> list[Tensor]:
+        """Every group's scores on the model as it is, summed over the layers that read it."""
+        scores = {id(choice): torch.zeros(choice.group.count) for choice in self.choices}
+        seen: set[int] = set()
+        with self._calibration(gram=False) as calibration:
+            for target, moments in calibration.collect():
+                for choice, member in self._reading[target.layer.key]:
+                    scores[id(choice)] += self._score(choice, member, target, moments)
+                    seen.add(id(choice))
+        for choice in self.choices:
+            if id(choice) not in seen:
+                scores[id(choice)] = self._unreached(choice)
+        return [scores[id(choice)] for choice in self.choices]
+
+    def _score(
+        self, choice: _Choice, member: Member, target: Target, moments: Moments
+    ) -> Tensor:
+        with ambient.exact():
+            found = read_scores(str(self.spec.score), _matrix(target), moments)
+        return by_unit(found, _columns(target, member).cpu(), choice.group.count)
+
+    def _unreached(self, choice: _Choice) -> Tensor:
+        note = "no calibration batch reached it: scored by the size of its weights"
+        self.run.warnings.append(f"{choice.group.name}: {note}")
+        return weight_scores(choice.group, self._weights(choice.group))
+
+    def sweep(self, edits: _Edits, *, progress: bool) -> None:
+        """Go through the layers that read, deciding and refitting them one after the other."""
+        undecided = any(choice.gone is None for choice in self.choices)
+        if not (undecided or self.spec.refit):
+            return
+        bar = tqdm(
+            total=len(self._targets), desc=self.spec.method, unit="layer", disable=not progress
+        )
+        with self._calibration(gram=self.spec.refit) as calibration, bar:
+            for stop in calibration.stops():
+                for target, moments in stop:
+                    with ambient.exact():
+                        self._decide(target, moments)
+                        self._edit(target, moments, edits)
+                    bar.update()
+        self.run.finish(batches=len(self.batches), usage=calibration.usage)
+
+    def finish(self) -> None:
+        """Decide what no batch reached."""
+        for choice in self.choices:
+            if choice.gone is None:
+                choice.gone = uniform(self._unreached(choice), self.spec)
+        if not self.run.batches:
+            self.run.finish(batches=len(self.batches), usage=Usage())
+
+    def _decide(self, target: Target, moments: Moments) -> None:
+        for choice, member in self._reading[target.layer.key]:
+            if choice.gone is None:
+                score = self._score(choice, member, target, moments)
+                choice.gone = uniform(score, self.spec)
+
+    def _edit(self, target: Target, moments: Moments, edits: _Edits) -> None:
+        """Let the layer read no more what goes, and fit it to what stays."""
+        keep = torch.ones(target.view.cols, dtype=torch.bool)
+        for choice, member in self._reading[target.layer.key]:
+            assert choice.gone is not None
+            units = _columns(target, member).cpu()
+            keep &= ~torch.cat([choice.gone, choice.gone.new_zeros(1)])[units]
+        keep = keep.to(target.weight.device)
+        weight, module = _matrix(target), target.layer.module
+        done = self.done.setdefault(target.layer.key, _Done(tokens=sum(moments.rows)))
+        if moments.gram is None:
+            done.error = _sampled(weight, moments, keep)
+            edits.write(target, weight * keep)
+            return
+        if bool(keep.all()):
+            done.error = 0.0
+            return
+        fits = target.mask is None or _is_whole(target.view.to_matrix(target.mask.mask)[0])
+        biased = isinstance(getattr(module, "bias", None), nn.Parameter)
+        found = refit(weight, moments, keep, self.spec.damping, bias=biased, fit=fits)
+        if not math.isfinite(found.error or 0.0) or not bool(found.weight.isfinite().all()):
+            raise CalibrationError(f"{target.name}: its fit to what stays is not finite")
+        if not fits:
+            done.notes.append("it has a mask of other zeros: not refitted")
+        done.error, done.refitted = found.error, fits
+        edits.write(target, found.weight.to(target.weight.dtype), kept=fits)
+        if fits and found.shift is not None:
+            edits.shift(target.layer, found.shift)
+
+
+def _matrix(target: Target) -> Tensor:
+    """(rows, cols) the layer's weight as it acts now."""
+    weight, mask = target.weight.detach(), target.mask
+    return target.view.to_matrix(weight if mask is None else masked(weight, mask.mask))[0]
+
+
+def _is_whole(mask: Tensor) -> bool:
+    """Whether a (rows, cols) mask prunes nothing but whole rows and whole columns."""
+    alive = mask[mask.any(1)]
+    return bool((alive.all(0) | ~alive.any(0)).all())
+
+
+def _sampled(weight: Tensor, moments: Moments, keep: Tensor) -> float | None:
+    x = moments.samples(0)
+    if x is None:
+        return None
+    w = weight.float()
+    lost, total = x @ (w * ~keep).T, x @ w.T
+    whole = float(total.square().sum())
+    return float(lost.square().sum()) / whole if whole > 0 else None
+
+
+# -- changing --------------------------------------------------------------------------------------
+
+
+class _Edits:
+    """Weights written while batches pass; all are put back unless the block ends well."""
+
+    def __init__(self, *, keep_dense: bool) -> None:
+        self._spool, self._keep_dense = Spool(), keep_dense
+        self._places: list[tuple[Tensor, int, bool]] = []
+        self.dense: dict[int, Tensor] = {}
+        """What a changed parameter held before, by its id, where that is kept."""
+        self.biases: list[Layer] = []
+
+    def __enter__(self) -> _Edits:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._spool, ambient.exact():
+            if kind is not None:
+                for tensor, place, _ in reversed(self._places):
+                    self._spool.fetch(place, tensor.data)
+
+    def write(self, target: Target, matrix: Tensor, *, kept: bool = False) -> None:
+        """Give a layer other values; unless they are `kept`, only until `settle`."""
+        new = target.view.from_matrix(matrix.unsqueeze(0), target.weight.shape)
+        self._put(target.weight, new, kept=kept)
+
+    def shift(self, layer: Layer, shift: Tensor) -> None:
+        """Add to a layer's bias."""
+        bias = original_of(layer.module, "bias")
+        self._put(bias, (bias.detach().float() + shift).to(bias.dtype), kept=True)
+        key = f"{layer.key.removesuffix(layer.tensor)}bias"
+        self.biases.append(Layer(key, key, layer.module, "bias"))
+
+    def _put(self, tensor: Tensor, new: Tensor, *, kept: bool) -> None:
+        self._places.append((tensor, self._spool.put(tensor.data), kept))
+        if kept and self._keep_dense and id(tensor) not in self.dense:
+            self.dense[id(tensor)] = tensor.data.clone()
+        tensor.data.copy_(new)
+
+    def settle(self) -> None:
+        """The batches have passed: what was written for them alone gets its own values again."""
+        for tensor, place, kept in reversed(self._places):
+            if not kept:
+                self._spool.fetch(place, tensor.data)
+        self._places = [(t, p, k) for t, p, k in self._places if k]
+
+
+def _attach(
+    choices: Sequence[_Choice], spec: StructuredSpec, done: dict[str, _Done], edits: _Edits
+) -> None:
+    """Put the masks on: of every layer one, for all the groups it belongs to."""
+    keeps: dict[str, Tensor] = {}
+    layers: dict[str, Layer] = {}
+    patterns: dict[str, list[str]] = {}
+    for choice in choices:
+        assert choice.gone is not None
+        group, gone = choice.group, choice.gone
+        for member in group.members:
+            layer = choice.layers.get(member.key)
+            if layer is None:
+                continue
+            layers[member.key] = layer
+            weight = original_of(layer.module, layer.tensor)
+            keep = keeps.setdefault(member.key, _present(layer, weight))
+            index = member.indices(gone).nonzero().flatten().to(weight.device)
+            keep.index_fill_(member.axis, index, False)
+            text = f"{spec.score_name} {int(gone.sum())}/{group.count} {group.kind}"
+            patterns.setdefault(member.key, []).append(text)
+    for key, layer in layers.items():
+        here, weight = done.get(key, _Done()), original_of(layer.module, layer.tensor)
+        record = Record(
+            spec.method,
+            ", ".join(dict.fromkeys(patterns[key])),
+            updates_weights=here.refitted,
+            error=here.error,
+            tokens=here.tokens,
+            note="; ".join(here.notes),
+        )
+        attach(layer.module, layer.tensor, keeps[key], record, edits.dense.get(id(weight)))
+    for layer in edits.biases:
+        bias = original_of(layer.module, layer.tensor)
+        if id(bias) in edits.dense:  # nothing of it is pruned: the mask keeps the dense values
+            record = Record(spec.method, "refitted", updates_weights=True)
+            keep = torch.ones_like(bias, dtype=torch.bool)
+            attach(layer.module, layer.tensor, keep, record, edits.dense[id(bias)])
+
+
+def _present(layer: Layer, weight: Tensor) -> Tensor:
+    mask = mask_of(layer.module, layer.tensor)
+    if mask is None:
+        return torch.ones_like(weight, dtype=torch.bool, memory_format=torch.contiguous_format)
+    return mask.mask.clone()
+

@@ -1,0 +1,104 @@
+"""Modules whose tensors changed their sizes: what they say about themselves, made true again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from torchprune.masking import original_of
+from torchprune.weights import ConvNd, is_transposed_linear
+
+Attributes = dict[str, dict[str, int]]
+"""Module path -> attribute -> value."""
+
+_HEADS = re.compile(
+    r"(num|n|nr)_?((attention|attn|key_value|kv|query|q|local|total)_?)*heads?|heads|nheads?"
+)
+_WIDTHS = re.compile(
+    r"(embed_dim|embedding_dim|all_head_size|inner_dim|split_size|inner_size|inner_features|"
+    r"(q|kv|qkv|k|v|attn|attention|hidden|mlp|ffn|expanded|intermediate)_?(dim|size|features|width"
+    r"|channels)|(in|out)_(channels|features))"
+)
+_NEVER = re.compile(r"(.*_)?(idx|index|id|seed|stride|padding|dilation|kernel_size)|head_dim|d_head")
+_REPEATS = ("num_key_value_groups", "n_rep", "num_kv_groups", "num_queries_per_kv")
+
+
+def restate(module: nn.Module) -> None:
+    """Let a module of torch say the sizes that its tensors have."""
+    owner: Any = module
+    if isinstance(module, nn.Linear):
+        owner.out_features, owner.in_features = original_of(module, "weight").shape
+    elif is_transposed_linear(module):
+        owner.nx, owner.nf = original_of(module, "weight").shape
+    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+        inputs, outputs = original_of(module, "weight").shape[:2]
+        owner.in_channels, owner.out_channels = inputs, outputs * module.groups
+    elif isinstance(module, ConvNd):
+        outputs, inputs = original_of(module, "weight").shape[:2]
+        if module.groups > 1:
+            owner.groups = module.groups * outputs // module.out_channels
+        owner.out_channels, owner.in_channels = outputs, inputs * module.groups
+    elif isinstance(module, nn.Embedding):
+        owner.num_embeddings, owner.embedding_dim = original_of(module, "weight").shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        owner.num_features = _length(module, module.num_features)
+    elif isinstance(module, nn.GroupNorm):
+        channels = _length(module, module.num_channels)
+        owner.num_groups = module.num_groups * channels // module.num_channels
+        owner.num_channels = channels
+    elif isinstance(module, nn.PReLU):
+        owner.num_parameters = len(original_of(module, "weight"))
+
+
+def _length(module: nn.Module, otherwise: int) -> int:
+    for name in ("weight", "running_mean"):
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor):
+            return len(tensor)
+    return otherwise
+
+
+def guesses(
+    modules: Mapping[str, nn.Module], sizes: Mapping[str, Mapping[int, set[int]]]
+) -> Iterator[Attributes]:
+    """Attributes by which modules may ask for the sizes that changed, the likeliest first.
+
+    Each guess holds the values to set; the caller tries the model with it. Most modules of
+    transformers need none: they leave the number of heads to `view(..., -1, head_dim)`.
+    """
+    named: Attributes = {}
+    repeats: Attributes = {}
+    wide: Attributes = {}
+    for path, changes in sizes.items():
+        module = modules.get(path)
+        if module is None or type(module).__module__.startswith("torch.nn."):
+            continue
+        for name, value in vars(module).items():
+            if type(value) is not int or value not in changes or _NEVER.fullmatch(name):
+                continue
+            new = min(changes[value])
+            if name in _REPEATS:
+                repeats.setdefault(path, {})[name] = new
+            elif _HEADS.fullmatch(name) or _WIDTHS.fullmatch(name):
+                named.setdefault(path, {})[name] = new
+            wide.setdefault(path, {})[name] = new
+    yield named
+    if repeats:
+        yield _both(named, repeats)
+    if wide != named:
+        yield _both(named, {p: {k: v for k, v in a.items() if k not in _REPEATS} for p, a in wide.items()})
+        yield wide
+
+
+def _both(one: Attributes, two: Attributes) -> Attributes:
+    return {path: {**one.get(path, {}), **two.get(path, {})} for path in {**one, **two}}
+
+
+def set_attributes(modules: Mapping[str, nn.Module], attributes: Attributes) -> None:
+    """Set what a guess says."""
+    for path, values in attributes.items():
+        for name, value in values.items():
+            setattr(cast(Any, modules[path]), name, value)

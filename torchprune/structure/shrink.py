@@ -1,0 +1,249 @@
+"""`shrink`: remove physically what a plan lists. All of it, or nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchprune import ambient
+from torchprune.batches import Batch
+from torchprune.errors import ShrinkError
+from torchprune.masking import detach, masked_layers
+from torchprune.slots import Slot, slots_of
+from torchprune.structure.config import (
+    apply_settings,
+    is_accepted,
+    is_configured,
+    native_settings,
+)
+from torchprune.structure.plan import ShrinkPlan, check_fits
+from torchprune.structure.resize import Attributes, guesses, restate, set_attributes
+from torchprune.structure.snapshot import Snapshot
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference of outputs before and after, of the largest output: sums are reordered."""
+
+_RESIZED = "_torchprune_resized"
+
+
+def shrink(model: Model, plan: ShrinkPlan) -> Model:
+    """Remove what the plan lists, in place: the same modules with smaller tensors, fewer blocks.
+
+    The law: outputs equal those of the masked model within rounding; on the plan's example inputs
+    they are compared before this returns. Masks on what stays stay; a mask that keeps everything
+    goes. A transformers configuration is updated where it can say the new sizes. Parameters are new
+    objects: make optimizers after shrinking.
+
+    Args:
+        plan: from `plan_shrink` for this model as it is.
+
+    Returns:
+        the same model; as it was, if the plan is empty.
+
+    Raises:
+        ShrinkError: the plan was made for another model, or the model's own code fails or computes
+            otherwise with the new sizes. The model is then as it was.
+    """
+    slots = slots_of(model)
+    check_fits(plan, slots)
+    if not plan:
+        return model
+    expected = _outputs(model, plan.example)
+    snapshot = Snapshot(model)
+    try:
+        _cut(slots, plan)
+        before = _drop_blocks(model, plan.blocks)
+        for module in model.modules():
+            restate(module)
+        settings = _configure(model, plan, before)
+        attributes = _fit(model, plan, expected)
+    except BaseException:
+        snapshot.restore()
+        raise
+    for layer, mask in list(masked_layers(model)):
+        if bool(mask.mask.all()):
+            detach(layer.module, layer.tensor)
+    _remember(model, attributes, settings)
+    return model
+
+
+def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
+    with ambient.calibration_mode(model), torch.no_grad():
+        leaves = pytree.tree_leaves(model(*example.args, **example.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+# -- tensors and blocks ----------------------------------------------------------------------------
+
+
+def _cut(slots: dict[str, Slot], plan: ShrinkPlan) -> None:
+    """Replace every tensor that loses indices, its mask too; tied ones stay one tensor."""
+    made: dict[int, Tensor] = {}
+    todo: dict[int, list[Any]] = {}
+    for cut in plan.cuts:
+        todo.setdefault(id(slots[cut.key].tensor), []).append(cut)
+    for slot in slots.values():
+        cuts = todo.get(id(slot.tensor))
+        if not cuts:
+            continue
+        if id(slot.tensor) not in made:
+            short = _shortened(slot.tensor.detach(), cuts)
+            if isinstance(slot.tensor, nn.Parameter):
+                short = nn.Parameter(short, slot.tensor.requires_grad)
+            made[id(slot.tensor)] = short
+        _put(slot, made[id(slot.tensor)])
+        if slot.mask is not None:
+            slot.mask.mask = _shortened(slot.mask.mask, cuts)
+            if slot.mask.dense is not None:
+                slot.mask.dense = _shortened(slot.mask.dense, cuts)
+
+
+def _shortened(tensor: Tensor, cuts: list[Any]) -> Tensor:
+    for cut in cuts:
+        tensor = tensor.index_select(cut.axis, cut.keep.to(tensor.device))
+    return tensor.contiguous()
+
+
+def _put(slot: Slot, tensor: Tensor) -> None:
+    module: Any = slot.module
+    if slot.mask is not None:
+        module.parametrizations[slot.name]._parameters["original"] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        module._parameters[slot.name] = tensor
+    else:
+        module._buffers[slot.name] = tensor
+
+
+def _drop_blocks(model: nn.Module, blocks: list[str]) -> dict[str, int]:
+    """Take blocks out of their lists and count the others anew. The lists' lengths before."""
+    before: dict[str, int] = {}
+    gone: dict[str, set[str]] = {}
+    for name in blocks:
+        parent, _, last = name.rpartition(".")
+        gone.setdefault(parent, set()).add(last)
+    for parent, names in gone.items():
+        held = model.get_submodule(parent)
+        before[parent] = len(held._modules)
+        kept = [child for name, child in held._modules.items() if name not in names]
+        held._modules.clear()
+        for index, child in enumerate(kept):
+            held._modules[str(index)] = child
+            for module in child.modules() if child is not None else ():
+                for attribute in ("layer_idx", "layer_id", "layer_index", "block_idx"):
+                    if type(getattr(module, attribute, None)) is int:
+                        setattr(module, attribute, index)
+    return before
+
+
+# -- what the code asks for ------------------------------------------------------------------------
+
+
+def _configure(
+    model: nn.Module, plan: ShrinkPlan, before: dict[str, int]
+) -> dict[str, Any] | None:
+    """Update a transformers configuration; None where it cannot say the new sizes."""
+    if not is_configured(model):
+        return None
+    settings = native_settings(model, plan, before)
+    if settings is not None:
+        apply_settings(model.config, settings)
+    return settings
+
+
+def _fit(model: nn.Module, plan: ShrinkPlan, expected: list[Tensor]) -> Attributes:
+    """Find the attributes by which the modules' code asks for the new sizes, and set them."""
+    modules = _renamed(model, plan)
+    problem = "no attribute fits"
+    for attempt in _attempts(modules, plan):
+        inner = Snapshot(model)
+        set_attributes(modules, attempt)
+        problem = _difference(model, plan.example, expected)
+        if not problem:
+            paths = {id(module): path for path, module in model.named_modules()}
+            return {paths[id(modules[p])]: values for p, values in attempt.items()}
+        inner.restore()
+    changed = "; ".join(
+        f"{path or 'the model'} ({', '.join(f'{a} -> {min(b)}' for a, b in sizes.items())})"
+        for path, sizes in list(plan.sizes.items())[:4]
+        if path not in modules or not type(modules[path]).__module__.startswith("torch.nn.")
+    )
+    raise ShrinkError(
+        f"the smaller {type(model).__name__} {problem}. Its code asks for sizes that no attribute "
+        f"of its modules gives: {changed}. Let that code read its sizes from its tensors, or from "
+        "an integer attribute of the module"
+    )
+
+
+def _renamed(model: nn.Module, plan: ShrinkPlan) -> dict[str, nn.Module]:
+    """The modules that stay, by their names before blocks went."""
+    old: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        old[_old_name(path, plan.blocks)] = module
+    return old
+
+
+def _old_name(path: str, blocks: list[str]) -> str:
+    parts = path.split(".")
+    for depth in range(1, len(parts)):
+        parent = ".".join(parts[:depth])
+        gone = {int(b.rpartition(".")[2]) for b in blocks if b.rpartition(".")[0] == parent}
+        if gone and parts[depth].isdecimal():
+            place, left = -1, int(parts[depth])
+            while left >= 0:
+                place += 1
+                left -= place not in gone
+            parts[depth] = str(place)
+    return ".".join(parts)
+
+
+def _attempts(modules: dict[str, nn.Module], plan: ShrinkPlan) -> Iterator[Attributes]:
+    seen: list[Attributes] = []
+    for attempt in ({}, *guesses(modules, plan.sizes)):
+        if attempt not in seen:
+            seen.append(attempt)
+            yield attempt
+
+
+def _difference(model: nn.Module, example: Batch, expected: list[Tensor]) -> str:
+    """How the outputs differ from what is expected; empty if they do not."""
+    try:
+        found = _outputs(model, example)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        return f"fails with {type(error).__name__}: {lines[0]}"
+    if len(found) != len(expected):
+        return f"gives {len(found)} tensors, not {len(expected)}"
+    for got, want in zip(found, expected, strict=True):
+        if got.shape != want.shape:
+            return f"gives {tuple(got.shape)}, not {tuple(want.shape)}"
+        if not want.is_floating_point():
+            continue
+        largest = float(want.abs().max()) if want.numel() else 0.0
+        apart = float((got - want).abs().max()) if want.numel() else 0.0
+        if not apart <= _TOLERANCE.get(want.dtype, 1e-1) * largest + 1e-6:
+            return f"gives outputs that differ by {apart:.3g} where the largest is {largest:.3g}"
+    return ""
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def _remember(model: nn.Module, attributes: Attributes, settings: dict[str, Any] | None) -> None:
+    """Note on the model what its class and configuration do not say."""
+
+
+def settings_refused(model: nn.Module) -> str | None:
+    """Why stock transformers would refuse the configuration, or None."""
+    return is_accepted(model) if is_configured(model) else None
+
+
+def config_copy(config: Any) -> Any:
+    """A configuration of its own for one module."""
+    return copy.copy(config)

@@ -1,0 +1,40 @@
+"""A model's state as it is now, to go back to: cheap, since tensors are shared and not copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class Snapshot:
+    """What every module holds. Good as long as tensors are replaced, never written in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (m, dict(vars(m)), {name: dict(getattr(m, name)) for name in _TABLES})
+            for m in model.modules()
+        ]
+        configs: dict[int, Any] = {}
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is not None and hasattr(config, "__dict__"):
+                configs[id(config)] = config
+        self._configs = [(config, dict(vars(config))) for config in configs.values()]
+
+    def restore(self) -> None:
+        """Make every module and configuration what it was."""
+        for module, attributes, tables in self._modules:
+            state = vars(module)
+            state.clear()
+            state.update(attributes)
+            for name, table in tables.items():
+                held = state[name]
+                held.clear()
+                held.update(table)
+        for config, attributes in self._configs:
+            state = vars(config)
+            state.clear()
+            state.update(attributes)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.encoding import Decoded, WeightsFile, encode, open_weights, write_blobs
-from torchprune.errors import CheckpointError
+from torchprune.errors import CheckpointError, ShrinkError
 from torchprune.lowered import BitmaskLinear
 from torchprune.manifest import (
     WEIGHTS,
@@ -32,10 +32,12 @@ from torchprune.manifest import (
 )
 from torchprune.masking import attach, detach, mask_of
 from torchprune.report import keep_runs, runs_of
+from torchprune.resized import resize, resized_of
 from torchprune.selection import maskable_of
 from torchprune.skeleton import Skeleton, write_config
 from torchprune.slots import Slot, obstacle, slots_of, ties_of
 from torchprune.staging import staged
+from torchprune.structure.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 Directory = str | os.PathLike[str]
@@ -73,6 +75,7 @@ def save(model: nn.Module, directory: Directory, *, tokenizer: Any = None) -> No
             tensors=entries,
             runs=runs_of(model),
             architecture=type(model).__name__,
+            resized=resized_of(model),
             config=config,
             generation=generation,
             made_with=_versions(),
@@ -139,6 +142,28 @@ def load_into(model: Model, directory: Directory) -> Model:
     """
     home = Path(directory)
     manifest = read_manifest(home)
+    before = Snapshot(model)
+    try:
+        _resize(model, manifest)
+        _fill(model, home, manifest)
+    except BaseException:
+        before.restore()
+        raise
+    return model
+
+
+def _resize(model: nn.Module, manifest: Manifest) -> None:
+    """Give a model the sizes of a shrunk one, if the manifest tells how and it lacks them."""
+    shapes = {key: entry.shape for key, entry in manifest.tensors.items()}
+    same = all(tuple(s.tensor.shape) == shapes.get(k) for k, s in slots_of(model).items())
+    if manifest.resized is not None and not same:
+        try:
+            resize(model, manifest.resized, shapes)
+        except ShrinkError as error:
+            raise CheckpointError(f"the manifest's sizes do not fit: {error}") from None
+
+
+def _fill(model: nn.Module, home: Path, manifest: Manifest) -> None:
     entries, slots = manifest.tensors, slots_of(model)
     with open_weights(plain_file(home, manifest.weights), entries) as file:
         _check_fit(entries, slots, model, any_float=False)
@@ -158,7 +183,6 @@ def load_into(model: Model, directory: Directory) -> Model:
             held[key].data = read.value
     _place(entries, slots, held)
     _dress(model, manifest, decoded)
-    return model
 
 
 # -- comparing -------------------------------------------------------------------------------------
@@ -275,6 +299,7 @@ def _skeleton(home: Path, manifest: Manifest) -> Skeleton:
         tensors=len(entries),
         largest=max((max(e.shape, default=1) for e in entries), default=1),
         held=sum(e.numel * e.torch_dtype.itemsize for e in entries),
+        adjust=lambda model: _resize(model, manifest),
     )
 
 

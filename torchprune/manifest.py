@@ -23,9 +23,10 @@ from torchprune.errors import CheckpointError, TorchpruneError
 from torchprune.masking import Record
 from torchprune.patterns import NM, Block, Unstructured
 from torchprune.report import RunRecord
+from torchprune.resized import Resized
 from torchprune.selection import as_selectors, layers_of, matches
 from torchprune.slots import Kind
-from torchprune.specs import Spec
+from torchprune.specs import Checked
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -106,6 +107,7 @@ class Manifest:
         generation: the file with its generation settings, or None.
         weights: the file with the tensors.
         made_with: versions of torchprune, torch and transformers.
+        resized: how a shrunk model differs from what its class and config make, or None.
     """
 
     tensors: dict[str, Entry]
@@ -115,6 +117,7 @@ class Manifest:
     generation: str | None = None
     weights: str = WEIGHTS
     made_with: dict[str, str] = field(default_factory=dict)
+    resized: Resized | None = None
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -130,6 +133,7 @@ def write_manifest(directory: Path, manifest: Manifest, model: nn.Module) -> Non
         "weights": manifest.weights,
         "config": manifest.config,
         "generation": manifest.generation,
+        **({} if manifest.resized is None else {"resized": asdict(manifest.resized)}),
         "runs": [_run_data(run, model) for run in manifest.runs],
         "tensors": {key: _entry_data(entry) for key, entry in manifest.tensors.items()},
     }
@@ -147,10 +151,11 @@ def _entry_data(entry: Entry) -> dict[str, Any]:
 
 def _run_data(run: RunRecord, model: nn.Module) -> dict[str, Any]:
     data = {f.name: getattr(run, f.name) for f in fields(run)}
-    spec = {f.name: _plain(getattr(run.spec, f.name)) for f in fields(run.spec)}
+    chosen: Any = run.spec
+    spec = {f.name: _plain(getattr(chosen, f.name)) for f in fields(chosen)}
     for name in ("targets", "ignore"):
-        spec[name] = _selector_data(getattr(run.spec, name), model)
-    return {**data, "spec": {"method": run.spec.method, **spec}}
+        spec[name] = _selector_data(getattr(chosen, name), model)
+    return {**data, "spec": {"method": chosen.method, **spec}}
 
 
 def _selector_data(selectors: Any, model: nn.Module) -> Any:
@@ -258,7 +263,9 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     for key, entry in entries.items():
         _check_tie(key, entry, entries)
     data["tensors"], data["runs"] = entries, [_run(run, f"runs[{i}]") for i, run in enumerate(runs)]
-    return _typed(Manifest, data, "the top level", checked=("tensors", "runs"))
+    if data.get("resized") is not None:
+        data["resized"] = _typed(Resized, data["resized"], "resized")
+    return _typed(Manifest, data, "the top level", checked=("tensors", "runs", "resized"))
 
 
 def _entry(data: object, where: str) -> Entry:
@@ -322,8 +329,8 @@ def _run(data: object, where: str) -> RunRecord:
     return _typed(RunRecord, {**data, "spec": spec}, where, checked=("spec",))
 
 
-def _spec(data: object, where: str) -> Spec:
-    known = {kind.method: kind for kind in _spec_classes(Spec) if hasattr(kind, "method")}
+def _spec(data: object, where: str) -> Checked:
+    known = {kind.method: kind for kind in _spec_classes(Checked) if hasattr(kind, "method")}
     method = data.get("method") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(method, str) or method not in known:
         raise CheckpointError(f"{where}: expected an object with a method: {', '.join(known)}")
@@ -339,12 +346,13 @@ def _spec(data: object, where: str) -> Spec:
             k: tuple(v) if isinstance(v, list) else v for k, v in options["overrides"].items()
         }
     try:
-        return known[method](**options)
+        spec: Checked = known[method](**options)
+        return spec
     except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error!s:.300}") from None
 
 
-def _spec_classes(base: type[Spec]) -> list[type[Spec]]:
+def _spec_classes(base: Any) -> list[Any]:
     return [base, *(y for x in base.__subclasses__() for y in _spec_classes(x))]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchprune.errors import CheckpointError, MissingExtraError
 from torchprune.manifest import read_json
+from torchprune.resized import resized_of
 from torchprune.slots import slots_of
 
 CONFIG = "config.json"
@@ -51,6 +52,8 @@ def write_config(model: nn.Module, directory: Path) -> tuple[str | None, str | N
         return None, None
     config: Any = model.config
     data = json.loads(config.to_json_string())
+    if (resized := resized_of(model)) is not None:
+        data |= resized.original  # transformers would refuse what it became
     data["architectures"] = [type(model).__name__]
     data["dtype"] = str(model.dtype).removeprefix("torch.")
     for name, known in _KERNELS.items():
@@ -85,6 +88,7 @@ class Skeleton:
         tensors: how many tensors the model may have.
         largest: the largest extent of any of them.
         held: bytes of all of them.
+        adjust: called on every model that is built, before anything else sees it.
 
     Raises:
         CheckpointError: the files do not describe a model of the transformers package.
@@ -92,8 +96,16 @@ class Skeleton:
     """
 
     def __init__(
-        self, config: Path, generation: Path | None, *, tensors: int, largest: int, held: int
+        self,
+        config: Path,
+        generation: Path | None,
+        *,
+        tensors: int,
+        largest: int,
+        held: int,
+        adjust: Callable[[nn.Module], None] = lambda _: None,
     ) -> None:
+        self._adjust = adjust
         self._path, self._budget, self._held = config, 100 * tensors + 1000, held
         self._data = _understood(read_json(config))
         self._class = _class_of(self._data, config)
@@ -133,6 +145,7 @@ class Skeleton:
     def _build(self) -> nn.Module:
         with self._explained(), torch.random.fork_rng(devices=[]), _budgeted(self._budget):
             model: nn.Module = self._class(self._class.config_class.from_dict(dict(self._data)))
+            self._adjust(model)
         return model
 
     @contextmanager

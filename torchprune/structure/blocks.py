@@ -63,7 +63,9 @@ def prune_blocks(
             record = Record("layers", f"block dropped by {spec.score}", note=note)
             for layer in _inside(model, name):
                 weight = original_of(layer.module, layer.tensor)
-                attach(layer.module, layer.tensor, torch.zeros_like(weight, dtype=torch.bool), record)
+                attach(
+                    layer.module, layer.tensor, torch.zeros_like(weight, dtype=torch.bool), record
+                )
 
 
 def _candidates(model: nn.Module, spec: LayerSpec, run: RunRecord) -> dict[str, nn.Module]:

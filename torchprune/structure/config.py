@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from torchprune.slots import slots_of
-from torchprune.structure.plan import ShrinkPlan
+from torchprune.structure.plan import Removal
 
 _HEADS = re.compile(r".*(heads?|n_head)$")
 _WIDTHS = re.compile(r".*(intermediate|ffn|d_ff|n_inner|mlp|feed_forward|hidden_dim).*")
@@ -28,23 +28,51 @@ def is_configured(model: nn.Module) -> bool:
 
 
 def native_settings(
-    model: nn.Module, plan: ShrinkPlan, blocks_before: dict[str, int]
-) -> dict[str, Any] | None:
-    """The settings by which the model's class would make tensors of the sizes it has now.
+    model: nn.Module, removals: Sequence[Removal], lists: Mapping[str, tuple[int, Sequence[str]]]
+) -> dict[str, Any]:
+    """The settings by which the model's class makes tensors nearest to the sizes they have now.
+
+    None of them becomes smaller than it is now. Where widths differ from layer to layer, that is
+    the largest; a class that computes head sizes from the number of heads has no such setting.
 
     Args:
         model: shrunk already, its configuration still the old one.
-        blocks_before: lists of repeated blocks by name, and their lengths before.
+        removals: the groups that lost units since.
+        lists: lists of repeated blocks, their lengths before, and the names of what went.
 
     Returns:
-        name -> value of what changes, or None if the class has no such form: widths that differ
-        from layer to layer, or head sizes that it computes from the number of heads.
+        name -> value of what changes.
     """
     want = _shapes(model)
-    for settings in itertools.islice(_candidates(model, plan, blocks_before), _MOST):
-        if _built(model, settings) == want:
-            return settings
-    return None
+    most, best = _equal(_built(model, {}), want), dict[str, Any]()
+    for settings in itertools.islice(_candidates(model, removals, lists), _MOST):
+        equal = _equal(_built(model, settings), want)
+        if equal > most:
+            most, best = equal, settings
+        if most == len(want):
+            break
+    return best
+
+
+def _equal(built: dict[str, tuple[int, ...]] | None, want: dict[str, tuple[int, ...]]) -> int:
+    """How many tensors have the sizes wanted; -1 if some are too small, or are others."""
+    if built is None or built.keys() != want.keys():
+        return -1
+    for key, shape in want.items():
+        if len(built[key]) != len(shape) or any(map(int.__lt__, built[key], shape)):
+            return -1
+    return sum(built[key] == shape for key, shape in want.items())
+
+
+def is_native(model: nn.Module) -> bool:
+    """Whether the model's class makes tensors of its sizes from its configuration."""
+    return _built(model, {}) == _shapes(model)
+
+
+def has_its_tensors(model: nn.Module) -> bool:
+    """Whether it makes tensors of these names, if not of these sizes."""
+    built = _built(model, {})
+    return built is not None and built.keys() == _shapes(model).keys()
 
 
 def apply_settings(config: Any, settings: dict[str, Any]) -> None:
@@ -83,46 +111,49 @@ def _built(model: nn.Module, settings: dict[str, Any]) -> dict[str, tuple[int, .
 
 
 def _candidates(
-    model: nn.Module, plan: ShrinkPlan, blocks_before: dict[str, int]
+    model: nn.Module, removals: Sequence[Removal], lists: Mapping[str, tuple[int, Sequence[str]]]
 ) -> Iterator[dict[str, Any]]:
     """Settings worth trying, those that change most first."""
     config: Any = model.config
     fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    heads = {(r.before, r.after) for r in plan.removals if r.group.kind == "heads"}
-    widths = {(r.before, r.after) for r in plan.removals if r.group.kind == "neurons"}
-    lists = {
-        (before, len(module))
-        for name, before in blocks_before.items()
-        if isinstance(module := model.get_submodule(name), nn.ModuleList)
-        and len(module) != before
-    }
+    heads = {(r.before, r.after) for r in removals if r.group.kind == "heads"}
+    widths = {(r.before, r.after) for r in removals if r.group.kind == "neurons"}
     options: dict[str, list[Any]] = {}
     for name, value in fields.items():
-        if isinstance(value, list) and (found := _sliced(value, model, plan, lists)) is not None:
-            options[name] = [found]
-        if type(value) is not int and not (value is None and name == "n_inner"):
-            continue
         new: list[Any] = []
-        if _HEADS.fullmatch(name):
+        if isinstance(value, list):
+            new += [
+                _without(value, gone) for before, gone in lists.values() if before == len(value)
+            ]
+        elif value is None and name == "n_inner":  # GPT-2's way to say four times the width
+            new += [after for _, after in widths]
+        elif type(value) is not int:
+            continue
+        elif name != "head_dim" and _HEADS.fullmatch(name):
             new += [value * after // before for before, after in heads if value % before == 0]
         elif _LAYERS.fullmatch(name):
-            new += [after for before, after in lists if before == value]
+            new += [value - len(gone) for before, gone in lists.values() if before == value]
         elif _WIDTHS.fullmatch(name):
-            new += [after for before, after in widths if value is None or before == value]
+            new += [after for before, after in widths if before == value]
         if new:
-            options[name] = [*dict.fromkeys([*new, value])]
+            # A list of something for each block must follow; of numbers any may be meant.
+            options[name] = new if isinstance(value, list) else [*dict.fromkeys([*new, value])]
+    if heads and fields.get("head_dim") is None and (size := _head_size(config)):
+        options["head_dim"] = [size, None]  # else it would follow from the number of heads
     names = list(options)
     for values in itertools.product(*options.values()):
         chosen = dict(zip(names, values, strict=True))
-        if settings := {k: v for k, v in chosen.items() if v != fields[k]}:
+        if settings := {k: v for k, v in chosen.items() if v != fields.get(k)}:
             yield settings
 
 
-def _sliced(
-    value: list[Any], model: nn.Module, plan: ShrinkPlan, lists: set[tuple[int, int]]
-) -> list[Any] | None:
+def _head_size(config: Any) -> int | None:
+    width = getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
+    return width // heads if width and heads else None
+
+
+def _without(value: list[Any], gone: Sequence[str]) -> list[Any]:
     """A setting that lists something for each block, without the blocks that went."""
-    if not any(before == len(value) for before, _ in lists):
-        return None
-    gone = {int(name.rpartition(".")[2]) for name in plan.blocks}
-    return [item for at, item in enumerate(value) if at not in gone]
+    places = {int(name.rpartition(".")[2]) for name in gone}
+    return [item for at, item in enumerate(value) if at not in places]

@@ -195,9 +195,7 @@ def _removed(structure: Structure, removals: list[Removal]) -> Tensor:
     return removed
 
 
-def _parameters(
-    slots: Mapping[str, Slot], cuts: list[Cut], blocks: list[str]
-) -> tuple[int, int]:
+def _parameters(slots: Mapping[str, Slot], cuts: list[Cut], blocks: list[str]) -> tuple[int, int]:
     shapes: dict[int, tuple[int, list[int]]] = {}
     lasting: set[int] = set()
     cut_of: dict[str, list[Cut]] = {}

@@ -132,8 +132,8 @@ def _choose(
         there = ", ".join(sorted({g.kind for g in structure.groups})) or "nothing"
         why = "; ".join(f"{k}: {v}" for k, v in list(run.skipped.items())[:3])
         raise TargetError(
-            f"{type(spec).__name__}: no {spec.kind} to prune in this {type(model).__name__}; it has "
-            f"groups of {there}" + (f" ({why})" if why else "")
+            f"{type(spec).__name__}: no {spec.kind} to prune in this {type(model).__name__}; it "
+            f"has groups of {there}" + (f" ({why})" if why else "")
         )
     return choices
 
@@ -248,9 +248,7 @@ class _Runner:
                 scores[id(choice)] = self._unreached(choice)
         return [scores[id(choice)] for choice in self.choices]
 
-    def _score(
-        self, choice: _Choice, member: Member, target: Target, moments: Moments
-    ) -> Tensor:
+    def _score(self, choice: _Choice, member: Member, target: Target, moments: Moments) -> Tensor:
         with ambient.exact():
             found = read_scores(str(self.spec.score), _matrix(target), moments)
         return by_unit(found, _columns(target, member).cpu(), choice.group.count)
@@ -436,4 +434,3 @@ def _present(layer: Layer, weight: Tensor) -> Tensor:
     if mask is None:
         return torch.ones_like(weight, dtype=torch.bool, memory_format=torch.contiguous_format)
     return mask.mask.clone()
-

@@ -35,7 +35,8 @@ def refit(
 
     Minimises ||X (W - W')^T||^2 + ridge * ||W' - W||^2 over W' that is zero off `keep`, in closed
     form: W'_S = W_S + W_P G_PS (G_SS + ridge I)^-1. The ridge pulls to the old weights, so a fit
-    never raises the error. With a bias the inputs are centred, and the shift makes up for the means.
+    never raises the error. With a bias the inputs are centred, and the shift makes up for the
+    means.
 
     Args:
         weight: (rows, cols), any floating dtype.
@@ -76,7 +77,7 @@ def refit(
 
 
 def _solve(matrix: Tensor, right: Tensor, damping: float) -> Tensor | None:
-    """right (matrix + ridge I)^-1; the damping grows tenfold until it works, None if it never does."""
+    """right (matrix + ridge I)^-1; damping grows tenfold until it works, None if it never does."""
     mean = matrix.diagonal().mean()
     if not mean > 0:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ _WIDTHS = re.compile(
     r"(q|kv|qkv|k|v|attn|attention|hidden|mlp|ffn|expanded|intermediate)_?(dim|size|features|width"
     r"|channels)|(in|out)_(channels|features))"
 )
-_NEVER = re.compile(r"(.*_)?(idx|index|id|seed|stride|padding|dilation|kernel_size)|head_dim|d_head")
+_NEVER = re.compile(
+    r"(.*_)?(idx|index|id|seed|stride|padding|dilation|kernel_size)|head_dim|d_head"
+)
 _REPEATS = ("num_key_value_groups", "n_rep", "num_kv_groups", "num_queries_per_kv")
 
 
@@ -89,7 +91,9 @@ def guesses(
     if repeats:
         yield _both(named, repeats)
     if wide != named:
-        yield _both(named, {p: {k: v for k, v in a.items() if k not in _REPEATS} for p, a in wide.items()})
+        yield _both(
+            named, {p: {k: v for k, v in a.items() if k not in _REPEATS} for p, a in wide.items()}
+        )
         yield wide
 
 
@@ -102,3 +106,28 @@ def set_attributes(modules: Mapping[str, nn.Module], attributes: Attributes) -> 
     for path, values in attributes.items():
         for name, value in values.items():
             setattr(cast(Any, modules[path]), name, value)
+
+
+def drop_blocks(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
+    """Take blocks out of their lists and count the others anew. The lists' lengths before."""
+    before: dict[str, int] = {}
+    gone: dict[str, set[str]] = {}
+    for name in blocks:
+        parent, _, last = name.rpartition(".")
+        gone.setdefault(parent, set()).add(last)
+    for parent, names in gone.items():
+        held = model.get_submodule(parent)
+        before[parent] = len(held._modules)
+        kept = [child for name, child in held._modules.items() if name not in names]
+        held._modules.clear()
+        for index, child in enumerate(kept):
+            held._modules[str(index)] = child
+            for module in child.modules() if child is not None else ():
+                for attribute in _PLACES:
+                    if type(getattr(module, attribute, None)) is int:
+                        setattr(module, attribute, index)
+    return before
+
+
+_PLACES = ("layer_idx", "layer_id", "layer_index", "block_idx")
+"""Attributes by which a block's modules know its place, as key-value caches do."""

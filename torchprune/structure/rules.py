@@ -232,7 +232,8 @@ def _convolved(
     x = ctx.whole(x, range(x.dim - space, x.dim))
     weight = ctx.whole(weight, range(2, weight.dim))
     channels = x.dim - space - 1
-    inputs = Value(x.shape[: channels + 1], _flat(x.tags, space), x.weight, _kept(x.loose, channels))
+    loose = frozenset(axis for axis in x.loose if axis <= channels)
+    inputs = Value(x.shape[: channels + 1], _flat(x.tags, space), x.weight, loose)
     filters = Value(weight.shape[:2], _flat(weight.tags, space), weight.weight)
     if turned:
         filters = filters.permuted([1, 0])
@@ -298,10 +299,6 @@ def _last(tag: Tensor, dim: int, axis: int) -> Tensor:
 
 def _flat(tags: Sequence[Tensor], space: int) -> tuple[Tensor, ...]:
     return tuple(tag.reshape(tag.shape[: tag.dim() - space]) for tag in tags)
-
-
-def _kept(loose: frozenset[int], last: int) -> frozenset[int]:
-    return frozenset(axis for axis in loose if axis <= last)
 
 
 def _extent(shape: Sequence[int]) -> int:
@@ -579,23 +576,62 @@ _RULES: dict[Any, Rule] = {
         group_norm: _named("group_norm"),
         normalised: _named("softmax", "log_softmax", "_softmax", "cumsum", "logcumsumexp"),
         reduced: _named(
-            "mean", "sum", "amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin",
-            "logsumexp", "var", "std", "var_mean",
+            "mean",
+            "sum",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "prod",
+            "any",
+            "all",
+            "argmax",
+            "argmin",
+            "logsumexp",
+            "var",
+            "std",
+            "var_mean",
         ),
         normed: _named("linalg_vector_norm", "norm"),
         pooled: _named(
-            "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-            "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-            "adaptive_max_pool1d", "adaptive_max_pool2d", "max_pool2d_with_indices",
-            "_adaptive_avg_pool2d", "upsample_nearest1d", "upsample_nearest2d",
-            "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d",
+            "max_pool1d",
+            "max_pool2d",
+            "max_pool3d",
+            "avg_pool1d",
+            "avg_pool2d",
+            "avg_pool3d",
+            "adaptive_avg_pool1d",
+            "adaptive_avg_pool2d",
+            "adaptive_avg_pool3d",
+            "adaptive_max_pool1d",
+            "adaptive_max_pool2d",
+            "max_pool2d_with_indices",
+            "_adaptive_avg_pool2d",
+            "upsample_nearest1d",
+            "upsample_nearest2d",
+            "upsample_nearest3d",
+            "upsample_bilinear2d",
+            "upsample_bicubic2d",
+            "upsample_linear1d",
         ),
         viewed: _named(
             "view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"
         ),
         same: _named(
-            "clone", "contiguous", "detach", "detach_", "alias", "to", "_to_copy", "dropout",
-            "dropout_", "feature_dropout", "alpha_dropout", "lift_fresh_copy", "type_as", "float",
+            "clone",
+            "contiguous",
+            "detach",
+            "detach_",
+            "alias",
+            "to",
+            "_to_copy",
+            "dropout",
+            "dropout_",
+            "feature_dropout",
+            "alpha_dropout",
+            "lift_fresh_copy",
+            "type_as",
+            "float",
         ),
         permuted: _named("permute"),
         transposed: _named("transpose", "transpose_", "swapaxes"),

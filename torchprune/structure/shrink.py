@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -14,23 +13,24 @@ from torchprune import ambient
 from torchprune.batches import Batch
 from torchprune.errors import ShrinkError
 from torchprune.masking import detach, masked_layers
+from torchprune.resized import Resized, keep_resized, resized_of
 from torchprune.slots import Slot, slots_of
 from torchprune.structure.config import (
     apply_settings,
+    has_its_tensors,
     is_accepted,
     is_configured,
+    is_native,
     native_settings,
 )
-from torchprune.structure.plan import ShrinkPlan, check_fits
-from torchprune.structure.resize import Attributes, guesses, restate, set_attributes
+from torchprune.structure.plan import Removal, ShrinkPlan, check_fits
+from torchprune.structure.resize import Attributes, drop_blocks, guesses, restate, set_attributes
 from torchprune.structure.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of outputs before and after, of the largest output: sums are reordered."""
-
-_RESIZED = "_torchprune_resized"
 
 
 def shrink(model: Model, plan: ShrinkPlan) -> Model:
@@ -58,19 +58,20 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     expected = _outputs(model, plan.example)
     snapshot = Snapshot(model)
     try:
+        recorded = _drop(model, plan.blocks)
         _cut(slots, plan)
-        before = _drop_blocks(model, plan.blocks)
         for module in model.modules():
             restate(module)
-        settings = _configure(model, plan, before)
+        settings, original = _configure(model, plan.removals)
         attributes = _fit(model, plan, expected)
+        record = Resized(recorded, attributes, settings, original)
+        _remember(model, record, plan.blocks)
     except BaseException:
         snapshot.restore()
         raise
     for layer, mask in list(masked_layers(model)):
         if bool(mask.mask.all()):
             detach(layer.module, layer.tensor)
-    _remember(model, attributes, settings)
     return model
 
 
@@ -121,53 +122,59 @@ def _put(slot: Slot, tensor: Tensor) -> None:
         module._buffers[slot.name] = tensor
 
 
-def _drop_blocks(model: nn.Module, blocks: list[str]) -> dict[str, int]:
-    """Take blocks out of their lists and count the others anew. The lists' lengths before."""
-    before: dict[str, int] = {}
-    gone: dict[str, set[str]] = {}
-    for name in blocks:
-        parent, _, last = name.rpartition(".")
-        gone.setdefault(parent, set()).add(last)
-    for parent, names in gone.items():
-        held = model.get_submodule(parent)
-        before[parent] = len(held._modules)
-        kept = [child for name, child in held._modules.items() if name not in names]
-        held._modules.clear()
-        for index, child in enumerate(kept):
-            held._modules[str(index)] = child
-            for module in child.modules() if child is not None else ():
-                for attribute in ("layer_idx", "layer_id", "layer_index", "block_idx"):
-                    if type(getattr(module, attribute, None)) is int:
-                        setattr(module, attribute, index)
-    return before
+def _drop(model: nn.Module, blocks: list[str]) -> list[list[str]]:
+    """Take blocks out. What to note of it: nothing, if the configuration says it."""
+    if not blocks:
+        return []
+    before = drop_blocks(model, blocks)
+    lists = {
+        name: (count, [b for b in blocks if b.rpartition(".")[0] == name])
+        for name, count in before.items()
+    }
+    if is_configured(model):
+        apply_settings(model.config, native_settings(model, [], lists))
+        if not has_its_tensors(model):
+            raise ShrinkError(
+                f"{', '.join(blocks)}: the configuration of a {type(model).__name__} cannot say "
+                "that these blocks are gone (a block that differs from the others?); drop others "
+                "with LayerSpec(ignore=...)"
+            )
+        return []
+    return [blocks]
 
 
 # -- what the code asks for ------------------------------------------------------------------------
 
 
-def _configure(
-    model: nn.Module, plan: ShrinkPlan, before: dict[str, int]
-) -> dict[str, Any] | None:
-    """Update a transformers configuration; None where it cannot say the new sizes."""
-    if not is_configured(model):
-        return None
-    settings = native_settings(model, plan, before)
-    if settings is not None:
-        apply_settings(model.config, settings)
-    return settings
+def _configure(model: nn.Module, removals: list[Removal]) -> tuple[dict[str, int], dict[str, int]]:
+    """Update a transformers configuration where it can say the new sizes.
+
+    Returns:
+        the settings that a file could not hold, since transformers would refuse them, and what
+        they were.
+    """
+    if not removals or not is_configured(model):
+        return {}, {}
+    settings = native_settings(model, removals, {})
+    original = {name: getattr(model.config, name, None) for name in settings}
+    apply_settings(model.config, settings)
+    if is_accepted(model) is None:
+        return {}, {}
+    numbers = {name: old for name, old in original.items() if type(old) is int}
+    return {name: settings[name] for name in numbers}, numbers
 
 
 def _fit(model: nn.Module, plan: ShrinkPlan, expected: list[Tensor]) -> Attributes:
     """Find the attributes by which the modules' code asks for the new sizes, and set them."""
-    modules = _renamed(model, plan)
+    names = _renamed(model, plan.blocks)
+    modules = {old: model.get_submodule(new) for old, new in names.items()}
     problem = "no attribute fits"
     for attempt in _attempts(modules, plan):
         inner = Snapshot(model)
         set_attributes(modules, attempt)
         problem = _difference(model, plan.example, expected)
         if not problem:
-            paths = {id(module): path for path, module in model.named_modules()}
-            return {paths[id(modules[p])]: values for p, values in attempt.items()}
+            return {names[path]: values for path, values in attempt.items()}
         inner.restore()
     changed = "; ".join(
         f"{path or 'the model'} ({', '.join(f'{a} -> {min(b)}' for a, b in sizes.items())})"
@@ -181,12 +188,9 @@ def _fit(model: nn.Module, plan: ShrinkPlan, expected: list[Tensor]) -> Attribut
     )
 
 
-def _renamed(model: nn.Module, plan: ShrinkPlan) -> dict[str, nn.Module]:
-    """The modules that stay, by their names before blocks went."""
-    old: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        old[_old_name(path, plan.blocks)] = module
-    return old
+def _renamed(model: nn.Module, blocks: list[str]) -> dict[str, str]:
+    """The names of modules before blocks went -> their names now."""
+    return {_old_name(path, blocks): path for path, _ in model.named_modules()}
 
 
 def _old_name(path: str, blocks: list[str]) -> str:
@@ -235,15 +239,12 @@ def _difference(model: nn.Module, example: Batch, expected: list[Tensor]) -> str
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def _remember(model: nn.Module, attributes: Attributes, settings: dict[str, Any] | None) -> None:
-    """Note on the model what its class and configuration do not say."""
-
-
-def settings_refused(model: nn.Module) -> str | None:
-    """Why stock transformers would refuse the configuration, or None."""
-    return is_accepted(model) if is_configured(model) else None
-
-
-def config_copy(config: Any) -> Any:
-    """A configuration of its own for one module."""
-    return copy.copy(config)
+def _remember(model: nn.Module, record: Resized, blocks: list[str]) -> None:
+    """Note on the model what its class and configuration do not say, for `torchprune.save`."""
+    earlier = resized_of(model)
+    if earlier is not None:
+        record = earlier.followed_by(record, _renamed(model, blocks))
+    if is_configured(model) and not record.settings and is_native(model):
+        keep_resized(model, None)
+    else:
+        keep_resized(model, record)

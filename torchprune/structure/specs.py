@@ -85,9 +85,7 @@ class StructuredSpec(Checked):
             )
         if not (isinstance(self.damping, int | float) and 0 < self.damping < float("inf")):
             raise SpecError(f"{name}: damping must be above 0, got {self.damping!r}")
-        if self.round_to is not None and not (
-            type(self.round_to) is int and self.round_to > 0
-        ):
+        if self.round_to is not None and not (type(self.round_to) is int and self.round_to > 0):
             raise SpecError(f"{name}: round_to must be a whole number above 0, got {self.round_to}")
         if self.loss is not None and not callable(self.loss):
             raise SpecError(f"{name}: loss must be a callable (model, batch) -> scalar")

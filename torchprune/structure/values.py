@@ -208,9 +208,6 @@ def met(labels: Labels, values: Sequence[Value], why: str) -> Value:
         tags += [labels.bounded(tag, fixed, why) for tag in v.tags]
     shape = tuple(max(sizes) for sizes in zip(*(v.shape for v in wide), strict=True))
     loose = frozenset(
-        a
-        for a in range(dim)
-        if shape[a] > 1 and all(v.shape[a] == 1 or a in v.loose for v in wide)
+        a for a in range(dim) if shape[a] > 1 and all(v.shape[a] == 1 or a in v.loose for v in wide)
     )
     return Value(shape, tuple(labels.merged(tags, why)), all(v.weight for v in wide), loose)
-

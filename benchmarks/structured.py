@@ -1,0 +1,119 @@
+"""Whole neurons, heads and layers of SmolLM2: perplexity by score, with and without the refit.
+
+Wikipedia articles to calibrate on, other articles and news to evaluate on. Every masked model is
+shrunk, and its perplexity is of the physically smaller model.
+
+    python benchmarks/structured.py --output structured.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import torchprune
+from torchprune import HeadSpec, LayerSpec, NeuronSpec
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import smollm2
+
+SCORES = ("l2", "activation", "flap")
+
+
+def cells(only: str) -> list[tuple[str, object]]:
+    """(name, spec) of every cell of the table."""
+    found: list[tuple[str, object]] = []
+    for share in (0.2, 0.4):
+        for score in SCORES:
+            for refit in (False, True):
+                spec = NeuronSpec(share, score=score, refit=refit)
+                found.append((f"neurons {share:.0%}|{score}|{refit}", spec))
+    for score in SCORES:
+        for refit in (False, True):
+            spec = HeadSpec(1 / 3, score=score, refit=refit)
+            found.append((f"heads 33%|{score}|{refit}", spec))
+    for share in (0.2, 0.4):
+        spec = NeuronSpec(share, allocation="global")
+        found.append((f"neurons {share:.0%}, global|flap|True", spec))
+    found.append(("layers 4|cosine|False", LayerSpec(4)))
+    found.append(("layers 4|loss|False", LayerSpec(4, score="loss")))
+    return [(name, spec) for name, spec in found if only in name]
+
+
+def main() -> None:
+    """Run the cells; append each result to the output at once, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--windows", type=int, default=32, help="calibration windows")
+    parser.add_argument("--evaluate", type=int, default=24, help="held-out windows of each source")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--draw", type=int, default=0)
+    parser.add_argument("--only", default="", help="cells whose name holds this")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+
+    tokenizer, dense = smollm2.load_tokenizer(), smollm2.load_model()
+    calibration, held_out = smollm2.split(smollm2.wikipedia_articles())
+    windows = smollm2.windows(tokenizer, calibration, options.windows, options.length, options.draw)
+    count = options.evaluate * options.length
+    texts = {
+        "wikipedia": smollm2.tokens(tokenizer, held_out)[:count],
+        "news": smollm2.tokens(tokenizer, smollm2.news_articles())[:count],
+    }
+
+    def measured(model: torch.nn.Module) -> dict[str, float]:
+        return {
+            name: torchprune.perplexity(model, ids, seqlen=options.length).perplexity
+            for name, ids in texts.items()
+        }
+
+    rows = [{"cell": "dense||", "parameters": dense.num_parameters(), **measured(dense)}]
+    print(json.dumps(rows[0]), flush=True)
+    for name, spec in cells(options.only):
+        model = copy.deepcopy(dense)
+        start = time.process_time()
+        torchprune.sparsify(model, spec, windows.split(1), progress=False)
+        pruned = time.process_time() - start
+        torchprune.shrink(model, torchprune.plan_shrink(model, windows[:1, :64]))
+        row = {
+            "cell": name,
+            "parameters": model.num_parameters(),
+            "cpu_seconds": round(pruned, 1),
+            **measured(model),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Perplexity on both sources, without and with the refit, as Markdown."""
+    found: dict[tuple[str, str], dict[str, dict[str, object]]] = {}
+    for row in rows:
+        what, score, refit = str(row["cell"]).split("|")
+        found.setdefault((what, score), {})[refit] = row
+    lines = [
+        "| what goes | score | parameters | Wikipedia | with refit | news | with refit |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (what, score), both in found.items():
+        one = next(iter(both.values()))
+        shown = []
+        for source in ("wikipedia", "news"):
+            for refit in (("", "False"), ("True",)):
+                row = next((both[r] for r in refit if r in both), None)
+                shown.append("" if row is None else f"{float(str(row[source])):.2f}")
+        size = f"{int(str(one['parameters'])) / 1e6:.1f} M"
+        lines.append(f"| {what} | {score} | {size} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

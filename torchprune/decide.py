@@ -156,7 +156,7 @@ class Decider:
             self.spec.method,
             str(target.goal),
             updates_weights=new is not None,
-            error=_sampled_error(target, moments, keep) if new is None else error,
+            error=sampled_error(target, moments, keep) if new is None else error,
             tokens=sum(moments.rows),
             note="; ".join(notes),
         )
@@ -213,7 +213,7 @@ def _masks(
     return [torch.stack([next(kept) for _ in own]) for own in scores]
 
 
-def _sampled_error(target: Target, moments: Moments, keep: Tensor) -> float | None:
+def sampled_error(target: Target, moments: Moments, keep: Tensor) -> float | None:
     """||X (W - W')^T||^2 / ||X W^T||^2 on sampled inputs, of weights that were only masked.
 
     Of many output rows, an evenly spaced part stands for all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +11,11 @@ from tqdm import tqdm
 
 from torchprune import ambient
 from torchprune.batches import Batch
+from torchprune.decide import groups_of, sampled_error
 from torchprune.errors import CalibrationError, SpecError, TargetError
 from torchprune.lockstep import Calibration, Usage
 from torchprune.masking import Record, attach, mask_of, obstacle, original_of
 from torchprune.moments import Moments
-from torchprune.packing import masked
 from torchprune.patterns import Unstructured
 from torchprune.plan import Target
 from torchprune.report import RunRecord
@@ -249,9 +248,13 @@ class _Runner:
         return [scores[id(choice)] for choice in self.choices]
 
     def _score(self, choice: _Choice, member: Member, target: Target, moments: Moments) -> Tensor:
+        units = _columns(target, member).cpu()
+        total = torch.zeros(choice.group.count)
         with ambient.exact():
-            found = read_scores(str(self.spec.score), _matrix(target), moments)
-        return by_unit(found, _columns(target, member).cpu(), choice.group.count)
+            for group, weight in enumerate(groups_of(target)):
+                found = read_scores(str(self.spec.score), weight, moments, group)
+                total += by_unit(found, units, choice.group.count)
+        return total
 
     def _unreached(self, choice: _Choice) -> Tensor:
         note = "no calibration batch reached it: scored by the size of its weights"
@@ -297,48 +300,49 @@ class _Runner:
             units = _columns(target, member).cpu()
             keep &= ~torch.cat([choice.gone, choice.gone.new_zeros(1)])[units]
         keep = keep.to(target.weight.device)
-        weight, module = _matrix(target), target.layer.module
+        weights = groups_of(target)
         done = self.done.setdefault(target.layer.key, _Done(tokens=sum(moments.rows)))
-        if moments.gram is None:
-            done.error = _sampled(weight, moments, keep)
-            edits.write(target, weight * keep)
-            return
         if bool(keep.all()):
             done.error = 0.0
-            return
-        fits = target.mask is None or _is_whole(target.view.to_matrix(target.mask.mask)[0])
-        biased = isinstance(getattr(module, "bias", None), nn.Parameter)
-        found = refit(weight, moments, keep, self.spec.damping, bias=biased, fit=fits)
-        if not math.isfinite(found.error or 0.0) or not bool(found.weight.isfinite().all()):
-            raise CalibrationError(f"{target.name}: its fit to what stays is not finite")
+        elif moments.gram is None:
+            done.error = sampled_error(target, moments, keep.expand_as(weights))
+            edits.write(target, weights * keep)
+        else:
+            self._refit(target, moments, keep, weights, done, edits)
+
+    def _refit(
+        self,
+        target: Target,
+        moments: Moments,
+        keep: Tensor,
+        weights: Tensor,
+        done: _Done,
+        edits: _Edits,
+    ) -> None:
+        fits = target.mask is None or _is_whole(target.view.to_matrix(target.mask.mask))
         if not fits:
             done.notes.append("it has a mask of other zeros: not refitted")
-        done.error, done.refitted = found.error, fits
-        edits.write(target, found.weight.to(target.weight.dtype), kept=fits)
-        if fits and found.shift is not None:
-            edits.shift(target.layer, found.shift)
-
-
-def _matrix(target: Target) -> Tensor:
-    """(rows, cols) the layer's weight as it acts now."""
-    weight, mask = target.weight.detach(), target.mask
-    return target.view.to_matrix(weight if mask is None else masked(weight, mask.mask))[0]
+        biased = isinstance(getattr(target.layer.module, "bias", None), nn.Parameter)
+        found = [
+            refit(weight, moments, keep, self.spec.damping, group=group, bias=biased, fit=fits)
+            for group, weight in enumerate(weights)
+        ]
+        if not all(f.weight.isfinite().all() for f in found):
+            raise CalibrationError(f"{target.name}: its fit to what stays is not finite")
+        total = sum(f.total for f in found)
+        done.error = sum(f.lost for f in found) / total if total > 0 else None
+        done.refitted = fits
+        new = torch.stack([f.weight for f in found]).to(target.weight.dtype)
+        edits.write(target, new, kept=fits)
+        if fits and found[0].shift is not None:
+            edits.shift(target.layer, found[0].shift)
 
 
 def _is_whole(mask: Tensor) -> bool:
-    """Whether a (rows, cols) mask prunes nothing but whole rows and whole columns."""
-    alive = mask[mask.any(1)]
-    return bool((alive.all(0) | ~alive.any(0)).all())
-
-
-def _sampled(weight: Tensor, moments: Moments, keep: Tensor) -> float | None:
-    x = moments.samples(0)
-    if x is None:
-        return None
-    w = weight.float()
-    lost, total = x @ (w * ~keep).T, x @ w.T
-    whole = float(total.square().sum())
-    return float(lost.square().sum()) / whole if whole > 0 else None
+    """Whether (groups, rows, cols) masks prune nothing but whole rows and whole columns."""
+    alive = mask.any(-1, keepdim=True)
+    full, none = (mask | ~alive).all(-2), ~mask.any(-2)
+    return bool((full | none).all())
 
 
 # -- changing --------------------------------------------------------------------------------------
@@ -363,9 +367,9 @@ class _Edits:
                 for tensor, place, _ in reversed(self._places):
                     self._spool.fetch(place, tensor.data)
 
-    def write(self, target: Target, matrix: Tensor, *, kept: bool = False) -> None:
+    def write(self, target: Target, matrices: Tensor, *, kept: bool = False) -> None:
         """Give a layer other values; unless they are `kept`, only until `settle`."""
-        new = target.view.from_matrix(matrix.unsqueeze(0), target.weight.shape)
+        new = target.view.from_matrix(matrices, target.weight.shape)
         self._put(target.weight, new, kept=kept)
 
     def shift(self, layer: Layer, shift: Tensor) -> None:

@@ -20,16 +20,25 @@ class Refit:
     Attributes:
         weight: (rows, cols) float32, zero in the columns that go.
         shift: (rows,) float32, what to add to the bias, or None where there is none.
-        error: ||X (W - W')^T||^2 / ||X W^T||^2, with the shift if there is one; None if X W^T = 0.
+        lost: ||X (W - W')^T||^2 over all calibration tokens, with the shift if there is one.
+        total: ||X W^T||^2.
     """
 
     weight: Tensor
     shift: Tensor | None
-    error: float | None
+    lost: float
+    total: float
 
 
 def refit(
-    weight: Tensor, moments: Moments, keep: Tensor, damping: float, *, bias: bool, fit: bool = True
+    weight: Tensor,
+    moments: Moments,
+    keep: Tensor,
+    damping: float,
+    *,
+    group: int = 0,
+    bias: bool = False,
+    fit: bool = True,
 ) -> Refit:
     """Change the kept columns so that the output changes least.
 
@@ -40,23 +49,24 @@ def refit(
 
     Args:
         weight: (rows, cols), any floating dtype.
-        moments: of one group of inputs, with the second moment, and with totals for a bias.
+        moments: of the layer's inputs, with the second moment, and with totals for a bias.
         keep: (cols,) bool.
         damping: the ridge, as a share of the mean diagonal of G_SS.
+        group: which of the moments' groups.
         bias: whether the layer can take a shift.
         fit: False leaves the kept columns, and only measures.
     """
     assert moments.gram is not None
-    rows = max(1, moments.rows[0])
+    rows = max(1, moments.rows[group])
     wide = torch.float64 if len(keep) <= _WIDEST_DOUBLE else torch.float32
     if weight.device.type == "mps":
         wide = torch.float32
-    w, gram = weight.to(wide), moments.gram[0].to(wide) / rows
+    w, gram = weight.to(wide), moments.gram[group].to(wide) / rows
     mean = None
     whole = gram
     if bias:
         assert moments.total is not None
-        mean = moments.total[0].to(wide) / rows
+        mean = moments.total[group].to(wide) / rows
         gram = gram - mean.outer(mean)
     new = w * keep
     stays, goes = keep.nonzero().flatten(), (~keep).nonzero().flatten()
@@ -72,8 +82,8 @@ def refit(
     if shift is not None and mean is not None:
         lost = lost - shift.square().sum()  # of centred inputs, given that the shift is the best
     total = ((w @ whole) * w).sum()
-    error = float(lost.clamp_min(0) / total) if total > 0 else None
-    return Refit(new.float(), None if shift is None else shift.float(), error)
+    shift = None if shift is None else shift.float()
+    return Refit(new.float(), shift, float(lost.clamp_min(0)) * rows, float(total) * rows)
 
 
 def _solve(matrix: Tensor, right: Tensor, damping: float) -> Tensor | None:

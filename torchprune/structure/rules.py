@@ -172,6 +172,13 @@ def attention(
     return contract(ctx, scores.inserted(-2), _turned(value).inserted(-3))
 
 
+def routed(ctx: Context, x: Value, weights: Value, *_: Any, **__: Any) -> Value:
+    """Every row times one expert's matrix: experts stay, their inputs and outputs are shared."""
+    kept = ctx.whole(weights, [0])
+    one = Value(weights.shape[1:], tuple(t.squeeze(0) for t in kept.tags), weights.weight)
+    return contract(ctx, x.inserted(-2), _turned(one))
+
+
 def _repeated(value: Value, times: int) -> Value:
     if value.shape[-3] == 1:
         return expanded(value, (*value.shape[:-3], times, *value.shape[-2:]))
@@ -312,6 +319,7 @@ def _scaled(product: Product, times: int) -> Product:
 
 def embedding(ctx: Context, weight: Value, indices: Value, *_: Any) -> Value:
     """Rows are chosen by the input, so none of them can go; columns pass."""
+    ctx.freeze(indices)
     kept = ctx.whole(weight, [0])
     tags = (t.reshape((1,) * indices.dim + (t.shape[1],)) for t in kept.tags)
     return Value((*indices.shape, weight.shape[1]), tuple(tags), weight.weight and indices.weight)
@@ -499,7 +507,7 @@ def parts(ctx: Context, x: Value, _: Any, dim: int = 0) -> tuple[Value, ...]:
 
 
 def concatenated(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
-    full = [v for v in values if v.shape != (0,)]
+    full = [v for v in values if 0 not in v.shape]
     return joined(ctx.labels, full, dim, ctx.why)
 
 
@@ -522,13 +530,17 @@ def kept_along(ctx: Context, x: Value, *args: Any, **named: Any) -> Value:
 
 
 def looked_up(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Value:
-    """`x[index]` along the first axis, as a table is read; other forms freeze."""
-    if len(indices) != 1 or indices[0] is None:
-        return _unknown(ctx, x)
-    index = indices[0]
-    kept = ctx.whole(x, [0])
-    tags = tuple(t.reshape((1,) * index.dim + t.shape[1:]) for t in kept.tags)
-    return Value((*index.shape, *x.shape[1:]), tags, x.weight and index.weight)
+    """`x[:, index]` along one axis, as a table is read; other forms freeze."""
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1:
+        return _unknown(ctx, x, [index for _, index in given])
+    axis, index = given[0]
+    ctx.freeze(index)
+    kept = ctx.whole(x, [axis])
+    ones = (1,) * index.dim
+    tags = tuple(t.reshape(*t.shape[:axis], *ones, *t.shape[axis + 1 :]) for t in kept.tags)
+    shape = (*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return Value(shape, tags, x.weight and index.weight)
 
 
 # -- pointwise and the rest ------------------------------------------------------------------------
@@ -551,6 +563,8 @@ def rule_for(target: Any) -> Rule:
     packet = getattr(target, "overloadpacket", None)
     if packet in _RULES:
         return _RULES[packet]
+    if "grouped_mm" in str(packet):  # torch's own, or the operator transformers stands in with
+        return routed
     tags = getattr(target, "tags", ())
     return pointwise if torch.Tag.pointwise in tags else _unknown
 

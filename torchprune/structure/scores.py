@@ -15,17 +15,18 @@ from torchprune.moments import Moments
 from torchprune.structure.groups import Group
 
 
-def read_scores(name: str, weight: Tensor, moments: Moments) -> Tensor:
-    """(cols,) what each input of a layer adds to its output, from a (rows, cols) weight.
+def read_scores(name: str, weight: Tensor, moments: Moments, group: int = 0) -> Tensor:
+    """(cols,) what each input of a layer adds to its output, from one group's (rows, cols) weight.
 
     "flap": var(x_j) * ||W_:j||^2, the part of an input that no bias can stand in for (An et al.,
     arXiv 2312.11983). "activation": E[x_j^2] * ||W_:j||^2.
     """
-    rows = max(1, moments.rows[0])
-    energy = moments.square[0] / rows
+    energy = moments.square[group] / max(1, sum(moments.rows))
     if name == "flap":
         assert moments.total is not None
-        energy = (energy - (moments.total[0] / rows).square()).clamp_min(0)
+        rows = max(1, moments.rows[group])
+        share = rows / max(1, sum(moments.rows))  # of all tokens, those that this group reads
+        energy = (energy - share * (moments.total[group] / rows).square()).clamp_min(0)
     return energy * weight.float().square().sum(0)
 
 

@@ -45,8 +45,7 @@ def prune_blocks(
     for name in [name for name in blocks if name not in idle]:
         run.skipped[name] = "with zero weights it would not hand on its input"
         del blocks[name]
-    lists = {name.rpartition(".")[0] for name in blocks}
-    spare = max(0, len(blocks) - len(lists))
+    spare = sum(min(len(own), size - 1) for own, size in _lists(model, blocks))
     if spec.drop > spare:
         why = "; ".join(f"{k}: {v}" for k, v in list(run.skipped.items())[:3])
         kind = ShrinkError if not blocks and run.skipped else TargetError
@@ -87,6 +86,13 @@ def _candidates(model: nn.Module, spec: LayerSpec, run: RunRecord) -> dict[str, 
         else:
             found[name] = block
     return found
+
+
+def _lists(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[tuple[list[str], int]]:
+    """The candidates of each list of blocks, and how long the list is."""
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in blocks):
+        own = [name for name in blocks if name.rpartition(".")[0] == parent]
+        yield own, len(model.get_submodule(parent)._modules)
 
 
 def _inside(model: nn.Module, block: str) -> Iterator[Layer]:
@@ -192,15 +198,11 @@ def _by_cosine(
             bar.update()
     mean = {name: turned[name] / tokens[name] for name in blocks if tokens[name]}
     order = sorted(mean, key=lambda name: mean[name])
-    chosen = _leaving_one(order, blocks, spec.drop)
+    chosen = _leaving_one(order, _lengths(model, blocks), spec.drop)
     return {name: f"it turned its input by 1 - cos = {mean[name]:.4g}" for name in chosen}
 
 
-def _leaving_one(order: Sequence[str], blocks: dict[str, nn.Module], count: int) -> list[str]:
-    left: dict[str, int] = {}
-    for name in blocks:
-        parent = name.rpartition(".")[0]
-        left[parent] = left.get(parent, 0) + 1
+def _leaving_one(order: Sequence[str], left: dict[str, int], count: int) -> list[str]:
     chosen: list[str] = []
     for name in order:
         parent = name.rpartition(".")[0]
@@ -224,7 +226,7 @@ def _by_loss(
     chosen: dict[str, str] = {}
     while len(chosen) < spec.drop:
         trials: dict[str, float] = {}
-        for name in _droppable(blocks, chosen):
+        for name in _droppable(model, blocks, chosen):
             with _skipped([blocks[n] for n in (*chosen, name)]), ambient.calibration_mode(model):
                 trials[name] = _mean_loss(model, batches, loss)
             bar.update()
@@ -233,10 +235,16 @@ def _by_loss(
     return chosen
 
 
-def _droppable(blocks: dict[str, nn.Module], chosen: dict[str, str]) -> list[str]:
-    rest = [name for name in blocks if name not in chosen]
-    parents = [name.rpartition(".")[0] for name in rest]
-    return [name for name in rest if parents.count(name.rpartition(".")[0]) > 1]
+def _lengths(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, int]:
+    return {own[0].rpartition(".")[0]: size for own, size in _lists(model, blocks)}
+
+
+def _droppable(model: nn.Module, blocks: dict[str, nn.Module], chosen: dict[str, str]) -> list[str]:
+    left = _lengths(model, blocks)
+    for name in chosen:
+        left[name.rpartition(".")[0]] -= 1
+    rest = (name for name in blocks if name not in chosen)
+    return [name for name in rest if left[name.rpartition(".")[0]] > 1]
 
 
 def _mean_loss(

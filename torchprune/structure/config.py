@@ -44,13 +44,12 @@ def native_settings(
         name -> value of what changes.
     """
     want = _shapes(model)
-    most, best = _equal(_built(model, {}), want), dict[str, Any]()
+    best: dict[str, Any] = {}
+    rank = _equal(_built(model, {}), want), 0
     for settings in itertools.islice(_candidates(model, removals, lists), _MOST):
-        equal = _equal(_built(model, settings), want)
-        if equal > most:
-            most, best = equal, settings
-        if most == len(want):
-            break
+        own = _equal(_built(model, settings), want), -len(settings)
+        if own > rank:  # a setting that changes no size is not changed either
+            rank, best = own, settings
     return best
 
 

@@ -122,9 +122,12 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
     owners: dict[int, list[int]] = {}  # signature -> axes
     units: dict[int, Tensor] = {}  # signature -> its classes, in order of first appearance
     stays: list[Frozen] = []
+    modules = dict(model.named_modules())
     for at, (axis, here) in enumerate(zip(traced.axes, own, strict=True)):
         free = here[~frozen[here]]
         if not len(free):
+            if axis.axis >= 2 and isinstance(modules.get(axis.key.rpartition(".")[0]), ConvNd):
+                continue  # a kernel's extent is nothing that anybody wants to remove
             why = traced.resolved.reasons.get(int(here[0]), "a fixed size of the model's code")
             stays.append(Frozen(axis.key, axis.axis, why))
             continue
@@ -134,7 +137,6 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
                 units[mark] = _ordered(free[signature[free] == mark])
     groups: list[Group] = []
     names: list[Tensor] = []
-    modules = dict(model.named_modules())
     for mark, some in units.items():
         if len(some) < 2 or len(owners[mark]) < 2:  # an axis that nothing else touches is unused
             continue

@@ -72,7 +72,6 @@ def guesses(
     transformers need none: they leave the number of heads to `view(..., -1, head_dim)`.
     """
     named: Attributes = {}
-    repeats: Attributes = {}
     wide: Attributes = {}
     for path, changes in sizes.items():
         module = modules.get(path)
@@ -82,23 +81,24 @@ def guesses(
             if type(value) is not int or value not in changes or _NEVER.fullmatch(name):
                 continue
             new = min(changes[value])
-            if name in _REPEATS:
-                repeats.setdefault(path, {})[name] = new
-            elif _HEADS.fullmatch(name) or _WIDTHS.fullmatch(name):
+            if name in _REPEATS:  # queries for each key: they stay, unless there is one key head
+                if _key_heads(module) == 1:
+                    named.setdefault(path, {})[name] = new
+                continue
+            if _HEADS.fullmatch(name) or _WIDTHS.fullmatch(name):
                 named.setdefault(path, {})[name] = new
             wide.setdefault(path, {})[name] = new
     yield named
-    if repeats:
-        yield _both(named, repeats)
-    if wide != named:
-        yield _both(
-            named, {p: {k: v for k, v in a.items() if k not in _REPEATS} for p, a in wide.items()}
-        )
-        yield wide
+    yield {}
+    yield {path: {**wide.get(path, {}), **named.get(path, {})} for path in {**wide, **named}}
 
 
-def _both(one: Attributes, two: Attributes) -> Attributes:
-    return {path: {**one.get(path, {}), **two.get(path, {})} for path in {**one, **two}}
+def _key_heads(module: nn.Module) -> int | None:
+    for holder in (module, getattr(module, "config", None)):
+        for name in ("num_key_value_heads", "num_kv_heads", "n_kv_heads"):
+            if type(found := getattr(holder, name, None)) is int:
+                return found
+    return None
 
 
 def set_attributes(modules: Mapping[str, nn.Module], attributes: Attributes) -> None:

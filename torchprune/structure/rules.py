@@ -13,6 +13,7 @@ from torchprune.structure.labels import Labels, axes_of
 from torchprune.structure.values import (
     Value,
     expanded,
+    filled,
     indexed,
     joined,
     met,
@@ -121,7 +122,7 @@ def contract(ctx: Context, x: Value, y: Value, axes: Sequence[int] = (-1,)) -> V
 def _narrowed(value: Value, tags: Sequence[Tensor], axes: Sequence[int]) -> Value:
     """Reduced to size 1 along some axes, where the tags do not vary any more."""
     shape = tuple(1 if a in axes else s for a, s in enumerate(value.shape))
-    return Value(shape, tuple(tags), value.weight, value.loose - {*axes})
+    return Value(shape, tuple(tags), value.weight)
 
 
 def linear(ctx: Context, x: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -164,7 +165,7 @@ def attention(
 ) -> Value:
     """Scores of queries and keys, a softmax that keeps heads apart, a sum of values."""
     if enable_gqa:
-        key, value = (_repeated(v, query.shape[-3] // v.shape[-3]) for v in (key, value))
+        key, value = (_repeated(ctx, v, query.shape[-3] // v.shape[-3]) for v in (key, value))
     scores = contract(ctx, query.inserted(-2), key.inserted(-3))
     if attn_mask is not None:
         scores = met(ctx.labels, [scores, attn_mask], ctx.why)
@@ -179,9 +180,9 @@ def routed(ctx: Context, x: Value, weights: Value, *_: Any, **__: Any) -> Value:
     return contract(ctx, x.inserted(-2), _turned(one))
 
 
-def _repeated(value: Value, times: int) -> Value:
+def _repeated(ctx: Context, value: Value, times: int) -> Value:
     if value.shape[-3] == 1:
-        return expanded(value, (*value.shape[:-3], times, *value.shape[-2:]))
+        return expanded(ctx.labels, value, (*value.shape[:-3], times, *value.shape[-2:]))
     index = torch.arange(value.shape[-3]).repeat_interleave(times)
     return indexed(value, -3, index)
 
@@ -239,12 +240,12 @@ def _convolved(
     x = ctx.whole(x, range(x.dim - space, x.dim))
     weight = ctx.whole(weight, range(2, weight.dim))
     channels = x.dim - space - 1
-    loose = frozenset(axis for axis in x.loose if axis <= channels)
-    inputs = Value(x.shape[: channels + 1], _flat(x.tags, space), x.weight, loose)
+    inputs = Value(x.shape[: channels + 1], _flat(x.tags, space), x.weight)
     filters = Value(weight.shape[:2], _flat(weight.tags, space), weight.weight)
     if turned:
         filters = filters.permuted([1, 0])
-    whole = _extent(ctx.shape[channels + 1 :]) * _extent(weight.shape[2:])
+    positions = (x.shape if turned else ctx.shape)[channels + 1 :]
+    whole = _extent(positions) * _extent(weight.shape[2:])
     before = len(ctx.products)
     if groups == 1:
         out = contract(ctx, inputs.inserted(-2), filters)
@@ -338,7 +339,7 @@ def layer_norm(
 
 
 def batch_norm(ctx: Context, x: Value, *statistics: Any, **_: Any) -> Value:
-    """Weight, bias, mean and variance: one of each a channel."""
+    """Weight, bias, mean and variance: one of each a channel. Also PReLU's slopes."""
     parts = [
         Value(
             (v.shape[0], *(1,) * (x.dim - 2)),
@@ -459,14 +460,15 @@ def _squeezed(x: Value, axes: Sequence[int]) -> Value:
 
 
 def repeated_view(ctx: Context, x: Value, *_: Any, **__: Any) -> Value:
-    return expanded(x, ctx.shape)
+    return expanded(ctx.labels, x, ctx.shape)
 
 
 def repeated(ctx: Context, x: Value, times: Sequence[int]) -> Value:
     wide = x.widened(len(times))
     for axis, count in enumerate(times):
         if count > 1 and wide.shape[axis] == 1:
-            wide = expanded(wide, [count if a == axis else s for a, s in enumerate(wide.shape)])
+            shape = [count if a == axis else s for a, s in enumerate(wide.shape)]
+            wide = expanded(ctx.labels, wide, shape)
         elif count > 1:
             wide = indexed(wide, axis, torch.arange(wide.shape[axis]).repeat(count))
     return wide
@@ -519,7 +521,7 @@ def stacked(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
 def padded(ctx: Context, x: Value, pad: Sequence[int], *_: Any, **__: Any) -> Value:
     """Padded axes keep their sizes; `pad` counts from the last one."""
     axes = [x.dim - 1 - i // 2 for i, width in enumerate(pad) if width]
-    return replace(ctx.whole(x, axes), shape=ctx.shape, loose=frozenset())
+    return replace(ctx.whole(x, axes), shape=ctx.shape)
 
 
 def kept_along(ctx: Context, x: Value, *args: Any, **named: Any) -> Value:
@@ -586,7 +588,7 @@ _RULES: dict[Any, Rule] = {
         transposed_convolution: _named("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
         embedding: _named("embedding"),
         layer_norm: _named("layer_norm", "rms_norm"),
-        batch_norm: _named("batch_norm", "_batch_norm_with_update"),
+        batch_norm: _named("batch_norm", "_batch_norm_with_update", "prelu"),
         group_norm: _named("group_norm"),
         normalised: _named("softmax", "log_softmax", "_softmax", "cumsum", "logcumsumexp"),
         reduced: _named(
@@ -683,11 +685,12 @@ def follow(ctx: Context, target: Any, args: Any, kwargs: Any) -> Any:
         return None
     values = [*_values(args), *_values(kwargs)]
     if getattr(target, "overloadpacket", None) in _FILLED:
-        shape = ctx.shape
-        return Value(shape, weight=True, loose=frozenset(a for a, s in enumerate(shape) if s > 1))
-    if not any(v.tags or v.loose for v in values):
-        made = tuple(Value(s, weight=all(v.weight for v in values)) for s in ctx.shapes)
-        return made if len(made) != 1 else made[0]
+        made = filled(ctx.labels, ctx.shape, range(len(ctx.shape)))
+        return Value(ctx.shape, tuple(made), weight=True)
+    if not any(v.tags for v in values):
+        weight = all(v.weight for v in values)
+        plain = tuple(Value(shape, weight=weight) for shape in ctx.shapes)
+        return plain if len(plain) != 1 else plain[0]
     try:
         return rule_for(target)(ctx, *args, **kwargs)
     except (TypeError, ValueError, IndexError):  # a form of the operator that its rule lacks

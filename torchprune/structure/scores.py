@@ -38,7 +38,7 @@ def by_unit(values: Tensor, units: Tensor, count: int) -> Tensor:
 
 def weight_scores(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
     """(count,) the square sum of all weights of each unit."""
-    return _summed(group, {key: w.float().square() for key, w in weights.items()})
+    return _summed(group, {k: w.detach().float().square() for k, w in weights.items()})
 
 
 def random_scores(group: Group, seed: int) -> Tensor:

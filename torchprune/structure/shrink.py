@@ -209,7 +209,7 @@ def _old_name(path: str, blocks: list[str]) -> str:
 
 def _attempts(modules: dict[str, nn.Module], plan: ShrinkPlan) -> Iterator[Attributes]:
     seen: list[Attributes] = []
-    for attempt in ({}, *guesses(modules, plan.sizes)):
+    for attempt in guesses(modules, plan.sizes):
         if attempt not in seen:
             seen.append(attempt)
             yield attempt

@@ -23,7 +23,7 @@ from torchprune.errors import ShrinkError
 from torchprune.slots import slots_of, ties_of
 from torchprune.structure.labels import Labels, Resolved, axes_of
 from torchprune.structure.rules import Context, Product, follow
-from torchprune.structure.values import Value
+from torchprune.structure.values import Value, filled
 
 _SOURCES = (InputKind.PARAMETER, InputKind.BUFFER)
 _PARAMETRIZED = re.compile(r"(.*?)(?:^|\.)parametrizations\.(\w+)\.original$")
@@ -172,24 +172,16 @@ def _source(
     if key is None:
         # An input of the model has fixed sizes; a mask has its weight's, which it meets.
         if "parametrizations" in node.name:
-            return Value(shape, weight=True, loose=_all(shape))
+            return Value(shape, tuple(filled(walk.labels, shape, range(len(shape)))), weight=True)
         return Value(shape)
     if not value.is_floating_point():
         return Value(shape, weight=True)
     key = ties.get(key, key)
     if key not in known:
-        tags = []
-        for axis, size in enumerate(shape):
-            if size > 1:
-                labels = walk.labels.new(size)
-                walk.axes.append(Axis(key, axis, labels))
-                tags.append(labels.reshape([size if a == axis else 1 for a in range(len(shape))]))
+        tags = filled(walk.labels, shape, range(len(shape)))
+        walk.axes += [Axis(key, axes_of(tag)[0], tag.flatten()) for tag in tags]
         known[key] = Value(shape, tuple(tags), weight=True)
     return known[key]
-
-
-def _all(shape: tuple[int, ...]) -> frozenset[int]:
-    return frozenset(axis for axis, size in enumerate(shape) if size > 1)
 
 
 def _follow(walk: _Walk, node: Node) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,13 +20,11 @@ class Value:
         tags: how its elements depend on labels; no two tags vary along the same axis. An axis of
             more than one index on which no tag varies has a fixed size.
         weight: whether it is made of parameters, buffers and constants alone.
-        loose: axes along which one index was repeated: they have whatever size is asked for.
     """
 
     shape: tuple[int, ...]
     tags: tuple[Tensor, ...] = ()
     weight: bool = False
-    loose: frozenset[int] = frozenset()
 
     @property
     def dim(self) -> int:
@@ -37,8 +35,8 @@ class Value:
         return {axis for tag in self.tags for axis in axes_of(tag)}
 
     def fixed(self) -> set[int]:
-        """The axes of more than one index on which none does, and which cannot follow others."""
-        return {a for a, size in enumerate(self.shape) if size > 1} - self.tagged() - self.loose
+        """The axes of more than one index on which none does."""
+        return {a for a, size in enumerate(self.shape) if size > 1} - self.tagged()
 
     def on(self, axis: int) -> Tensor | None:
         """The tag that varies on an axis, or None."""
@@ -48,23 +46,20 @@ class Value:
         order = [axis % self.dim for axis in order]
         shape = tuple(self.shape[axis] for axis in order)
         tags = tuple(tag.permute(order) for tag in self.tags)
-        loose = frozenset(order.index(axis) for axis in self.loose)
-        return replace(self, shape=shape, tags=tags, loose=loose)
+        return replace(self, shape=shape, tags=tags)
 
     def inserted(self, axis: int) -> Value:
         """With a new axis of size 1."""
         axis %= self.dim + 1
         shape = (*self.shape[:axis], 1, *self.shape[axis:])
         tags = tuple(tag.unsqueeze(axis) for tag in self.tags)
-        loose = frozenset(a + (a >= axis) for a in self.loose)
-        return replace(self, shape=shape, tags=tags, loose=loose)
+        return replace(self, shape=shape, tags=tags)
 
     def widened(self, dim: int) -> Value:
         """With leading axes of size 1, up to `dim` in all."""
         missing = (1,) * (dim - self.dim)
         tags = tuple(tag.reshape(*missing, *tag.shape) for tag in self.tags)
-        loose = frozenset(axis + len(missing) for axis in self.loose)
-        return replace(self, shape=(*missing, *self.shape), tags=tags, loose=loose)
+        return replace(self, shape=(*missing, *self.shape), tags=tags)
 
 
 def reshaped(labels: Labels, value: Value, shape: Sequence[int], why: str) -> Value:
@@ -90,15 +85,7 @@ def reshaped(labels: Labels, value: Value, shape: Sequence[int], why: str) -> Va
         new = collapsed(tag.expand(full).reshape(sizes))
         if axes_of(new):
             made.append(labels.watch(new))
-    loose = {
-        a
-        for sources, targets in spans
-        if all(b in value.loose or value.shape[b] == 1 for b in sources)
-        for a in targets
-        if shape[a] > 1
-    }
-    tags = labels.merged(made, why)
-    return Value(tuple(shape), tuple(tags), value.weight, frozenset(loose))
+    return Value(tuple(shape), tuple(labels.merged(made, why)), value.weight)
 
 
 def _spans(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -123,11 +110,20 @@ def _spans(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list
     return spans
 
 
-def expanded(value: Value, shape: Sequence[int]) -> Value:
+def filled(labels: Labels, shape: Sequence[int], axes: Iterable[int]) -> list[Tensor]:
+    """Tags of axes along which one value is repeated, as often as the code asks for."""
+    return [
+        labels.new(shape[axis]).reshape([n if a == axis else 1 for a, n in enumerate(shape)])
+        for axis in axes
+        if shape[axis] > 1
+    ]
+
+
+def expanded(labels: Labels, value: Value, shape: Sequence[int]) -> Value:
     """The value repeated along axes of size 1, and along new leading ones."""
     wide = value.widened(len(shape))
-    new = {a for a, size in enumerate(shape) if size > 1 and wide.shape[a] == 1}
-    return replace(wide, shape=tuple(shape), loose=wide.loose | new)
+    new = filled(labels, shape, [a for a, size in enumerate(wide.shape) if size == 1])
+    return replace(wide, shape=tuple(shape), tags=(*wide.tags, *new))
 
 
 def indexed(value: Value, axis: int, index: Tensor) -> Value:
@@ -144,9 +140,8 @@ def selected(value: Value, axis: int, index: int) -> Value:
     axis %= value.dim
     one = indexed(value, axis, torch.tensor([index % value.shape[axis]]))
     tags = tuple(tag.squeeze(axis) for tag in one.tags)
-    loose = frozenset(a - (a > axis) for a in one.loose if a != axis)
     shape = (*one.shape[:axis], *one.shape[axis + 1 :])
-    return replace(one, shape=shape, tags=tags, loose=loose)
+    return replace(one, shape=shape, tags=tags)
 
 
 def parted(labels: Labels, value: Value, axis: int, sizes: Sequence[int]) -> tuple[Value, ...]:
@@ -207,7 +202,4 @@ def met(labels: Labels, values: Sequence[Value], why: str) -> Value:
         fixed = {a for other in wide if other is not v for a in other.fixed()}
         tags += [labels.bounded(tag, fixed, why) for tag in v.tags]
     shape = tuple(max(sizes) for sizes in zip(*(v.shape for v in wide), strict=True))
-    loose = frozenset(
-        a for a in range(dim) if shape[a] > 1 and all(v.shape[a] == 1 or a in v.loose for v in wide)
-    )
-    return Value(shape, tuple(labels.merged(tags, why)), all(v.weight for v in wide), loose)
+    return Value(shape, tuple(labels.merged(tags, why)), all(v.weight for v in wide))

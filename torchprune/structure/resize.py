@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -64,12 +64,18 @@ def _length(module: nn.Module, otherwise: int) -> int:
 
 
 def guesses(
-    modules: Mapping[str, nn.Module], sizes: Mapping[str, Mapping[int, set[int]]]
+    modules: Mapping[str, nn.Module],
+    sizes: Mapping[str, Mapping[int, set[int]]],
+    shared_key: Collection[str],
 ) -> Iterator[Attributes]:
     """Attributes by which modules may ask for the sizes that changed, the likeliest first.
 
     Each guess holds the values to set; the caller tries the model with it. Most modules of
     transformers need none: they leave the number of heads to `view(..., -1, head_dim)`.
+
+    Args:
+        shared_key: modules with one key head for all queries: the number of queries for each key
+            is their number of heads, and else stays.
     """
     named: Attributes = {}
     wide: Attributes = {}
@@ -81,8 +87,8 @@ def guesses(
             if type(value) is not int or value not in changes or _NEVER.fullmatch(name):
                 continue
             new = min(changes[value])
-            if name in _REPEATS:  # queries for each key: they stay, unless there is one key head
-                if _key_heads(module) == 1:
+            if name in _REPEATS:
+                if path in shared_key:
                     named.setdefault(path, {})[name] = new
                 continue
             if _HEADS.fullmatch(name) or _WIDTHS.fullmatch(name):
@@ -93,7 +99,8 @@ def guesses(
     yield {path: {**wide.get(path, {}), **named.get(path, {})} for path in {**wide, **named}}
 
 
-def _key_heads(module: nn.Module) -> int | None:
+def key_heads(module: nn.Module) -> int | None:
+    """How many key-value heads a module says it has."""
     for holder in (module, getattr(module, "config", None)):
         for name in ("num_key_value_heads", "num_kv_heads", "n_kv_heads"):
             if type(found := getattr(holder, name, None)) is int:

@@ -24,7 +24,14 @@ from torchprune.structure.config import (
     native_settings,
 )
 from torchprune.structure.plan import Removal, ShrinkPlan, check_fits
-from torchprune.structure.resize import Attributes, drop_blocks, guesses, restate, set_attributes
+from torchprune.structure.resize import (
+    Attributes,
+    drop_blocks,
+    guesses,
+    key_heads,
+    restate,
+    set_attributes,
+)
 from torchprune.structure.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,12 +65,13 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     expected = _outputs(model, plan.example)
     snapshot = Snapshot(model)
     try:
+        shared_key = {path for path, m in model.named_modules() if key_heads(m) == 1}
         recorded = _drop(model, plan.blocks)
         _cut(slots, plan)
         for module in model.modules():
             restate(module)
         settings, original = _configure(model, plan.removals)
-        attributes = _fit(model, plan, expected)
+        attributes = _fit(model, plan, expected, shared_key)
         record = Resized(recorded, attributes, settings, original)
         _remember(model, record, plan.blocks)
     except BaseException:
@@ -164,12 +172,14 @@ def _configure(model: nn.Module, removals: list[Removal]) -> tuple[dict[str, int
     return {name: settings[name] for name in numbers}, numbers
 
 
-def _fit(model: nn.Module, plan: ShrinkPlan, expected: list[Tensor]) -> Attributes:
+def _fit(
+    model: nn.Module, plan: ShrinkPlan, expected: list[Tensor], shared_key: set[str]
+) -> Attributes:
     """Find the attributes by which the modules' code asks for the new sizes, and set them."""
     names = _renamed(model, plan.blocks)
     modules = {old: model.get_submodule(new) for old, new in names.items()}
     problem = "no attribute fits"
-    for attempt in _attempts(modules, plan):
+    for attempt in _attempts(modules, plan, shared_key):
         inner = Snapshot(model)
         set_attributes(modules, attempt)
         problem = _difference(model, plan.example, expected)
@@ -207,9 +217,11 @@ def _old_name(path: str, blocks: list[str]) -> str:
     return ".".join(parts)
 
 
-def _attempts(modules: dict[str, nn.Module], plan: ShrinkPlan) -> Iterator[Attributes]:
+def _attempts(
+    modules: dict[str, nn.Module], plan: ShrinkPlan, shared_key: set[str]
+) -> Iterator[Attributes]:
     seen: list[Attributes] = []
-    for attempt in guesses(modules, plan.sizes):
+    for attempt in guesses(modules, plan.sizes, shared_key):
         if attempt not in seen:
             seen.append(attempt)
             yield attempt

@@ -27,7 +27,7 @@ from torchprune.structure.values import Value, filled
 
 _SOURCES = (InputKind.PARAMETER, InputKind.BUFFER)
 _PARAMETRIZED = re.compile(r"(.*?)(?:^|\.)parametrizations\.(\w+)\.original$")
-_MASK = re.compile(r"(.*\.)?parametrizations\.\w+\.\d+\.\w+$")
+_MASK = re.compile(r"(.*?)(?:^|\.)parametrizations\.(\w+)\.\d+\.\w+$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +155,11 @@ def _first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else "no reason given"
 
 
-def _plain(name: str) -> str | None:
-    """A tensor's name in the plain model; None for what belongs to a mask."""
-    if found := _PARAMETRIZED.match(name):
+def _plain(name: str) -> str:
+    """A tensor's name in the plain model; of a mask, that of the weight under it."""
+    if found := _PARAMETRIZED.match(name) or _MASK.match(name):
         return f"{found[1]}.{found[2]}" if found[1] else found[2]
-    return None if _MASK.match(name) else name
+    return name
 
 
 def _source(
@@ -170,13 +170,10 @@ def _source(
         return None
     shape = tuple(int(size) for size in value.shape)
     if key is None:
-        # An input of the model has fixed sizes; a mask has its weight's, which it meets.
-        if "parametrizations" in node.name:
-            return Value(shape, tuple(filled(walk.labels, shape, range(len(shape)))), weight=True)
-        return Value(shape)
-    if not value.is_floating_point():
-        return Value(shape, weight=True)
+        return Value(shape)  # an input of the model, whose sizes are not ours to change
     key = ties.get(key, key)
+    if not value.is_floating_point():  # a mask shares the labels of the weight under it
+        return known.get(key, Value(shape, weight=True))
     if key not in known:
         tags = filled(walk.labels, shape, range(len(shape)))
         walk.axes += [Axis(key, axes_of(tag)[0], tag.flatten()) for tag in tags]

@@ -46,10 +46,16 @@ def random_units(group: Group, seed: int, share: float = 0.5) -> Tensor:
 
 
 def mask_random_units(
-    model: nn.Module, batch: Any, seed: int = 0, *, share: float = 0.5, alike: bool = False
+    model: nn.Module,
+    batch: Any,
+    seed: int = 0,
+    *,
+    share: float = 0.5,
+    alike: bool = False,
+    structure: Structure | None = None,
 ) -> Structure:
     """Mask random units of every group; `alike`: the same number in groups of the same count."""
-    structure = structure_of(model, batch)
+    structure = structure or structure_of(model, batch)
     prunable = {y.key for y in layers_of(model)}
     gone = {}
     for index, group in enumerate(structure.groups):

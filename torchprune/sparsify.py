@@ -88,7 +88,8 @@ def sparsify(
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a Module or an ExportedProgram, got {type(model).__name__}")
     if not isinstance(spec, Spec):
-        return _pruned_structures(model, spec, data, max_batches, seed, keep_dense, hold, progress)
+        _prune_structures(model, spec, data, max_batches, seed, keep_dense, hold, progress)
+        return model
     plan = make_plan(model, spec)
     _check_weights(plan, finite=isinstance(spec, SparseGPTSpec))
     run = RunRecord(spec=spec, skipped=dict(plan.skipped))
@@ -127,8 +128,8 @@ def sparsify(
     return model
 
 
-def _pruned_structures(
-    model: Any,
+def _prune_structures(
+    model: nn.Module,
     spec: StructuredSpec | LayerSpec,
     data: Iterable[Any] | None,
     max_batches: int,
@@ -136,7 +137,7 @@ def _pruned_structures(
     keep_dense: bool,
     hold: torch.dtype | None,
     progress: bool,
-) -> Any:
+) -> None:
     from torchprune.structure.blocks import prune_blocks
     from torchprune.structure.prune import prune_structures  # torch.export takes a while to import
 
@@ -151,7 +152,6 @@ def _pruned_structures(
     remember_run(model, run)
     for warning in run.warnings:
         warnings.warn(warning, stacklevel=3)
-    return model
 
 
 def _pruned_program(

@@ -42,7 +42,7 @@ class Checked:
     """A spec whose misspelt options are named."""
 
     def __new__(cls, *args: object, **options: object) -> Self:
-        known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
+        known: list[str] = [f.name for f in fields(cls)] if is_dataclass(cls) else []
         for option in options:
             if option not in known:
                 raise SpecError(

@@ -1,0 +1,1 @@
+"""Structures that can be removed whole: found in the graph, masked, and physically taken out."""

@@ -117,8 +117,7 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
     for axis in traced.axes:
         here = classes[axis.labels]
         own.append(here)
-        mark = torch.randint(-(2**62), 2**62, (1,), generator=generator)
-        signature[here.unique()] += mark
+        signature[here.unique()] += torch.randint(-(2**62), 2**62, (1,), generator=generator)
     owners: dict[int, list[int]] = {}  # signature -> axes
     units: dict[int, Tensor] = {}  # signature -> its classes, in order of first appearance
     stays: list[Frozen] = []
@@ -158,7 +157,8 @@ def _ordered(classes: Tensor) -> Tensor:
     values, inverse = classes.unique(return_inverse=True)
     first = torch.full((len(values),), len(classes))
     first = first.scatter_reduce(0, inverse, torch.arange(len(classes)), "amin")
-    return values[first.argsort()]
+    ordered: Tensor = values[first.argsort()]
+    return ordered
 
 
 def _kind(members: list[Member], attended: bool, modules: Mapping[str, nn.Module]) -> Kind:

@@ -97,9 +97,9 @@ class ShrinkPlan:
         by_reason: dict[str, list[str]] = {}
         for f in self.frozen:
             by_reason.setdefault(f.why, []).append(f"{f.key}[{f.axis}]")
-        for why, axes in by_reason.items():
-            more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
-            lines.append(f"frozen by {why}: {', '.join(axes[:3])}{more}")
+        for why, places in by_reason.items():
+            more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+            lines.append(f"frozen by {why}: {', '.join(places[:3])}{more}")
         return "\n".join(lines if self else ["nothing to remove: no unit is all zero", *lines])
 
 

@@ -361,7 +361,7 @@ class _Edits:
     def __enter__(self) -> _Edits:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         with self._spool, ambient.exact():
             if kind is not None:
                 for tensor, place, _ in reversed(self._places):

@@ -9,23 +9,24 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from torchprune import ambient
 from torchprune.batches import Batch, read_batches
 from torchprune.errors import ShrinkError
 from torchprune.slots import slots_of, ties_of
+from torchprune.structure.context import Context, Product
 from torchprune.structure.labels import Labels, Resolved, axes_of
-from torchprune.structure.rules import Context, Product, follow
+from torchprune.structure.rules import follow
 from torchprune.structure.values import Value, filled
 
-_SOURCES = (InputKind.PARAMETER, InputKind.BUFFER)
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 _PARAMETRIZED = re.compile(r"(.*?)(?:^|\.)parametrizations\.(\w+)\.original$")
 _MASK = re.compile(r"(.*?)(?:^|\.)parametrizations\.(\w+)\.\d+\.\w+$")
 
@@ -87,6 +88,8 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     Raises:
         ShrinkError: the model cannot be exported, with what torch says about it.
     """
+    from torch.export.graph_signature import InputKind  # torch.export takes a while to import
+
     program = _exported(model, example)
     slots = slots_of(model)
     ties = ties_of(slots)
@@ -94,7 +97,7 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     sources = {
         cast(Any, spec.arg).name: _plain(str(spec.target))
         for spec in program.graph_signature.input_specs
-        if spec.kind in _SOURCES
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
     closed = {
         f"{path}.{name}" if path else name
@@ -185,9 +188,9 @@ def _follow(walk: _Walk, node: Node) -> None:
     args = torch.fx.map_arg(node.args, walk.env.get)
     if node.target is operator.getitem:
         held = cast(Any, args)[0]
-        walk.env[node] = held[node.args[1]] if isinstance(held, tuple) else held
+        walk.env[node] = held[cast(int, node.args[1])] if isinstance(held, tuple) else held
         return
-    kwargs = torch.fx.map_arg(node.kwargs, walk.env.get)
+    kwargs = cast(dict[str, Any], torch.fx.map_arg(node.kwargs, walk.env.get))
     shapes = [tuple(int(s) for s in t.shape) for t in _tensors(node.meta.get("val"))]
     context = Context(walk.labels, _why(node), shapes, _module_of(node), walk.products)
     made = follow(context, node.target, args, kwargs)

@@ -203,3 +203,21 @@ def met(labels: Labels, values: Sequence[Value], why: str) -> Value:
         tags += [labels.bounded(tag, fixed, why) for tag in v.tags]
     shape = tuple(max(sizes) for sizes in zip(*(v.shape for v in wide), strict=True))
     return Value(shape, tuple(labels.merged(tags, why)), all(v.weight for v in wide))
+
+
+def reduced_to_one(value: Value, tags: Sequence[Tensor], axes: Sequence[int]) -> Value:
+    """Reduced to size 1 along some axes, where the tags do not vary any more."""
+    shape = tuple(1 if a in axes else s for a, s in enumerate(value.shape))
+    return Value(shape, tuple(tags), value.weight)
+
+
+def turned(value: Value) -> Value:
+    order = [*range(value.dim)]
+    order[-2:] = order[-1], order[-2]
+    return value.permuted(order)
+
+
+def squeezed(x: Value, axes: Sequence[int]) -> Value:
+    for axis in sorted(axes, reverse=True):
+        x = selected(x, axis, 0)
+    return x

@@ -35,6 +35,7 @@ from transformers.utils import logging
 import torchprune
 from torchprune import export
 from torchprune.evaluation import Perplexity
+from torchprune.structure.plan import ShrinkPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 512
@@ -44,6 +45,8 @@ SPECS = {
     "wanda": torchprune.WandaSpec,
     "sparsegpt": torchprune.SparseGPTSpec,
 }
+REMOVED = torchprune.NeuronSpec(sparsity=0.2)
+"""Structures that are really gone: a fifth of every MLP's neurons."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        sparsity: pruned weights of all weights in the pruned layers, counted.
+        sparsity: pruned weights of all weights in the pruned layers, counted; where neurons were
+            removed, parameters gone of all parameters.
         seconds: pruning alone.
         megabytes: the weights' file as saved; relative to the dense one.
         identical: whether the reloaded model has exactly this perplexity; None for the dense row.
@@ -121,6 +125,19 @@ def continuation(model: PreTrainedModel, tokenizer: Any) -> str:
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
 
 
+def remove(
+    dense: PreTrainedModel, calibration: Tensor
+) -> tuple[PreTrainedModel, float, ShrinkPlan]:
+    """A copy with fewer neurons, the seconds that took, and the plan of the removal."""
+    model = copy.deepcopy(dense)
+    started = time.perf_counter()
+    data = [window[None] for window in calibration]
+    torchprune.sparsify(model, REMOVED, data, progress=sys.stderr.isatty())
+    plan = torchprune.plan_shrink(model, calibration[:1])
+    torchprune.shrink(model, plan)
+    return model, time.perf_counter() - started, plan
+
+
 def same_logits(model: PreTrainedModel, other: PreTrainedModel, window: Tensor) -> bool:
     """Whether two models agree in every bit of every logit."""
     with torch.no_grad():
@@ -169,6 +186,16 @@ def run(
         row = as_row(method, pattern, pruned_share(model), result, seconds, stored, dense_bytes)
         rows.append(replace(row, identical=again == result))
 
+    say("flap neurons: pruning, removing, measuring, saving, loading, measuring again")
+    smaller, seconds, plan = remove(dense, calibration)
+    result = measure(smaller, tokens)
+    torchprune.save(smaller, artifacts / "neurons", tokenizer=tokenizer)
+    again = measure(torchprune.load(artifacts / "neurons"), tokens)
+    gone = 1 - plan.parameters[1] / plan.parameters[0]
+    stored = weight_bytes(artifacts / "neurons")
+    row = as_row("flap", "neurons 20 %", gone, result, seconds, stored, dense_bytes)
+    rows.append(replace(row, identical=again == result))
+
     halves = [r for r in rows if r.pattern == "unstructured"]
     best = min(halves, key=lambda r: r.perplexity)
     say(f"{best.method} {best.pattern}: writing a plain transformers model, loading it, comparing")
@@ -191,6 +218,7 @@ def run(
         "onnx_load_seconds": written.load_seconds,
         "transformers_logits_equal": same_logits(pruned, reloaded, tokens[:LENGTH]),
         "best": best.method,
+        "shrunk_flops": plan.flops[1] / plan.flops[0],
         "dense_writes": continuation(dense, tokenizer),
         "best_writes": continuation(reloaded, tokenizer),
     }
@@ -214,7 +242,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
 CAPTION = (
     "ppl: perplexity on held-out Wikipedia; bits per token; s: seconds to prune; MB of weights as "
-    "saved, size beside the dense file; reloaded: whether the loaded model's perplexity is equal"
+    "saved, size beside the dense file; reloaded: whether the loaded model's perplexity is equal; "
+    "neurons are removed, the other rows have zeros"
 )
 HEADS = (
     "method",

@@ -22,6 +22,8 @@ _THIRD_PARTY_NOISE = (
     "ignore:.*KernelPreference.*:UserWarning",
     "ignore:.*ScaleCalculationMode.*:UserWarning",
     "ignore::DeprecationWarning:torchao.*",
+    # Inductor's own import of torch.utils.mkldnn.
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning",
     # SWIG's generated types (sentencepiece, among others) carry no module.
     "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
 )

@@ -134,8 +134,12 @@ def test_the_demo_runs(demo, tmp_path, capsys):
     record = json.loads((tmp_path / "artifacts" / "demo.json").read_text("utf-8"))
     dense, *rows = record["rows"]
     assert (dense["method"], dense["relative"], dense["identical"]) == ("dense", 1.0, None)
-    assert len(rows) == 6
-    assert all(row["sparsity"] == 0.5 and row["identical"] for row in rows)
+    assert len(rows) == 7
+    assert all(row["sparsity"] == 0.5 and row["identical"] for row in rows[:6])
+    assert rows[6]["pattern"] == "neurons 20 %"
+    assert rows[6]["identical"]
+    assert 0 < record["shrunk_flops"] < 1
+    assert rows[6]["megabytes"] < dense["megabytes"]
     assert record["transformers_logits_equal"] is True
     assert [form["name"] for form in record["forms"]] == [
         "dense",
@@ -145,7 +149,7 @@ def test_the_demo_runs(demo, tmp_path, capsys):
     ]
     assert all(form["tokens_per_second"] > 0 for form in record["forms"])
     table = (tmp_path / "artifacts" / "demo.md").read_text("utf-8")
-    assert table.count("| equal |") == 6
+    assert table.count("| equal |") == 7
     assert demo.main(["--artifacts", str(tmp_path / "artifacts")]) == 0  # over the earlier ones
 
 

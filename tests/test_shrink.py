@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -384,6 +385,52 @@ def test_loading_into_what_does_not_fit_leaves_it_as_it_was(tmp_path: Path) -> N
         torchprune.load_into(other, tmp_path / "small")
     assert all(torch.equal(other.state_dict()[k], v) for k, v in before.items())
     assert other[0].out_features == 24
+
+
+DAMAGE = [
+    ({"drops": [["model.decoder"]]}, "no block 'model.decoder'"),
+    ({"drops": [["nowhere.0"]]}, "no block 'nowhere.0'"),
+    ({"attributes": {"model.decoder.layers.0.self_attn": {"num_heads": 9}}}, "no size 'num_heads'"),
+    ({"attributes": {"model.decoder.layers.0.self_attn": {"num_heads": 0}}}, "no size 'num_heads'"),
+    ({"attributes": {"model.decoder.layers.0": {"_hidden": 1}}}, "no size '_hidden'"),
+    ({"attributes": {"model.decoder.layers.0": {"forward": 1}}}, "no size 'forward'"),
+    ({"attributes": {"elsewhere": {"num_heads": 1}}}, "'elsewhere' has no size"),
+    ({"attributes": {"model.decoder.layers.0": "num_heads"}}, "attributes must be"),
+    ({"settings": {"vocabulary": 3}}, "no number 'vocabulary'"),
+    ({"settings": {"ffn_dim": "3"}}, "settings must be"),
+    ({"surprise": 1}, "'surprise' is unknown"),
+    ([], "expected an object"),
+    (None, "expected parameter float32"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGE, ids=[str(i) for i in range(len(DAMAGE))])
+def test_hostile_sizes_get_a_clear_error(change: Any, message: str, tmp_path: Path) -> None:
+    model, batch = FAMILIES["opt"].make(), FAMILIES["opt"].data()[0]
+    gone = {0: torch.tensor([False, True, False, True])}
+    torchprune.apply_masks(model, unit_masks(model, gone, structure_for("opt")))
+    shrink(model, plan_shrink(model, batch))
+    torchprune.save(model, tmp_path / "small")
+    path = tmp_path / "small" / "manifest.json"
+    data = json.loads(path.read_text())
+    assert data["resized"]["attributes"]
+    if isinstance(change, dict):
+        change = {**data["resized"], **change}
+    path.write_text(json.dumps({**data, "resized": change}))
+    with pytest.raises(CheckpointError, match=message):
+        torchprune.load(tmp_path / "small")
+
+
+def test_a_tensor_cannot_grow(tmp_path: Path) -> None:
+    model, batch = FAMILIES["mlp"].make(), FAMILIES["mlp"].data()[0]
+    mask_random_units(model, batch)
+    shrink(model, plan_shrink(model, batch))
+    torchprune.save(model, tmp_path / "small")
+    smaller = nn.Sequential(
+        nn.Linear(16, 4), nn.GELU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 8)
+    )
+    with pytest.raises(CheckpointError, match=r"0\.weight: expected at most \(4, 16\), got"):
+        torchprune.load_into(smaller, tmp_path / "small")
 
 
 def test_two_removals_in_a_row(tmp_path: Path) -> None:

@@ -463,3 +463,29 @@ def test_programs_are_told_to_shrink_the_model() -> None:
     program = torch.export.export(model, (batch,))
     with pytest.raises(SpecError, match="sparsify and shrink the model, then export it"):
         torchprune.sparsify(program, NeuronSpec(), [batch])
+
+
+def test_the_law_for_other_test_suites_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchprune.testing import assert_shrinks, removal
+
+    family = FAMILIES["llama"]
+    model, data = family.make(), family.data()
+    with pytest.raises(AssertionError, match="nothing to remove"):
+        assert_shrinks(model, data[0])
+    torchprune.sparsify(model, NeuronSpec(0.5), data, progress=False)
+    small = assert_shrinks(model, data[0])
+    assert small.config.intermediate_size == 24
+    assert torchprune.masks(model), "the model itself keeps its masks"
+
+    def careless(net: nn.Module, plan: Any) -> nn.Module:
+        shrink(net, plan)
+        with torch.no_grad():
+            net.model.layers[0].mlp.up_proj.weight[0] = 9.0
+        return net
+
+    monkeypatch.setattr(removal, "shrink", careless)
+    with pytest.raises(AssertionError, match="output 0: apart by"):
+        assert_shrinks(model, data[0])
+    monkeypatch.setattr(removal, "shrink", lambda net, plan: net)
+    with pytest.raises(AssertionError, match="parameters, planned"):
+        assert_shrinks(model, data[0])

@@ -1,7 +1,7 @@
 """The laws of pruning as assertions and hypothesis strategies, for anybody's test suite.
 
-`assert_sparsity` and `check_laws` need torch alone. The strategies `weights`, `patterns`, `specs`
-and `small_models` need hypothesis: pip install 'torchprune[testing]'.
+`assert_sparsity`, `assert_shrinks` and `check_laws` need torch alone. The strategies `weights`,
+`patterns`, `specs` and `small_models` need hypothesis: pip install 'torchprune[testing]'.
 
 >>> import torch, torchprune
 >>> from torchprune.testing import assert_sparsity
@@ -11,10 +11,12 @@ and `small_models` need hypothesis: pip install 'torchprune[testing]'.
 
 from torchprune.testing.assertions import assert_sparsity
 from torchprune.testing.laws import check_laws
+from torchprune.testing.removal import assert_shrinks
 from torchprune.testing.strategies import SmallModel, patterns, small_models, specs, weights
 
 __all__ = [
     "SmallModel",
+    "assert_shrinks",
     "assert_sparsity",
     "check_laws",
     "patterns",

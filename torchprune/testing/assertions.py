@@ -114,7 +114,7 @@ def _stack(name: str, zero: Tensor, axis: int) -> Iterator[_Matrix]:
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
     """Name, places of zeros in the weight's own layout, and module of every layer to check."""
-    masked = list(masked_layers(model))
+    masked = [(y, m) for y, m in masked_layers(model) if y.tensor != "bias"]
     for layer, mask in masked:
         _check_masked(layer.name, mask.mask, mask(original_of(layer.module, layer.tensor)))
         yield layer.name, ~mask.mask, layer.module

@@ -149,7 +149,9 @@ def _candidates(
 def _head_size(config: Any) -> int | None:
     width = getattr(config, "hidden_size", None)
     heads = getattr(config, "num_attention_heads", None)
-    return width // heads if width and heads else None
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        return width // heads
+    return None
 
 
 def _without(value: list[Any], gone: Sequence[str]) -> list[Any]:

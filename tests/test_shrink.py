@@ -306,6 +306,27 @@ def test_sizes_in_the_code_are_named_and_the_model_is_as_before() -> None:
     assert model.qkv.out_features == 48
 
 
+class Counting(nn.Module):
+    """Its outputs depend on how many neurons there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        return self.down(hidden) * hidden.shape[-1]
+
+
+def test_other_outputs_are_refused() -> None:
+    model, batch = Counting(), torch.randn(3, 4)
+    mask_random_units(model, batch, alike=True)
+    before = outputs(model, batch)
+    with pytest.raises(ShrinkError, match="gives outputs that differ by"):
+        shrink(model, plan_shrink(model, batch))
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, batch), before, strict=True))
+
+
 def test_sizes_in_attributes_are_found() -> None:
     model, batch = Yielding(), torch.randn(2, 5, 16)
     mask_random_units(model, batch, alike=True)

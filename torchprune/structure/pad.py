@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune.slots import slots_of
+from torchprune.slots import Slot, slots_of
 from torchprune.structure.groups import Group, Member, structure_of
 from torchprune.structure.resize import restate
 
 
 def pad_to_widest(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """Widen groups, in place, to the widest of their kind in the other repeated blocks.
+    """Widen tensors, in place, to the widest of their kind in the other repeated blocks.
 
     Args:
         model: without masks; its parameters become new objects where they grow.
@@ -25,46 +25,48 @@ def pad_to_widest(model: nn.Module, example_inputs: Any) -> nn.Module:
     Raises:
         ShrinkError: the model cannot be exported.
     """
-    groups = structure_of(model, example_inputs).groups
-    widest: dict[object, int] = {}
-    for group in groups:
-        widest[_role(group)] = max(widest.get(_role(group), 0), group.count)
-    for group in groups:
-        more = widest[_role(group)] - group.count
-        for member in group.members if more else ():
-            slots = slots_of(model)
-            old = slots[member.key].tensor
-            new = _padded(old, member, group.count, more)
-            for slot in slots.values():
-                if slot.tensor is old:  # tied ones stay one tensor
-                    module: Any = slot.module
-                    table = module._parameters if isinstance(old, nn.Parameter) else module._buffers
-                    table[slot.name] = new
+    widest: dict[object, Group] = {}
+    for group in structure_of(model, example_inputs).groups:
+        role = group.kind, tuple(_role(member.key) for member in group.members)
+        if role not in widest or widest[role].count < group.count:
+            widest[role] = group
+    for group in widest.values():
+        for member in group.members:
+            for key, slot in slots_of(model).items():
+                if _role(key) == _role(member.key):
+                    _widen(model, slot, member)
     for module in model.modules():
         restate(module)
     return model
 
 
-def _role(group: Group) -> object:
-    """What groups of different blocks have in common."""
-    keys = (re.sub(r"(^|\.)\d+(?=\.)", r"\1*", member.key) for member in group.members)
-    return group.kind, tuple(keys)
+def _role(key: str) -> str:
+    """A tensor's name less the numbers of blocks."""
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", key)
 
 
-def _padded(tensor: Tensor, member: Member, count: int, more: int) -> Tensor:
-    """Zeros after every run of the last unit's indices, as long as it times what is missing."""
-    parts, start = [], 0
-    last = (member.units == count - 1).tolist()
-    for end in range(1, len(last) + 1):
-        if last[end - 1] and (end == len(last) or not last[end]):
-            begin = end
-            while begin and last[begin - 1]:
-                begin -= 1
-            parts.append(tensor.detach().narrow(member.axis, start, end - start))
-            shape = [*tensor.shape]
-            shape[member.axis] = (end - begin) * more
-            parts.append(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device))
-            start = end
-    parts.append(tensor.detach().narrow(member.axis, start, len(last) - start))
-    whole = torch.cat(parts, member.axis)
-    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
+def _widen(model: nn.Module, slot: Slot, like: Member) -> None:
+    """Lay a tensor out as the wider one is that `like` belongs to, its own units first."""
+    old = slot.tensor
+    places = _places(like.units, old.shape[like.axis])
+    if places is None:
+        return
+    shape = [*old.shape]
+    shape[like.axis] = len(like.units)
+    wide = torch.zeros(shape, dtype=old.dtype, device=old.device)
+    wide.index_copy_(like.axis, places.to(old.device), old.detach())
+    new: Any = nn.Parameter(wide, old.requires_grad) if isinstance(old, nn.Parameter) else wide
+    for other in slots_of(model).values():
+        if other.tensor is old:  # tied ones stay one tensor
+            module: Any = other.module
+            table = module._parameters if isinstance(old, nn.Parameter) else module._buffers
+            table[other.name] = new
+
+
+def _places(units: Tensor, size: int) -> Tensor | None:
+    """Where so many indices of the first units lie; None if they are no whole units, or all."""
+    for count in range(int(units.max()) + 1):
+        places = (units < count).nonzero().flatten()  # those of no unit, -1, are there too
+        if len(places) == size:
+            return places
+    return None

@@ -34,8 +34,9 @@ demo: export OMP_WAIT_POLICY := passive
 demo: $(READY)
 	$(RUN) examples/demo.py $(if $(QUICK),--quick)
 
+# Two processes, each test file in one of them.
 test: lint
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -184,7 +184,7 @@ def test_a_mask_may_be_of_any_layout() -> None:
             {"0.wieght": torch.ones(24, 16).bool()},
             r"'0\.wieght' is no prunable.*did you mean '0\.weight'",
         ),
-        ({"0.bias": torch.ones(24).bool()}, r"'0\.bias' is no prunable tensor"),
+        ({"1.weight": torch.ones(24).bool()}, r"'1\.weight' is no prunable tensor"),
         (
             {"0.weight": torch.ones(16, 24).bool()},
             r"expected a bool mask \(24, 16\), got torch\.bool \(16, 24\)",

@@ -184,7 +184,7 @@ def test_a_tied_head_stays_dense_even_by_name() -> None:
         (lambda module, name: module.in_features == 48, 2),
         (lambda module, name: "layers.0" in name, 7),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_selectors(selector: Any, count: int) -> None:
     model = FAMILIES["llama"].make()

@@ -292,7 +292,7 @@ def test_overrides_are_a_mapping() -> None:
 
 @pytest.mark.parametrize("bad", ["wanda", None, WandaSpec, 0.5])
 def test_sparsify_wants_a_spec(bad: Any) -> None:
-    with pytest.raises(SpecError, match="spec must be a MagnitudeSpec, WandaSpec or SparseGPTSpec"):
+    with pytest.raises(SpecError, match="spec must be a MagnitudeSpec, WandaSpec,"):
         torchprune.sparsify(nn.Linear(4, 4), bad)
 
 

@@ -45,6 +45,7 @@ class Held:
         self.bytes: dict[int, int] = {}
         self._counted: dict[Hashable, int] = {}
         self._packed: dict[int, list[tuple[torch.UntypedStorage, Tensor]]] = {}
+        gc.collect()  # what is garbage now would die later, and its address be given to another
         self._older = {_address(t) for t in gc.get_objects() if issubclass(type(t), Tensor)}
         self._fixed = self._older | self._owned()
         self._next: tuple[int, dict[int, Tensor]] | None = None

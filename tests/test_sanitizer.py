@@ -62,7 +62,7 @@ import torch
 from torchprune import kernels
 from torchprune.bitmask import Bitmask
 packed = Bitmask.pack(torch.ones(4, 64))
-packed.starts[3] = 250  # the last six values, and 58 behind them; nobody has checked this
+packed.starts[3] = 2**31 - 1  # nobody has checked this; so far away nothing else lies
 torch.ops.torchprune.bitmask_unpack(packed.bits, packed.values, packed.starts, 64)
 """
 

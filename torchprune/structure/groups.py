@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,13 +86,19 @@ class Structure:
 
     def __str__(self) -> str:
         lines = [str(group) for group in self.groups]
-        by_reason: dict[str, list[str]] = {}
-        for f in self.frozen:
-            by_reason.setdefault(f.why, []).append(f"{f.key}[{f.axis}]")
-        for why, axes in by_reason.items():
-            more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
-            lines.append(f"frozen by {why}: {', '.join(axes[:3])}{more}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *reasons_of(self.frozen)])
+
+
+def reasons_of(frozen: Iterable[Frozen]) -> list[str]:
+    """A line for each reason, with the first axes that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for f in frozen:
+        by_reason.setdefault(f.why, []).append(f"{f.key}[{f.axis}]")
+    lines = []
+    for why, axes in by_reason.items():
+        more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
+        lines.append(f"frozen by {why}: {', '.join(axes[:3])}{more}")
+    return lines
 
 
 def structure_of(model: nn.Module, example_inputs: Any) -> Structure:

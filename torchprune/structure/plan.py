@@ -16,7 +16,7 @@ from torchprune.errors import ShrinkError
 from torchprune.packing import masked
 from torchprune.selection import layers_of, repeated_blocks
 from torchprune.slots import Slot, slots_of
-from torchprune.structure.groups import Frozen, Group, Structure, read_groups
+from torchprune.structure.groups import Frozen, Group, Structure, read_groups, reasons_of
 from torchprune.structure.labels import axes_of
 from torchprune.structure.trace import as_batch, trace
 
@@ -94,12 +94,7 @@ class ShrinkPlan:
             share = f" ({after / before:.1%})" if before else ""
             lines.append(f"{what}: {before:,} -> {after:,}{share}")
         lines += self.notes
-        by_reason: dict[str, list[str]] = {}
-        for f in self.frozen:
-            by_reason.setdefault(f.why, []).append(f"{f.key}[{f.axis}]")
-        for why, places in by_reason.items():
-            more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-            lines.append(f"frozen by {why}: {', '.join(places[:3])}{more}")
+        lines += reasons_of(self.frozen)
         return "\n".join(lines if self else ["nothing to remove: no unit is all zero", *lines])
 
 

@@ -13,10 +13,17 @@ from torchprune.errors import TorchpruneError
 from torchprune.evaluation import perplexity
 from torchprune.lowering import lift, lower, plan_lowering
 from torchprune.masking import apply_masks, densify, fold, masks
+from torchprune.options import PCG, Reconstruct
 from torchprune.patterns import NM, Block, Unstructured
 from torchprune.report import report
 from torchprune.sparsify import sparsify
-from torchprune.specs import MagnitudeSpec, SparseGPTSpec, WandaSpec
+from torchprune.specs import (
+    ADMMSpec,
+    MagnitudeSpec,
+    RIASpec,
+    SparseGPTSpec,
+    WandaSpec,
+)
 from torchprune.structure.plan import plan_shrink
 from torchprune.structure.shrink import shrink
 from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
@@ -25,12 +32,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "PCG",
+    "ADMMSpec",
     "Block",
     "ChannelSpec",
     "HeadSpec",
     "LayerSpec",
     "MagnitudeSpec",
     "NeuronSpec",
+    "RIASpec",
+    "Reconstruct",
     "SparseGPTSpec",
     "TorchpruneError",
     "Unstructured",

@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torchprune.ambient import exact
 from torchprune.changes import Change
 from torchprune.errors import CalibrationError
 from torchprune.masking import Record
-from torchprune.methods.factor import Factor, factorise
 from torchprune.methods.magnitude import magnitude_score
-from torchprune.methods.sparsegpt import sparsegpt
+from torchprune.methods.ria import ria_score
+from torchprune.methods.sparsegpt import Solved
 from torchprune.methods.wanda import wanda_score
 from torchprune.moments import Moments
 from torchprune.packing import masked
 from torchprune.plan import Target
 from torchprune.projection import BARRED, project_each
-from torchprune.specs import Goal, MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
+from torchprune.solve import Solver
+from torchprune.specs import Goal, MagnitudeSpec, RIASpec, Spec, WandaSpec
 
 _ROWS_MEASURED = 128
 
@@ -43,98 +45,114 @@ class Decider:
     Attributes:
         spec: the method and its options.
         batches: how many batches calibrate, to tell which layers only some of them reach.
+        chosen: masks decided beforehand, (groups, rows, cols) by layer key: only the weights of
+            those layers are decided.
         warnings: what the user must know, filled as layers pass.
     """
 
-    spec: WandaSpec | SparseGPTSpec
+    spec: Spec
     batches: int
+    chosen: dict[str, Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    _factors: dict[int, Factor] = field(default_factory=dict)
-    _factors_of: Moments | None = None
+    _solver: Solver | None = None
+
+    def choose(self, targets: Sequence[Target], scores: Sequence[Sequence[Tensor]]) -> None:
+        """Decide masks that share one budget."""
+        keeps = _masks(targets, scores, self.spec)
+        self.chosen = {t.layer.key: k for t, k in zip(targets, keeps, strict=True)}
 
     def changes(self, stop: Sequence[tuple[Target, Moments]]) -> Iterator[Change]:
         """The changes of the layers of one stop."""
-        if isinstance(self.spec, WandaSpec) and self.spec.scope == "global":
-            targets = [t for t, _ in stop]
-            keeps = _masks(targets, [self._scores(t, m) for t, m in stop], self.spec)
-            for (target, moments), keep in zip(stop, keeps, strict=True):
-                yield self._change(target, moments, keep)
-            return
-        if isinstance(self.spec, SparseGPTSpec):
-            for targets, moments in _solved_together(stop):
-                yield from self._solved(self.spec, targets, moments)
-            return
-        for target, moments in stop:
-            keep = _masks([target], [self._scores(target, moments)], self.spec)[0]
-            yield self._change(target, moments, keep)
+        if self.spec.scope == "global" and not self.chosen:
+            self.choose([t for t, _ in stop], [self._scores(t, m) for t, m in stop])
+        for targets, moments in _solved_together(stop):
+            if self.spec.needs_gram:
+                yield from self._solved(targets, moments)
+                continue
+            for target in targets:
+                yield self._change(target, moments, self._keep(target, moments))
 
     def unreached(self, target: Target) -> Change:
         """The change of a layer that no batch reached: by magnitude, and said so."""
         note = "no calibration batch reached it: pruned by magnitude"
         self.warnings.append(f"{target.name}: {note}")
+        if (keep := self.chosen.get(target.layer.key)) is not None:
+            record = Record("magnitude", str(target.goal), tokens=0, note=note)
+            return Change(target, target.view.from_matrix(keep, target.weight.shape), record)
         local = MagnitudeSpec(scope="layer" if self.spec.scope == "global" else self.spec.scope)
         return next(by_magnitude([target], local, tokens=0, note=note))
 
+    def _keep(self, target: Target, moments: Moments) -> Tensor:
+        """The mask of a layer by its scores alone."""
+        keep = self.chosen.get(target.layer.key)
+        if keep is None:
+            keep = _masks([target], [self._scores(target, moments)], self.spec)[0]
+        return keep
+
     def _scores(self, target: Target, moments: Moments) -> list[Tensor]:
-        """Wanda's score of each group, magnitude's where no token reached the group."""
+        """The method's score of each group, magnitude's where no token reached the group."""
         return [
-            wanda_score(w, square) if rows else magnitude_score(w)
+            self._score(w, square) if rows else magnitude_score(w)
             for w, square, rows in zip(groups_of(target), moments.square, moments.rows, strict=True)
         ]
 
-    def _solved(
-        self, spec: SparseGPTSpec, targets: Sequence[Target], moments: Moments
-    ) -> Iterator[Change]:
-        """SparseGPT group by group, magnitude where no token reached the group."""
-        goal, barred = targets[0].goal, [_barred(target) for target in targets]
-        weights = [groups_of(target) for target in targets]
-        values: list[list[Tensor]] = [[] for _ in targets]
-        keeps: list[list[Tensor]] = [[] for _ in targets]
+    def _score(self, weight: Tensor, square: Tensor) -> Tensor:
+        match self.spec:
+            case WandaSpec():
+                return wanda_score(weight, square)
+            case RIASpec(power=power):
+                return ria_score(weight, square, power)
+            case _:
+                return magnitude_score(weight)
+
+    def _solved(self, targets: Sequence[Target], moments: Moments) -> Iterator[Change]:
+        """New weights group by group; only a mask, by magnitude, where no token reached the group.
+
+        The layers read the same inputs and have the same goal.
+        """
+        spec, goal = self.spec, targets[0].goal
+        if self._solver is None or self._solver.moments is not moments:
+            self._solver = Solver(spec, moments, targets[0].name)
+        solver = self._solver
+        weights, barred = [groups_of(t) for t in targets], [_barred(t) for t in targets]
+        keeps = None if spec.chooses_weights else [self._keep(t, moments) for t in targets]
+        found: list[list[Solved]] = [[] for _ in targets]
         notes: list[str] = []
-        lost, total = [0.0] * len(targets), [0.0] * len(targets)
         for group, rows in enumerate(moments.rows):
             here = [weight[group] for weight in weights]
-            if not rows:
-                for i, (target, weight) in enumerate(zip(targets, here, strict=True)):
-                    score = [[magnitude_score(weight)]]
-                    values[i].append(weight.float())
-                    keeps[i].append(_masks([target], score, spec, groups=[group])[0][0])
-                continue
-            factor = self._factor(spec, targets[0], moments, group)
-            if factor.damping != spec.damping:
-                notes.append(f"damping raised to {factor.damping:g} to factorise")
-            solved = sparsegpt(
-                here,
-                factor,
-                goal.pattern,
-                goal.sparsity,
-                spec.scope or "layer",
-                spec.block_size,
-                [None if bar is None else bar[group] for bar in barred],
+            if rows:
+                solved = solver.solve(
+                    group,
+                    here,
+                    goal,
+                    [None if bar is None else bar[group] for bar in barred],
+                    [None if keeps is None else keeps[i][group] for i in range(len(targets))],
+                )
+                damping = solver.damping(group)
+                if damping is not None and damping != getattr(spec, "damping", None):
+                    notes.append(f"damping raised to {damping:g} to factorise")
+            else:
+                solved = [
+                    Solved(w.float(), self._by_magnitude(t, w, group), 0.0)
+                    if keeps is None
+                    else Solved(w.float(), keeps[i][group], 0.0)
+                    for i, (t, w) in enumerate(zip(targets, here, strict=True))
+                ]
+            for own, one in zip(found, solved, strict=True):
+                own.append(one)
+        for target, weight, own in zip(targets, weights, found, strict=True):
+            new = torch.stack([one.weight for one in own]).to(target.weight.dtype)
+            yield self._change(
+                target,
+                moments,
+                torch.stack([one.keep for one in own]),
+                target.view.from_matrix(new, target.weight.shape),
+                _relative(weight, own, moments),
+                notes,
             )
-            assert moments.gram is not None
-            for i, (weight, found) in enumerate(zip(here, solved, strict=True)):
-                values[i].append(found.weight)
-                keeps[i].append(found.keep)
-                lost[i] += found.squared * rows / 2  # H is 2/n times the second moment
-                total[i] += _output_square(weight.float(), moments.gram[group])
-        for i, target in enumerate(targets):
-            new = target.view.from_matrix(
-                torch.stack(values[i]).to(target.weight.dtype), target.weight.shape
-            )
-            error = lost[i] / total[i] if total[i] > 0 else None
-            yield self._change(target, moments, torch.stack(keeps[i]), new, error, notes)
 
-    def _factor(self, spec: SparseGPTSpec, target: Target, moments: Moments, group: int) -> Factor:
-        """The factor of a group's inputs, made once for all layers that share the moments."""
-        if self._factors_of is not moments:
-            self._factors_of, self._factors = moments, {}
-        if group not in self._factors:
-            assert moments.gram is not None
-            self._factors[group] = factorise(
-                moments.gram[group], moments.rows[group], spec.damping, target.name
-            )
-        return self._factors[group]
+    def _by_magnitude(self, target: Target, weight: Tensor, group: int) -> Tensor:
+        return _masks([target], [[magnitude_score(weight)]], self.spec, groups=[group])[0][0]
 
     def _change(
         self,
@@ -152,16 +170,41 @@ class Decider:
             self.warnings.append(f"{target.name}: {notes[-1]}")
         if moments.batches < self.batches:
             notes.append(f"reached by {moments.batches} of {self.batches} batches")
+        if new is None:
+            error = sampled_error(target, moments, keep)
+            if self.spec.reconstruct:  # the block's training will change what is kept
+                new = target.view.from_matrix(groups_of(target), target.weight.shape)
         record = Record(
             self.spec.method,
             str(target.goal),
             updates_weights=new is not None,
-            error=sampled_error(target, moments, keep) if new is None else error,
+            error=error,
             tokens=sum(moments.rows),
             note="; ".join(notes),
         )
         mask = target.view.from_matrix(keep, target.weight.shape)
         return Change(target, mask, record, new)
+
+
+def decider_for(spec: Spec, targets: Sequence[Target], batches: int) -> Decider:
+    """A decider; masks that need no statistics and share one budget are chosen at once."""
+    decider = Decider(spec, batches)
+    if isinstance(spec, MagnitudeSpec) and spec.scope == "global":
+        with exact():
+            decider.choose(targets, [[magnitude_score(w) for w in groups_of(t)] for t in targets])
+    return decider
+
+
+def _relative(weight: Tensor, solved: Sequence[Solved], moments: Moments) -> float | None:
+    """||X (W - W')^T||^2 / ||X W^T||^2 over all groups that tokens reached."""
+    assert moments.gram is not None
+    lost = sum(one.squared for one in solved)
+    total = sum(
+        _output_square(weight[group].float(), moments.gram[group])
+        for group, rows in enumerate(moments.rows)
+        if rows
+    )
+    return lost / total if total > 0 else None
 
 
 def _solved_together(

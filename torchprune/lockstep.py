@@ -18,10 +18,10 @@ Defined behaviour at the edges:
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import greenlet
@@ -35,12 +35,16 @@ from torchprune.errors import CalibrationError
 from torchprune.foresight import Foresight
 from torchprune.moments import SAMPLE_ROWS, Moments
 from torchprune.plan import Target
+from torchprune.reading import Gathered, Read, Sources
+from torchprune.twins import Twins
+from torchprune.units import Call, Ends, Unit, floats_of, put_on
 from torchprune.weights import ConvNd, geometry, input_rows, is_fused_experts
 
 Stop = list[tuple[Target, Moments]]
 """Layers to prune now. Layers that read the same tensors share one `Moments` object."""
 
-Rows = Callable[[], list[Tensor]]
+Place = tuple[int, int]
+"""(i, 0) is before layer i, (i, 1) the end of the unit whose last layer is i."""
 
 
 @dataclass
@@ -49,49 +53,6 @@ class Usage:
 
     peak_held_bytes: int = 0
     revisited: set[str] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class _Read:
-    """One batch reading one tensor at one layer. `x` is None where nothing can be shared."""
-
-    batch: int
-    x: Tensor | None
-    rows: Rows
-
-
-class _Sources:
-    """The very tensors, one a batch, that statistics were taken from."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-
-    def add(self, batch: int, x: Tensor) -> None:
-        """Note a batch's tensor as it is now."""
-        self._tensors[batch] = weakref.ref(x), _version(x)
-
-    def holds(self, batch: int, x: Tensor | None) -> bool:
-        """Whether this is the batch's tensor, unchanged since."""
-        ref, version = self._tensors.get(batch, (None, -1))
-        return x is not None and ref is not None and ref() is x and _version(x) == version
-
-    def batches(self) -> set[int]:
-        """The batches that have one."""
-        return set(self._tensors)
-
-    def alive(self) -> bool:
-        """Whether the tensors may still be read by another layer."""
-        return any(ref() is not None for ref, _ in self._tensors.values())
-
-
-@dataclass(eq=False)
-class _Gathered:
-    """Statistics, what they were taken from, and the layer that was first to read it."""
-
-    moments: Moments
-    geometry: object
-    first: int
-    sources: _Sources = field(default_factory=_Sources)
 
 
 class _AllReached(BaseException):
@@ -116,6 +77,8 @@ class Calibration:
             block again.
         foresee: prune layers of a block together that are expected to read the same tensors.
         hold: 16-bit dtype in which waiting batches hold float32 activations, or None.
+        cross: whether methods need the cross moment with the dense model's inputs.
+        ends: what happens when all layers of a unit are pruned, or None.
     """
 
     def __init__(
@@ -130,6 +93,8 @@ class Calibration:
         foresee: bool = True,
         total: bool = False,
         hold: torch.dtype | None = None,
+        cross: bool = False,
+        ends: Ends | None = None,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.total = total
@@ -139,19 +104,23 @@ class Calibration:
         self._encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
-        self._current = self._place = 0
+        self.cross, self._ends = cross, ends
+        self._current, self._place = 0, (0, 0)
         self._pausing, self._surprised = True, False
+        self._passive = False  # whether what runs now is only run for its outputs
         self._done: set[int] = set()
-        self._waiting: dict[int, list[int]] = {}  # place -> batches; a place is a target's index
-        self._reads: dict[int, list[_Read]] = {}  # target -> reads of the batches that wait at it
-        self._gathered: dict[int, _Gathered] = {}  # target -> its statistics, until it is pruned
+        self._waiting: dict[Place, list[int]] = {}  # place -> batches
+        self._units: dict[int, Unit] = {}  # those still to end, by their last layer
+        self._reads: dict[int, list[Read]] = {}  # target -> reads of the batches that wait at it
+        self._gathered: dict[int, Gathered] = {}  # target -> its statistics, until it is pruned
         self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
-        self._shareable: list[_Gathered] = []
+        self._shareable: list[Gathered] = []
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
-        self._promised: dict[int, _Sources] = {}  # foreseen target -> what it is expected to read
-        self._end = len(self.targets)  # the place where batches wait that nobody needs any more
+        self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
+        self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
         self._runs: list[greenlet.greenlet] = []
+        self._twins: Twins | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -170,6 +139,9 @@ class Calibration:
             for number, indices in members.items():
                 self._members[indices[0]] = indices
                 self._run_twice(stack, self.blocks[number], indices[0])
+            if self._ends is not None:
+                for name, module in self._ends.units.items():
+                    self._stop_at_end(stack, name, module)
             stack.callback(self._abandon)
             self._stack = stack.pop_all()
         return self
@@ -179,12 +151,16 @@ class Calibration:
 
     def stops(self) -> Iterator[Stop]:
         """Run the batches; yield whenever all wait. Whatever is yielded must be pruned at once."""
-        self._runs = [greenlet.greenlet(self._forward) for _ in self.batches]
-        moving = list(range(len(self._runs)))
+        count = len(self.batches)
+        self._runs = [greenlet.greenlet(partial(self._forward, i)) for i in range(count)]
+        if self.cross or (self._ends is not None and self._ends.alpha):
+            self._twins = Twins(count, self._forward, self._resume)
+        moving = list(range(count))
+        self._advance_twins(moving, -1)
         while True:
             self._held.new_round()
             for index in moving:
-                self._resume(index)
+                self._resume(index, self._runs[index])
                 if self._surprised:
                     raise Unforeseen
             self._held.end_round()
@@ -194,69 +170,111 @@ class Calibration:
             if place == self._end:
                 break
             moving = self._waiting.pop(place)
-            ready = [i for i in self._members[place] if i in self._reads or i in self._gathered]
-            stop = [(self.targets[i], self._complete(i)) for i in ready]
-            stop += self._foreseen(place)
-            self._done.update(self._members[place])
-            for i in ready:
-                del self._gathered[i]  # a second moment is large; `_shareable` keeps what is needed
-            yield stop
-            del stop
+            if place[1]:
+                self._end_unit(place[0])
+            else:
+                yield from self._stop(place[0], moving)
             if not self._needs(moving):
                 break
         for index, sources in self._promised.items():
             if self._counted[index] != sources.batches():
                 raise Unforeseen
 
+    def _stop(self, place: int, moving: Sequence[int]) -> Iterator[Stop]:
+        """Statistics of the layers at a place where batches wait."""
+        ready = [i for i in self._members[place] if i in self._reads or i in self._gathered]
+        stop = [(self.targets[i], self._complete(i)) for i in ready]
+        foreseen = self._foreseen(place)
+        stop += [(self.targets[i], stop[0][1]) for i in foreseen]
+        fresh = {*self._members[place], *foreseen}
+        self._done.update(fresh)
+        for i in ready:
+            del self._gathered[i]  # a second moment is large; `_shareable` keeps what is needed
+        self._advance_twins(moving, place, fresh)
+        yield stop
+
+    def _end_unit(self, last: int) -> None:
+        assert self._ends is not None
+        unit, self._passive = self._units.pop(last), True
+        try:
+            self._ends.act(unit)
+        finally:
+            self._passive = False
+
     def collect(self) -> Stop:
         """Run every batch through the dense model, then give all statistics at once."""
         self._pausing = False
         for index in range(len(self.batches)):
             self._current = index
-            self._forward()
+            self._forward(index)
             self._shareable = [g for g in self._shareable if g.sources.alive()]
         return [(self.targets[i], self._complete(i)) for i in sorted(self._gathered)]
 
     # -- running ---------------------------------------------------------------------------------
 
-    def _forward(self) -> None:
-        batch = self.batches[self._current]
+    def _forward(self, index: int) -> None:
+        batch = self.batches[index]
         with torch.no_grad():
             self.model(*batch.args, **batch.kwargs)
 
-    def _resume(self, index: int) -> None:
-        run, self._current = self._runs[index], index
+    def _resume(self, index: int, run: greenlet.greenlet) -> None:
+        self._current, key = index, self._key(index, run)
         torch.clear_autocast_cache()  # it may remember weights as they were before pruning
-        self._held.restore(index)
+        self._held.restore(key)
         run.switch()
         if not run.dead:
-            self._held.store(index, run, (self._place, self.batches[index].shapes))
+            self._held.store(key, run, (self._place, key != index, self.batches[index].shapes))
+
+    def _key(self, index: int, run: greenlet.greenlet) -> int:
+        """What a coroutine's activations are held under: twins come after the batches."""
+        return index if run is self._runs[index] else index + len(self._runs)
+
+    def _advance_twins(self, moving: Sequence[int], place: int, fresh: Iterable[int] = ()) -> None:
+        if self._twins is not None:
+            self._held.new_round()
+            self._twins.advance(moving, place, fresh)
+            self._held.end_round()
+            for index in fresh:
+                self._twins.reads.pop(index, None)
 
     def _needs(self, batches: Sequence[int]) -> bool:
-        """Whether a layer is still to be pruned, or a promise of these batches to be kept."""
-        return len(self._done) < len(self.targets) or any(
-            batch in sources.batches() - self._counted[index]
-            for index, sources in self._promised.items()
-            for batch in batches
+        """Whether a layer is still to be pruned, a unit to end, or a promise of these batches to be
+        kept."""
+        return (
+            len(self._done) < len(self.targets)
+            or bool(self._units)
+            or any(
+                batch in sources.batches() - self._counted[index]
+                for index, sources in self._promised.items()
+                for batch in batches
+            )
         )
 
-    def _pause(self, place: int) -> None:
+    def _pause(self, place: Place) -> None:
         """In a coroutine: wait until the driver has pruned this place."""
         self._waiting.setdefault(place, []).append(self._current)
         self._place = place
+        self._switch()
+
+    def _switch(self) -> None:
         with ambient.restored(self._outer):
             self._driver.switch()
 
     def _abandon(self) -> None:
-        for index, run in enumerate(self._runs):
+        runs = [*self._runs, *(self._twins.runs if self._twins is not None else [])]
+        for key, run in enumerate(runs):
             if not run.dead:
-                self._held.restore(index)
+                self._held.restore(key)
                 run.throw()
-        self._runs = []
+        self._runs, self._twins, self._units = [], None, {}
         self._shareable, self._reads, self._gathered = [], {}, {}
 
     def _measure_held(self) -> None:
-        held = sum(self._held.bytes.get(i, 0) for w in self._waiting.values() for i in w)
+        count = len(self._runs)
+        waiting = [i for w in self._waiting.values() for i in w]
+        if self._twins is not None:
+            waiting += [count + i for i, run in enumerate(self._twins.runs) if not run.dead]
+        held = sum(self._held.bytes.get(i, 0) for i in waiting)
         self.usage.peak_held_bytes = max(self.usage.peak_held_bytes, held)
 
     # -- observing -------------------------------------------------------------------------------
@@ -268,8 +286,12 @@ class Calibration:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
                 if x is not None:
-                    keep = None if isinstance(module, ConvNd) else self._token_mask(target, x.shape)
-                    read = _Read(self._current, x, lambda: input_rows(module, x, keep))
+                    keep = (
+                        None
+                        if isinstance(module, ConvNd)
+                        else self._token_mask(target.name, x.shape)
+                    )
+                    read = Read(self._current, x, lambda: input_rows(module, x, keep))
                     self._reached(index, read, pauses)
 
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -279,18 +301,24 @@ class Calibration:
         def reach(tensor: str, inputs: list[Tensor]) -> None:
             for i, other in enumerate(self.targets):
                 if other.layer.module is module and other.layer.tensor == tensor:
-                    self._reached(i, _Read(self._current, None, lambda: inputs), pauses)
+                    self._reached(i, Read(self._current, None, lambda: inputs), pauses)
 
         if "forward" not in vars(module):  # once for all the weights of the module
-            keep_rows = lambda shape: self._token_mask(target, torch.Size((*shape, 0)))  # noqa: E731
+            keep_rows = lambda shape: self._token_mask(target.name, torch.Size((*shape, 0)))  # noqa: E731
             stack.enter_context(experts.observed(module, reach, keep_rows))
 
-    def _token_mask(self, target: Target, shape: torch.Size) -> Tensor | None:
+    def _token_mask(self, name: str, shape: torch.Size) -> Tensor | None:
         batch = self.batches[self._current]
-        return batch.token_mask(shape[:-1], target.name, encoder_decoder=self._encoder_decoder)
+        return batch.token_mask(shape[:-1], name, encoder_decoder=self._encoder_decoder)
 
-    def _reached(self, index: int, read: _Read, pauses: bool) -> None:
+    def _reached(self, index: int, read: Read, pauses: bool) -> None:
         """A batch is about to run a layer."""
+        if self._passive:
+            return
+        if self._twins is not None and self._twins.running:
+            self._place = (index, 0)
+            self._twins.reached(index, read, self._done, self._switch)
+            return
         if index in self._done:
             counted, promised = self._counted.get(index, set()), self._promised.get(index)
             if read.batch in counted:
@@ -305,7 +333,7 @@ class Calibration:
             return
         if pauses and self._pausing:
             self._reads.setdefault(index, []).append(read)
-            self._pause(index)
+            self._pause((index, 0))
         else:
             self._add_running(index, read)
             missing = self._missing.get(read.batch)
@@ -316,45 +344,81 @@ class Calibration:
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
-        own = vars(block).get("forward")
         forward = block.forward
 
+        @put_on(stack, block)
         def twice(*args: Any, **kwargs: Any) -> Any:
             if place not in self._done and self._pausing:
                 self._missing[self._current] = set(self._members[place])
                 with suppress(_AllReached):
                     forward(*args, **kwargs)
                 self._missing.pop(self._current, None)
-                self._pause(place)
+                self._pause((place, 0))
             return forward(*args, **kwargs)
 
-        block.forward = twice
-        if own is None:
-            stack.callback(lambda: vars(block).pop("forward"))
-        else:
-            stack.callback(lambda: setattr(block, "forward", own))
+    def _stop_at_end(self, stack: ExitStack, name: str, module: nn.Module) -> None:
+        """Let a unit's forward wait at its end, and then give what its final weights give."""
+        inside = {id(m) for m in module.modules()}
+        members = [i for i, t in enumerate(self.targets) if id(t.layer.module) in inside]
+        if not members:
+            return
+        assert self._ends is not None
+        last, alpha, forward = members[-1], self._ends.alpha, module.forward
+        self._units[last] = Unit(name, module, [self.targets[i] for i in members])
+        theirs: dict[int, list[Tensor]] = {}  # batch -> what the dense model gives
+
+        @put_on(stack, module)
+        def ended(*args: Any, **kwargs: Any) -> Any:
+            unit, batch = self._units.get(last), self._current
+            if self._passive or unit is None:
+                return forward(*args, **kwargs)
+            if self._twins is not None and self._twins.running:
+                out = forward(*args, **kwargs)
+                theirs.setdefault(batch, [t.clone() for t in floats_of(out)])
+                return out
+            if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
+                return forward(*args, **kwargs)  # not dense any more, or not its first call
+            wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
+            forward(*args, **kwargs)
+            if alpha and batch in theirs:
+                dense = theirs.pop(batch)
+                pairs = zip(wanted, dense, strict=True)
+                wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
+            if wanted:
+                counts = [self._token_mask(name, t.shape) for t in wanted]
+                unit.calls.append(Call(args, kwargs, wanted, counts, batch))
+            self._pause((last, 1))
+            return passively(*args, **kwargs)
+
+        def passively(*args: Any, **kwargs: Any) -> Any:
+            self._passive = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._passive = False
 
     # -- gathering -------------------------------------------------------------------------------
 
-    def _fresh(self, index: int) -> _Gathered:
+    def _fresh(self, index: int) -> Gathered:
         target = self.targets[index]
         view, device = target.view, target.weight.device
         with ambient.exact():  # a forward in inference mode must not make them inference tensors
             moments = Moments.empty(
-                view.groups, view.cols, device, gram=self.gram, total=self.total
+                view.groups, view.cols, device, gram=self.gram, total=self.total, cross=self.cross
             )
-        gathered = _Gathered(moments, geometry(target.layer.module), index)
+        gathered = Gathered(moments, geometry(target.layer.module), index)
         self._shareable.append(gathered)
         return gathered
 
-    def _count(self, gathered: _Gathered, read: _Read) -> None:
+    def _count(self, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
         sample = 0 if self.gram else -(-SAMPLE_ROWS // len(self.batches))
         with ambient.exact():
-            gathered.moments.add(read.rows(), sample)
+            dense = None if twin is None else twin.rows()
+            gathered.moments.add(read.rows(), sample, dense)
         if read.x is not None:
             gathered.sources.add(read.batch, read.x)
 
-    def _matching(self, index: int, reads: Sequence[_Read], *, whole: bool) -> _Gathered | None:
+    def _matching(self, index: int, reads: Sequence[Read], *, whole: bool) -> Gathered | None:
         """Statistics of another layer that were taken from exactly these tensors."""
         shape = geometry(self.targets[index].layer.module)
         for gathered in self._shareable:
@@ -379,7 +443,7 @@ class Calibration:
             else:
                 for read in reads:
                     with self._held.at_hand(read.batch, self._runs[read.batch]):
-                        self._count(gathered, read)
+                        self._count_both(gathered, index, read)
         moments = self._gathered[index].moments
         with ambient.exact():
             moments.finish()
@@ -389,8 +453,18 @@ class Calibration:
             )
         return moments
 
-    def _foreseen(self, place: int) -> Stop:
-        """The layers expected to read what the layer at this place reads, with its statistics."""
+    def _count_both(self, gathered: Gathered, index: int, read: Read) -> None:
+        """Count a read and what the batch's twin reads in its place."""
+        twins = self._twins
+        twin = None if twins is None else twins.reads.get(index, {}).get(read.batch)
+        if twins is None or twin is None:
+            self._count(gathered, read)
+            return
+        with self._held.at_hand(len(self._runs) + read.batch, twins.runs[read.batch]):
+            self._count(gathered, read, twin)
+
+    def _foreseen(self, place: int) -> list[int]:
+        """The layers expected to read what the layer at this place reads."""
         gathered = self._gathered.get(place)
         if gathered is None:
             return []
@@ -398,10 +472,9 @@ class Calibration:
         siblings = [i for i in self._foresight.siblings(place) if i not in taken]
         for index in siblings:
             self._promised[index], self._counted[index] = gathered.sources, set()
-        self._done.update(siblings)
-        return [(self.targets[i], gathered.moments) for i in siblings]
+        return siblings
 
-    def _add_running(self, index: int, read: _Read) -> None:
+    def _add_running(self, index: int, read: Read) -> None:
         """Count a read at once: the batch will not wait here."""
         gathered = self._gathered.get(index)
         if gathered is None:
@@ -421,8 +494,3 @@ class Calibration:
                 'sequential="layer" for this model'
             )
         self._count(gathered, read)
-
-
-def _version(x: Tensor) -> int:
-    """How often a tensor was written in place; inference tensors do not count that."""
-    return 0 if x.is_inference() else x._version

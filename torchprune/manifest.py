@@ -21,12 +21,12 @@ from torch import nn
 
 from torchprune.errors import CheckpointError, TorchpruneError
 from torchprune.masking import Record
+from torchprune.options import Checked
 from torchprune.patterns import NM, Block, Unstructured
 from torchprune.report import RunRecord
 from torchprune.resized import Resized
 from torchprune.selection import as_selectors, layers_of, matches
 from torchprune.slots import Kind
-from torchprune.specs import Checked
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"

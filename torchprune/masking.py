@@ -7,6 +7,7 @@ the original where kept and exactly `+0.0` elsewhere, whatever the original hold
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -60,9 +61,12 @@ class Mask(nn.Module):
         self.reversible = not record.updates_weights
         """Whether the parametrized original still holds the dense values."""
         self._bits: tuple[Tensor, torch.Size] | None = None
+        self._transparent = False
 
     def forward(self, weight: Tensor) -> Tensor:
-        mask = self.mask if self._bits is None else self._whole()
+        if self._transparent:
+            return weight
+        mask = self.whole()
         if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
         return masked(weight, mask)  # inductor folds this one where weights are frozen
@@ -76,14 +80,24 @@ class Mask(nn.Module):
     def expand(self, like: Tensor) -> None:
         """Undo `compress`; the mask takes the memory format of the weight, `like`."""
         if self._bits is not None:
-            self.mask, self._bits = laid_out_like(self._whole(), like), None
+            self.mask, self._bits = laid_out_like(self.whole(), like), None
 
-    def _whole(self) -> Tensor:
+    @contextmanager
+    def transparent(self) -> Iterator[None]:
+        """For a while, give weights as they are: somebody else sees to the zeros."""
+        self._transparent = True
+        try:
+            yield
+        finally:
+            self._transparent = False
+
+    def whole(self) -> Tensor:
+        """The mask, whether or not it is compressed."""
         return self.mask if self._bits is None else unpack_bits(*self._bits)
 
     def snapshot(self) -> tuple[Tensor, Record, bool, Tensor | None]:
         """What `restore` needs to make this mask what it is now."""
-        return pack_bits(self._whole()), self.record, self.reversible, self.dense
+        return pack_bits(self.whole()), self.record, self.reversible, self.dense
 
     def restore(self, snapshot: tuple[Tensor, Record, bool, Tensor | None]) -> None:
         """Become what the mask was when the snapshot was taken. It must not be compressed."""

@@ -30,6 +30,8 @@ class Moments:
         batches: batches that reached the layer.
         sample: per group, up to SAMPLE_ROWS input rows spread over the batches.
         total: (groups, cols) float32, sum of x, where it was asked for.
+        cross: (groups, cols, cols) float32, sum of x_d x^T with x_d what the dense model reads
+            there, where it was asked for. Rows without a counterpart count as their own.
     """
 
     square: Tensor
@@ -39,10 +41,17 @@ class Moments:
     batches: int = 0
     finished: bool = False
     total: Tensor | None = None
+    cross: Tensor | None = None
 
     @staticmethod
     def empty(
-        groups: int, cols: int, device: torch.device, *, gram: bool, total: bool = False
+        groups: int,
+        cols: int,
+        device: torch.device,
+        *,
+        gram: bool,
+        total: bool = False,
+        cross: bool = False,
     ) -> Moments:
         """Zero statistics."""
         return Moments(
@@ -51,11 +60,23 @@ class Moments:
             rows=[0] * groups,
             sample=[[] for _ in range(groups)],
             total=torch.zeros(groups, cols, device=device) if total else None,
+            cross=torch.zeros(groups, cols, cols, device=device) if cross else None,
         )
 
-    def add(self, inputs: Sequence[Tensor], sample_rows: int = 0) -> None:
-        """Add one batch: per group a (rows, cols) matrix, of any floating dtype."""
+    def add(
+        self,
+        inputs: Sequence[Tensor],
+        sample_rows: int = 0,
+        dense: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Add one batch: per group a (rows, cols) matrix, of any floating dtype.
+
+        Args:
+            dense: what the dense model reads in place of `inputs`, None where that is unknown.
+        """
         self.batches += 1
+        if self.cross is not None:
+            self._add_cross(inputs, dense)
         for group, x in enumerate(inputs):
             if not x.shape[0]:
                 continue
@@ -73,6 +94,13 @@ class Moments:
                     _add_gram(self.gram[group], wide)
                 else:
                     self.square[group] += wide.square().sum(0)
+
+    def _add_cross(self, inputs: Sequence[Tensor], dense: Sequence[Tensor] | None) -> None:
+        assert self.cross is not None
+        for group, x in enumerate(inputs):
+            other = x if dense is None or dense[group].shape != x.shape else dense[group]
+            for mine, theirs in zip(x.split(_CHUNK), other.split(_CHUNK), strict=True):
+                self.cross[group].addmm_(theirs.float().T, mine.float())
 
     def finish(self) -> None:
         """Complete the second moment's lower triangle and read the squares off its diagonal."""

@@ -22,15 +22,15 @@ from tqdm import tqdm
 from torchprune import ambient
 from torchprune.batches import Batch
 from torchprune.changes import Change
-from torchprune.decide import Decider, by_magnitude
-from torchprune.errors import CalibrationError
+from torchprune.decide import Decider, by_magnitude, decider_for
+from torchprune.errors import CalibrationError, SpecError
 from torchprune.moments import SAMPLE_ROWS, Moments
 from torchprune.packing import masked
 from torchprune.passes.masks import insert_masks
 from torchprune.passes.products import product_of
 from torchprune.passes.program import Draft, tied
 from torchprune.plan import Target, make_plan
-from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
+from torchprune.specs import Spec
 from torchprune.weights import ConvNd, TransposedLinear, geometry, input_rows
 
 _aten = torch.ops.aten
@@ -88,17 +88,21 @@ def prune_program(
         CalibrationError: a layer's statistics are not finite.
         Exception: whatever a node raises on a batch.
     """
+    if spec.alpha or spec.reconstruct:
+        raise SpecError(
+            f"{type(spec).__name__}: alpha and reconstruct run parts of a model again, which a "
+            "program has none of: sparsify the model, then export it"
+        )
     layers, places = _layers_of(program)
     plan = make_plan(layers, spec)
     changes: list[Change] = []
     warnings: list[str] = []
     with torch.no_grad():
-        if isinstance(spec, MagnitudeSpec):
+        if not spec.needs_data:
             with ambient.exact():
                 changes += by_magnitude(plan.targets, spec)
         else:
-            assert isinstance(spec, WandaSpec | SparseGPTSpec)
-            decider = Decider(spec, len(batches))
+            decider = decider_for(spec, plan.targets, len(batches))
             found = [_Use(t, places[t.layer.key]) for t in plan.targets]
             blocks = [tuple(name.split(".")) for name in plan.blocks]
             run = _Run(program, found, batches, decider, blocks)
@@ -226,7 +230,7 @@ class _Run:
         blocks: Sequence[tuple[str, ...]],
     ) -> None:
         self._program, self._decider, self._batches = program, decider, batches
-        self._gram = isinstance(decider.spec, SparseGPTSpec)
+        self._gram = decider.spec.needs_gram
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
         self._uses = sorted(uses, key=lambda use: self._at[use.node])

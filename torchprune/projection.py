@@ -195,3 +195,25 @@ def tile_scores(score: Tensor, block: Block) -> Tensor:
 def spread_tiles(mask: Tensor, block: Block) -> Tensor:
     """A mask of tiles written out to a mask of weights."""
     return mask.repeat_interleave(block.rows, 0).repeat_interleave(block.cols, 1)
+
+
+def project_partly(
+    score: Tensor, pattern: Pattern, sparsity: float | Fraction, scope: str, share: float
+) -> Tensor:
+    """The mask on the way to `project`'s: of what that would prune, the lowest share goes.
+
+    Args:
+        share: in [0, 1]. Counts are rounded down; with 1 this is `project`.
+    """
+    if share >= 1:
+        return project(score, pattern, sparsity, scope)
+    if isinstance(pattern, Block):
+        tiles = tile_scores(score, pattern)
+        return spread_tiles(project_partly(tiles, Unstructured(), sparsity, scope, share), pattern)
+    if isinstance(pattern, NM):
+        kept = _keep_of_groups(score, pattern)
+        going = int(share * (kept.numel() - int(kept.sum())))
+        return keep_largest_overall([score.masked_fill(kept, torch.inf)], going)[0]
+    if scope == "row":
+        return keep_largest(score, int(share * prune_count(score.shape[1], sparsity)))
+    return keep_largest_overall([score], int(share * prune_count(score.numel(), sparsity)))[0]

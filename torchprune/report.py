@@ -13,7 +13,7 @@ from torch import nn
 
 from torchprune.lockstep import Usage
 from torchprune.masking import masked_layers, original_of
-from torchprune.specs import Checked
+from torchprune.options import Checked
 
 _RUNS = "_torchprune_runs"
 

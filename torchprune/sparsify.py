@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -14,14 +14,17 @@ from tqdm import tqdm
 from torchprune import ambient
 from torchprune.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.changes import Changes, all_or_nothing
-from torchprune.decide import Decider, by_magnitude
+from torchprune.decide import by_magnitude, decider_for
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.lockstep import Calibration, Unforeseen
+from torchprune.options import Reconstruct
 from torchprune.plan import Plan, make_plan
+from torchprune.reconstruct import Gain, reconstruct, summary_of
 from torchprune.report import RunRecord, remember_run
-from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
+from torchprune.specs import MagnitudeSpec, Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.synthesis import can_synthesise, synthesise
+from torchprune.units import Ends, Unit
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -69,11 +72,11 @@ def sparsify(
         CalibrationError: no usable data, or a layer's statistics are not finite.
         Exception: whatever the model raises. After any error the model is as it was.
     """
-    if not isinstance(spec, MagnitudeSpec | WandaSpec | SparseGPTSpec | StructuredSpec | LayerSpec):
+    if not isinstance(spec, Spec | StructuredSpec | LayerSpec) or type(spec) is Spec:
         got = f"the class {spec.__name__}" if isinstance(spec, type) else repr(spec)
         raise SpecError(
-            "spec must be a MagnitudeSpec, WandaSpec, SparseGPTSpec, HeadSpec, NeuronSpec, "
-            f"ChannelSpec or LayerSpec, got {got}"
+            "spec must be a MagnitudeSpec, WandaSpec, RIASpec, SparseGPTSpec, ADMMSpec, HeadSpec, "
+            f"NeuronSpec, ChannelSpec or LayerSpec, got {got}"
         )
     if hold not in (None, torch.bfloat16, torch.float16):
         raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")
@@ -91,9 +94,9 @@ def sparsify(
         _prune_structures(model, spec, data, max_batches, seed, keep_dense, hold, progress)
         return model
     plan = make_plan(model, spec)
-    _check_weights(plan, finite=isinstance(spec, SparseGPTSpec))
+    _check_weights(plan, finite=spec.changes_weights)
     run = RunRecord(spec=spec, skipped=dict(plan.skipped))
-    if isinstance(spec, MagnitudeSpec):
+    if not spec.needs_data:
         with ambient.exact(), all_or_nothing(plan.targets, keep_dense=keep_dense) as changes:
             for change in by_magnitude(plan.targets, spec):
                 changes.stage(change)
@@ -110,17 +113,7 @@ def sparsify(
                         "calibrated twice: layers that read one tensor in some blocks read "
                         "several in others of the same class"
                     )
-                calibration = Calibration(
-                    model,
-                    plan.targets,
-                    batches,
-                    gram=isinstance(spec, SparseGPTSpec),
-                    blocks=plan.blocks,
-                    twice=spec.sequential == "block",
-                    foresee=foresee,
-                    hold=hold,
-                )
-                _calibrate(calibration, plan, spec, changes, run, progress=progress)
+                _calibrate(model, plan, spec, batches, changes, run, foresee, hold, progress)
                 break
     remember_run(model, run)
     for warning in run.warnings:
@@ -181,16 +174,45 @@ def _pruned_program(
 
 
 def _calibrate(
-    calibration: Calibration,
+    model: nn.Module,
     plan: Plan,
-    spec: WandaSpec | SparseGPTSpec,
+    spec: Spec,
+    batches: Sequence[Batch],
     changes: Changes,
     run: RunRecord,
-    *,
+    foresee: bool,
+    hold: torch.dtype | None,
     progress: bool,
 ) -> None:
     """Run the batches in lockstep; at each stop decide the layers' changes and stage them."""
-    decider = Decider(spec, len(calibration.batches))
+    decider = decider_for(spec, plan.targets, len(batches))
+    gains: list[Gain] = []
+    options, ends = spec.reconstruct, None
+    if isinstance(options, Reconstruct):
+
+        def train(unit: Unit) -> None:
+            changes.settle()
+            with ExitStack() as stack:
+                weights = []
+                for target in unit.targets:
+                    if (mask := target.mask) is not None:  # a layer that no batch reached has none
+                        stack.enter_context(mask.transparent())
+                        weights.append((target.weight, mask.whole()))
+                gains.append(reconstruct(unit, weights, options))
+
+        ends = Ends(plan.blocks or {"": model}, train, options.alpha)
+    calibration = Calibration(
+        model,
+        plan.targets,
+        batches,
+        gram=spec.needs_gram,
+        blocks=plan.blocks,
+        twice=spec.sequential == "block",
+        foresee=foresee,
+        hold=hold,
+        cross=spec.alpha > 0,
+        ends=ends,
+    )
     waiting = {target.layer.key: target for target in plan.targets}
     bar = tqdm(total=len(waiting), desc=spec.method, unit="layer", disable=not progress)
     with calibration, bar:
@@ -206,8 +228,10 @@ def _calibrate(
     with ambient.exact():
         for target in waiting.values():
             changes.stage(decider.unreached(target))
-    run.finish(batches=len(calibration.batches), usage=calibration.usage)
+    run.finish(batches=len(batches), usage=calibration.usage)
     run.warnings.extend(decider.warnings)
+    if gains:
+        run.notes.append(summary_of(gains))
 
 
 def _calibration_batches(

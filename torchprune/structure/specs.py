@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import SpecError
-from torchprune.specs import Checked, Selectors
+from torchprune.options import Checked
+from torchprune.specs import Selectors
 
 if TYPE_CHECKING:
     from torchprune.structure.groups import Group, Kind

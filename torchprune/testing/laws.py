@@ -23,7 +23,7 @@ from torchprune.masking import (
 from torchprune.plan import make_plan
 from torchprune.selection import Layer
 from torchprune.sparsify import sparsify
-from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec
+from torchprune.specs import Spec
 from torchprune.testing.assertions import assert_sparsity
 
 
@@ -71,7 +71,7 @@ class _Subject:
             layer.layer.key: layer.weight.detach().clone()
             for layer in make_plan(first, spec).targets
         }
-        self.updates = isinstance(spec, SparseGPTSpec)
+        self.updates = spec.changes_weights
 
     def fresh(self) -> nn.Module:
         """An unpruned model, always with the same weights, in eval mode."""
@@ -229,7 +229,7 @@ def _refusal(subject: _Subject) -> None:
     else:
         raise AssertionError("a selector that matches nothing was accepted")
     _assert_same(_snapshot(model), before, "a refused spec changed the model")
-    if isinstance(subject.spec, MagnitudeSpec) or not subject.data:
+    if not subject.spec.needs_data or not subject.data:
         return
     calls = _run_until(subject, subject.fresh(), None)
     if not calls:  # no chosen layer is called as a module

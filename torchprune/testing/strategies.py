@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchprune.errors import MissingExtraError
+from torchprune.options import PCG
 from torchprune.patterns import NM, Block, Pattern, Unstructured
-from torchprune.specs import MagnitudeSpec, SparseGPTSpec, Spec, WandaSpec
+from torchprune.specs import ADMMSpec, MagnitudeSpec, RIASpec, SparseGPTSpec, Spec, WandaSpec
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = (MagnitudeSpec, WandaSpec, RIASpec, SparseGPTSpec, ADMMSpec)
 KINDS = ("mlp", "cnn", "attention")
 
 
@@ -87,21 +88,21 @@ def patterns(*, fits: tuple[int, int] | None = None) -> SearchStrategy[Pattern]:
 
 def specs(
     *,
-    methods: Iterable[str] = METHODS,
+    methods: Iterable[str] = tuple(c.method for c in METHODS),
     fits: tuple[int, int] | None = None,
     scopes: Iterable[str] | None = None,
 ) -> SearchStrategy[Spec]:
     """Specs of every method, pattern, sparsity, scope and sequence that go together.
 
     Args:
-        methods: "magnitude", "wanda", "sparsegpt".
+        methods: "magnitude", "wanda", "ria", "sparsegpt", "admm".
         fits: (rows, cols) that patterns must divide; None for any of usual size.
         scopes: only these; None for all that a method offers.
     """
     _need_hypothesis("specs")
     from hypothesis import strategies as st
 
-    offered = {c.method: c for c in (MagnitudeSpec, WandaSpec, SparseGPTSpec)}
+    offered = {c.method: c for c in METHODS}
     classes = [offered[method] for method in methods]
     allowed = None if scopes is None else set(scopes)
 
@@ -115,8 +116,13 @@ def specs(
         options: dict[str, Any] = {"pattern": pattern, "scope": scope}
         if not grouped:
             options["sparsity"] = draw(st.integers(0, 99)) / 100
-        if kind.needs_data and scope != "global":
+        if scope != "global" or kind is MagnitudeSpec:
+            options["refine"] = draw(st.sampled_from([None, None, PCG(3)]))
+        if kind is not MagnitudeSpec and scope != "global":
             options["sequential"] = draw(st.sampled_from(["layer", "block", "none"]))
+        changes = kind.chooses_weights or options.get("refine") is not None
+        if changes and options.get("sequential", "layer") == "layer":
+            options["alpha"] = draw(st.sampled_from([0.0, 0.5]))
         if kind is SparseGPTSpec:
             options["block_size"] = draw(st.sampled_from([4, 16, 128]))
         spec: Spec = kind(**options)

@@ -88,7 +88,7 @@ def patterns(*, fits: tuple[int, int] | None = None) -> SearchStrategy[Pattern]:
 
 def specs(
     *,
-    methods: Iterable[str] = tuple(c.method for c in METHODS),
+    methods: Iterable[str] = tuple(method.method for method in METHODS),
     fits: tuple[int, int] | None = None,
     scopes: Iterable[str] | None = None,
 ) -> SearchStrategy[Spec]:

@@ -88,14 +88,14 @@ def patterns(*, fits: tuple[int, int] | None = None) -> SearchStrategy[Pattern]:
 
 def specs(
     *,
-    methods: Iterable[str] = tuple(method.method for method in METHODS),
+    methods: Iterable[str] | None = None,
     fits: tuple[int, int] | None = None,
     scopes: Iterable[str] | None = None,
 ) -> SearchStrategy[Spec]:
     """Specs of every method, pattern, sparsity, scope and sequence that go together.
 
     Args:
-        methods: "magnitude", "wanda", "ria", "sparsegpt", "admm".
+        methods: "magnitude", "wanda", "ria", "sparsegpt", "admm"; None for all.
         fits: (rows, cols) that patterns must divide; None for any of usual size.
         scopes: only these; None for all that a method offers.
     """
@@ -103,7 +103,7 @@ def specs(
     from hypothesis import strategies as st
 
     offered = {c.method: c for c in METHODS}
-    classes = [offered[method] for method in methods]
+    classes = [offered[method] for method in methods or offered]
     allowed = None if scopes is None else set(scopes)
 
     @st.composite

@@ -1,4 +1,6 @@
-"""Whole neurons, heads and layers of SmolLM2: perplexity by score, with and without the refit.
+"""Whole neurons, heads and layers of SmolLM2: perplexity by score and by what makes up for them.
+
+Nothing, the refit of the layers that read them, or the refit and then the training of each block.
 
 Wikipedia articles to calibrate on, other articles and news to evaluate on. Every masked model is
 shrunk, and its perplexity is of the physically smaller model.
@@ -24,6 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import smollm2
 
 SCORES = ("l2", "activation", "flap")
+WAYS: dict[str, dict[str, bool]] = {
+    "alone": {"refit": False},
+    "refit": {"refit": True},
+    "trained": {"refit": True, "reconstruct": True},
+}
 
 
 def cells(only: str) -> list[tuple[str, object]]:
@@ -32,11 +39,12 @@ def cells(only: str) -> list[tuple[str, object]]:
     kinds = (("neurons 20%", NeuronSpec, 0.2), ("heads 33%", HeadSpec, 1 / 3))
     for name, kind, share in (*kinds, ("neurons 40%", NeuronSpec, 0.4)):
         for score in SCORES:
-            for refit in (False, True):
-                found.append((f"{name}|{score}|{refit}", kind(share, score=score, refit=refit)))
-    found.append(("neurons 20%, global|flap|True", NeuronSpec(0.2, allocation="global")))
-    found.append(("layers 4|cosine|False", LayerSpec(4)))
-    found.append(("layers 4|loss|False", LayerSpec(4, score="loss")))
+            for way, options in WAYS.items():
+                if score == "flap" or way != "trained":
+                    found.append((f"{name}|{score}|{way}", kind(share, score=score, **options)))
+    found.append(("neurons 20%, global|flap|refit", NeuronSpec(0.2, allocation="global")))
+    found.append(("layers 4|cosine|alone", LayerSpec(4)))
+    found.append(("layers 4|loss|alone", LayerSpec(4, score="loss")))
     return [(name, spec) for name, spec in found if only in name]
 
 
@@ -90,22 +98,20 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Perplexity on both sources, without and with the refit, as Markdown."""
+    """Perplexity on both sources, by what makes up for the loss, as Markdown."""
     found: dict[tuple[str, str], dict[str, dict[str, object]]] = {}
     for row in rows:
-        what, score, refit = str(row["cell"]).split("|")
-        found.setdefault((what, score), {})[refit] = row
+        what, score, way = str(row["cell"]).split("|")
+        found.setdefault((what, score), {})[way or "alone"] = row
+    columns = [(source, way) for source in ("wikipedia", "news") for way in WAYS]
+    heads = [f"{source}, {way}" for source, way in columns]
     lines = [
-        "| what goes | score | parameters | Wikipedia | with refit | news | with refit |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| what goes | score | parameters | {' | '.join(heads)} |",
+        "| --- | --- | ---: |" + " ---: |" * len(columns),
     ]
-    for (what, score), both in found.items():
-        one = next(iter(both.values()))
-        shown = []
-        for source in ("wikipedia", "news"):
-            for refit in (("", "False"), ("True",)):
-                row = next((both[r] for r in refit if r in both), None)
-                shown.append("" if row is None else f"{float(str(row[source])):.2f}")
+    for (what, score), ways in found.items():
+        one = next(iter(ways.values()))
+        shown = [f"{float(str(ways[w][s])):.2f}" if w in ways else "" for s, w in columns]
         size = f"{int(str(one['parameters'])) / 1e6:.1f} M"
         lines.append(f"| {what} | {score} | {size} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

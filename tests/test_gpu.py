@@ -34,7 +34,7 @@ def test_a_failure_leaves_the_model_on_its_device_as_it_was() -> None:
     family = FAMILIES["llama"]
     model = family.make().cuda()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError)):  # which, is the transformers version's choice
         torchprune.sparsify(model, SparseGPTSpec(), [{"no_such_argument": 1}], progress=False)
     assert list(model.state_dict()) == list(before)
     for name, tensor in model.state_dict().items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Self
+from typing import Literal, Self
 
 from torchprune.errors import SpecError, did_you_mean
 
@@ -57,9 +57,9 @@ class Reconstruct(Checked):
         seed: of the order of the batches.
     """
 
-    epochs: int = 8
+    epochs: int = 4
     rate: float = 0.01
-    batches: int = 4
+    batches: int = 1
     held_out: float = 0.125
     alpha: float = 1.0
     seed: int = 0
@@ -70,6 +70,21 @@ class Reconstruct(Checked):
         check_above_zero("Reconstruct", "rate", self.rate)
         check_share("Reconstruct", "held_out", self.held_out)
         check_share("Reconstruct", "alpha", self.alpha)
+
+
+def as_reconstruct(where: str, value: object) -> Reconstruct | Literal[False]:
+    """What `reconstruct=` asks for.
+
+    Raises:
+        SpecError: it is none of True, False and a `Reconstruct`.
+    """
+    if isinstance(value, bool):
+        return Reconstruct() if value else False
+    if isinstance(value, Reconstruct):
+        return value
+    raise SpecError(
+        f"{where}: reconstruct must be True, False or a Reconstruct(...), got {value!r}"
+    )
 
 
 def check_whole(where: str, name: str, value: object) -> None:

@@ -18,6 +18,7 @@ from torchprune.options import (
     PCG,
     Checked,
     Reconstruct,
+    as_reconstruct,
     check_above_zero,
     check_share,
     check_whole,
@@ -288,13 +289,7 @@ def _resolve_changes(spec: Spec) -> None:
         _set(spec, refine=PCG())
     if not isinstance(spec.refine, PCG | None):
         raise SpecError(f'{name}: refine must be "pcg", a PCG(...) or None, got {spec.refine!r}')
-    if isinstance(spec.reconstruct, bool):
-        _set(spec, reconstruct=Reconstruct() if spec.reconstruct else False)
-    elif not isinstance(spec.reconstruct, Reconstruct):
-        raise SpecError(
-            f"{name}: reconstruct must be True, False or a Reconstruct(...), "
-            f"got {spec.reconstruct!r}"
-        )
+    _set(spec, reconstruct=as_reconstruct(name, spec.reconstruct))
     check_share(name, "alpha", spec.alpha)
     if spec.alpha and not spec.needs_gram:
         raise SpecError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,10 @@ from torchprune.errors import CalibrationError, SpecError, TargetError
 from torchprune.lockstep import Calibration, Usage
 from torchprune.masking import Record, attach, mask_of, obstacle, original_of
 from torchprune.moments import Moments
+from torchprune.options import Reconstruct
 from torchprune.patterns import Unstructured
 from torchprune.plan import Target
+from torchprune.reconstruct import Gain, reconstruct, summary_of
 from torchprune.report import RunRecord
 from torchprune.selection import (
     Layer,
@@ -29,8 +32,8 @@ from torchprune.selection import (
     tied_to,
 )
 from torchprune.specs import Goal
-from torchprune.spool import Spool
 from torchprune.structure.allocate import across, uniform
+from torchprune.structure.edits import Edits
 from torchprune.structure.groups import Group, Member, read_groups
 from torchprune.structure.refit import refit
 from torchprune.structure.scores import (
@@ -43,6 +46,7 @@ from torchprune.structure.scores import (
 )
 from torchprune.structure.specs import StructuredSpec
 from torchprune.structure.trace import trace
+from torchprune.units import Ends, Unit
 from torchprune.weights import view_of
 
 
@@ -63,7 +67,7 @@ class _Done:
 
     error: float | None = None
     tokens: int | None = None
-    refitted: bool = False
+    changed: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -86,7 +90,7 @@ def prune_structures(
     """
     choices = _choose(model, spec, batches[0], run)
     runner = _Runner(model, spec, batches, choices, run, hold)
-    with _Edits(keep_dense=keep_dense) as edits:
+    with Edits(keep_dense=keep_dense) as edits:
         runner.score_ahead()
         runner.sweep(edits, progress=progress)
         runner.finish()
@@ -167,6 +171,7 @@ class _Runner:
         self.model, self.spec, self.batches, self.choices = model, spec, batches, choices
         self.run, self.hold = run, hold
         self.done: dict[str, _Done] = {}
+        self._blocks = repeated_blocks(model)
         self._reading: dict[str, list[tuple[_Choice, Member]]] = {}
         self._targets: dict[str, Target] = {}
         for choice in choices:
@@ -221,16 +226,17 @@ class _Runner:
         layers = {key: layer for choice in some for key, layer in choice.layers.items()}
         return {key: original_of(y.module, y.tensor) for key, y in layers.items()}
 
-    def _calibration(self, *, gram: bool) -> Calibration:
+    def _calibration(self, *, gram: bool, ends: Ends | None = None) -> Calibration:
         return Calibration(
             self.model,
             list(self._targets.values()),
             self.batches,
             gram=gram,
             total=True,
-            blocks=repeated_blocks(self.model),
+            blocks=self._blocks,
             foresee=False,
             hold=self.hold,
+            ends=ends,
         )
 
     def _dense_scores(self) -> list[Tensor]:
@@ -261,15 +267,23 @@ class _Runner:
         self.run.warnings.append(f"{choice.group.name}: {note}")
         return weight_scores(choice.group, self._weights(choice.group))
 
-    def sweep(self, edits: _Edits, *, progress: bool) -> None:
+    def sweep(self, edits: Edits, *, progress: bool) -> None:
         """Go through the layers that read, deciding and refitting them one after the other."""
         undecided = any(choice.gone is None for choice in self.choices)
-        if not (undecided or self.spec.refit):
+        options, ends = self.spec.reconstruct, None
+        if not (undecided or self.spec.refit or options):
             return
+        gains: list[Gain] = []
+        if isinstance(options, Reconstruct):
+
+            def train(unit: Unit) -> None:
+                gains.append(self._train(unit, edits, options))
+
+            ends = Ends(self._blocks or {"": self.model}, train, options.alpha)
         bar = tqdm(
             total=len(self._targets), desc=self.spec.method, unit="layer", disable=not progress
         )
-        with self._calibration(gram=self.spec.refit) as calibration, bar:
+        with self._calibration(gram=self.spec.refit, ends=ends) as calibration, bar:
             for stop in calibration.stops():
                 for target, moments in stop:
                     with ambient.exact():
@@ -277,6 +291,24 @@ class _Runner:
                         self._edit(target, moments, edits)
                     bar.update()
         self.run.finish(batches=len(self.batches), usage=calibration.usage)
+        if gains:
+            self.run.notes.append(summary_of(gains))
+
+    def _train(self, unit: Unit, edits: Edits, options: Reconstruct) -> Gain:
+        """Train what stays of a unit's layers, those that read and those that write."""
+        inside = {id(p) for p in unit.module.parameters()}
+        decided = [choice for choice in self.choices if choice.gone is not None]
+        weights = []
+        with ExitStack() as stack:
+            for key, (layer, keep) in _keeps(decided).items():
+                weight = original_of(layer.module, layer.tensor)
+                if id(weight) in inside:
+                    if (mask := mask_of(layer.module, layer.tensor)) is not None:
+                        stack.enter_context(mask.transparent())
+                    edits.touch(weight)
+                    self.done.setdefault(key, _Done()).changed = True
+                    weights.append((weight, keep))
+            return reconstruct(unit, weights, options)
 
     def finish(self) -> None:
         """Decide what no batch reached."""
@@ -292,7 +324,7 @@ class _Runner:
                 score = self._score(choice, member, target, moments)
                 choice.gone = uniform(score, self.spec)
 
-    def _edit(self, target: Target, moments: Moments, edits: _Edits) -> None:
+    def _edit(self, target: Target, moments: Moments, edits: Edits) -> None:
         """Let the layer read no more what goes, and fit it to what stays."""
         keep = torch.ones(target.view.cols, dtype=torch.bool)
         for choice, member in self._reading[target.layer.key]:
@@ -306,7 +338,7 @@ class _Runner:
             done.error = 0.0
         elif moments.gram is None:
             done.error = sampled_error(target, moments, keep.expand_as(weights))
-            edits.write(target, weights * keep)
+            edits.write(target, weights * keep, kept=bool(self.spec.reconstruct))
         else:
             self._refit(target, moments, keep, weights, done, edits)
 
@@ -317,7 +349,7 @@ class _Runner:
         keep: Tensor,
         weights: Tensor,
         done: _Done,
-        edits: _Edits,
+        edits: Edits,
     ) -> None:
         fits = target.mask is None or _is_whole(target.view.to_matrix(target.mask.mask))
         if not fits:
@@ -331,7 +363,7 @@ class _Runner:
             raise CalibrationError(f"{target.name}: its fit to what stays is not finite")
         total = sum(f.total for f in found)
         done.error = sum(f.lost for f in found) / total if total > 0 else None
-        done.refitted = fits
+        done.changed = fits
         new = torch.stack([f.weight for f in found]).to(target.weight.dtype)
         edits.write(target, new, kept=fits)
         if fits and found[0].shift is not None:
@@ -348,89 +380,51 @@ def _is_whole(mask: Tensor) -> bool:
 # -- changing --------------------------------------------------------------------------------------
 
 
-class _Edits:
-    """Weights written while batches pass; all are put back unless the block ends well."""
-
-    def __init__(self, *, keep_dense: bool) -> None:
-        self._spool, self._keep_dense = Spool(), keep_dense
-        self._places: list[tuple[Tensor, int, bool]] = []
-        self.dense: dict[int, Tensor] = {}
-        """What a changed parameter held before, by its id, where that is kept."""
-        self.biases: list[Layer] = []
-
-    def __enter__(self) -> _Edits:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with self._spool, ambient.exact():
-            if kind is not None:
-                for tensor, place, _ in reversed(self._places):
-                    self._spool.fetch(place, tensor.data)
-
-    def write(self, target: Target, matrices: Tensor, *, kept: bool = False) -> None:
-        """Give a layer other values; unless they are `kept`, only until `settle`."""
-        new = target.view.from_matrix(matrices, target.weight.shape)
-        self._put(target.weight, new, kept=kept)
-
-    def shift(self, layer: Layer, shift: Tensor) -> None:
-        """Add to a layer's bias."""
-        bias = original_of(layer.module, "bias")
-        self._put(bias, (bias.detach().float() + shift).to(bias.dtype), kept=True)
-        key = f"{layer.key.removesuffix(layer.tensor)}bias"
-        self.biases.append(Layer(key, key, layer.module, "bias"))
-
-    def _put(self, tensor: Tensor, new: Tensor, *, kept: bool) -> None:
-        self._places.append((tensor, self._spool.put(tensor.data), kept))
-        if kept and self._keep_dense and id(tensor) not in self.dense:
-            self.dense[id(tensor)] = tensor.data.clone()
-        tensor.data.copy_(new)
-
-    def settle(self) -> None:
-        """The batches have passed: what was written for them alone gets its own values again."""
-        for tensor, place, kept in reversed(self._places):
-            if not kept:
-                self._spool.fetch(place, tensor.data)
-        self._places = [(t, p, k) for t, p, k in self._places if k]
-
-
 def _attach(
-    choices: Sequence[_Choice], spec: StructuredSpec, done: dict[str, _Done], edits: _Edits
+    choices: Sequence[_Choice], spec: StructuredSpec, done: dict[str, _Done], edits: Edits
 ) -> None:
     """Put the masks on: of every layer one, for all the groups it belongs to."""
-    keeps: dict[str, Tensor] = {}
-    layers: dict[str, Layer] = {}
     patterns: dict[str, list[str]] = {}
     for choice in choices:
         assert choice.gone is not None
-        group, gone = choice.group, choice.gone
-        for member in group.members:
-            layer = choice.layers.get(member.key)
-            if layer is None:
-                continue
-            layers[member.key] = layer
-            weight = original_of(layer.module, layer.tensor)
-            keep = keeps.setdefault(member.key, _present(layer, weight))
-            index = member.indices(gone).nonzero().flatten().to(weight.device)
-            keep.index_fill_(member.axis, index, False)
-            text = f"{spec.score_name} {int(gone.sum())}/{group.count} {group.kind}"
-            patterns.setdefault(member.key, []).append(text)
-    for key, layer in layers.items():
+        gone, group = choice.gone, choice.group
+        text = f"{spec.score_name} {int(gone.sum())}/{group.count} {group.kind}"
+        for key in choice.layers:
+            patterns.setdefault(key, []).append(text)
+    for key, (layer, keep) in _keeps(choices).items():
         here, weight = done.get(key, _Done()), original_of(layer.module, layer.tensor)
         record = Record(
             spec.method,
             ", ".join(dict.fromkeys(patterns[key])),
-            updates_weights=here.refitted,
+            updates_weights=here.changed,
             error=here.error,
             tokens=here.tokens,
             note="; ".join(here.notes),
         )
-        attach(layer.module, layer.tensor, keeps[key], record, edits.dense.get(id(weight)))
+        attach(layer.module, layer.tensor, keep, record, edits.dense.get(id(weight)))
     for layer in edits.biases:
         bias = original_of(layer.module, layer.tensor)
         if id(bias) in edits.dense:  # nothing of it is pruned: the mask keeps the dense values
             record = Record(spec.method, "refitted", updates_weights=True)
             keep = torch.ones_like(bias, dtype=torch.bool)
             attach(layer.module, layer.tensor, keep, record, edits.dense[id(bias)])
+
+
+def _keeps(choices: Sequence[_Choice]) -> dict[str, tuple[Layer, Tensor]]:
+    """What stays of every layer, for all the decided groups it belongs to and its mask so far."""
+    keeps: dict[str, tuple[Layer, Tensor]] = {}
+    for choice in choices:
+        assert choice.gone is not None
+        for member in choice.group.members:
+            layer = choice.layers.get(member.key)
+            if layer is None:
+                continue
+            weight = original_of(layer.module, layer.tensor)
+            if member.key not in keeps:
+                keeps[member.key] = layer, _present(layer, weight)
+            index = member.indices(choice.gone).nonzero().flatten().to(weight.device)
+            keeps[member.key][1].index_fill_(member.axis, index, False)
+    return keeps
 
 
 def _present(layer: Layer, weight: Tensor) -> Tensor:

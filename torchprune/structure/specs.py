@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import SpecError
-from torchprune.options import Checked
+from torchprune.options import Checked, Reconstruct, as_reconstruct
 from torchprune.specs import Selectors
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ class StructuredSpec(Checked):
         refit: fit the layers that read what goes to what stays, by ridge least squares on the same
             inputs (with the bias where the layer has one), in sequence, so that later layers see
             the refitted ones.
-        damping: of that fit, as a share of the second moment's mean diagonal.
+        reconstruct: True or `torchprune.Reconstruct(...)`: train what stays of each block to the
+            outputs the block had, once its units are chosen.
+        damping: of the refit, as a share of the second moment's mean diagonal.
         allocation: "uniform", the same share in every group; "global", the lowest scores of all
             groups together, each group's standardised first.
         round_to: the width that stays is a multiple of it. Default 8, or 64 for groups of 4096 and
@@ -61,6 +63,7 @@ class StructuredSpec(Checked):
     ignore: Selectors = ()
     loss: Loss | None = None
     seed: int = 0
+    reconstruct: bool | Reconstruct = False
 
     method: ClassVar[str]
     kind: ClassVar[Kind]
@@ -90,6 +93,7 @@ class StructuredSpec(Checked):
             raise SpecError(f"{name}: round_to must be a whole number above 0, got {self.round_to}")
         if self.loss is not None and not callable(self.loss):
             raise SpecError(f"{name}: loss must be a callable (model, batch) -> scalar")
+        object.__setattr__(self, "reconstruct", as_reconstruct(name, self.reconstruct))
 
     @property
     def score_name(self) -> str:

@@ -187,8 +187,8 @@ def test_misspelt_options_are_refused_with_a_hint(kind: type[Spec]) -> None:
 
 
 def test_an_option_of_another_method_is_refused() -> None:
-    with pytest.raises(SpecError, match="MagnitudeSpec has no option 'sequential'"):
-        MagnitudeSpec(sequential="block")
+    with pytest.raises(SpecError, match="MagnitudeSpec has no option 'damping'"):
+        MagnitudeSpec(damping=0.1)
     with pytest.raises(SpecError, match="WandaSpec has no option 'block_size'"):
         WandaSpec(block_size=64)
 

@@ -34,6 +34,17 @@ class Batch:
         """The shapes of those tensors."""
         return tuple(tensor.shape for tensor in self.tensors())
 
+    def is_whole(self, x: Tensor) -> bool:
+        """Whether a layer's input has a row for everything in the batch, and in its order.
+
+        A matrix whose rows are not as many as the batch's items, or its tokens, holds what a router
+        chose: another run may choose otherwise, and its rows do not correspond.
+        """
+        if x.dim() != 2:
+            return True
+        leading = (shape[:k] for shape in self.shapes for k in range(1, len(shape) + 1))
+        return any(part.numel() == len(x) for part in leading)
+
     def token_mask(
         self, shape: torch.Size, module_name: str, *, encoder_decoder: bool
     ) -> Tensor | None:

@@ -457,7 +457,8 @@ class Calibration:
         """Count a read and what the batch's twin reads in its place."""
         twins = self._twins
         twin = None if twins is None else twins.reads.get(index, {}).get(read.batch)
-        if twins is None or twin is None:
+        alike = read.x is not None and self.batches[read.batch].is_whole(read.x)
+        if twins is None or twin is None or not alike:
             self._count(gathered, read)
             return
         with self._held.at_hand(len(self._runs) + read.batch, twins.runs[read.batch]):

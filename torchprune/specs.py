@@ -309,8 +309,8 @@ def _resolve_sequential(spec: Spec) -> None:
         _set(spec, sequential=spec.usual_sequence())
     elif not spec.needs_data:
         raise SpecError(
-            f"{name}: sequential={spec.sequential!r} says how calibration goes, and this spec needs "
-            "none; leave it out"
+            f"{name}: sequential={spec.sequential!r} says how calibration goes, and "
+            "this spec needs none; leave it out"
         )
     if spec.sequential not in ("layer", "block", "none"):
         raise SpecError(

@@ -163,6 +163,22 @@ def test_batches_routed_otherwise_than_their_twins_still_end() -> None:
         assert (mask.sum(1) == 4).all()
 
 
+def test_rows_that_a_router_chose_are_not_paired() -> None:
+    torch.manual_seed(1)
+    model, data = Chosen(), [torch.randn(7, 8) for _ in range(4)]
+    plan = make_plan(model, WandaSpec(targets="*"))
+    batches = read_batches(data, model, 10)[0]
+    paired = {}
+    with Calibration(model, plan.targets, batches, gram=True, blocks={}, cross=True) as calibration:
+        for stop in calibration.stops():
+            for target, moments in stop:
+                assert moments.cross is not None
+                assert moments.gram is not None
+                paired[target.name] = not torch.allclose(moments.cross, moments.gram, rtol=1e-3)
+                target.weight.data[1:] *= -0.5  # the router reads row 0 and chooses as before
+    assert paired == {"first": False, "experts.0": False, "experts.1": False, "last": True}
+
+
 class Reused(nn.Module):
     """One layer used twice in a forward: the second use is after it was pruned."""
 

@@ -34,6 +34,16 @@ class Batch:
         """The shapes of those tensors."""
         return tuple(tensor.shape for tensor in self.tensors())
 
+    def out_of_inference(self) -> Batch:
+        """The batch with ordinary tensors in place of those made in inference mode."""
+
+        def ordinary(value: Any) -> Any:
+            made_there = isinstance(value, Tensor) and value.is_inference()
+            return value.clone() if made_there else value
+
+        kwargs = {key: ordinary(value) for key, value in self.kwargs.items()}
+        return Batch(tuple(ordinary(value) for value in self.args), kwargs)
+
     def is_whole(self, x: Tensor) -> bool:
         """Whether a layer's input has a row for everything in the batch, and in its order.
 

@@ -214,7 +214,11 @@ class Calibration:
 
     def _forward(self, index: int) -> None:
         batch = self.batches[index]
-        with torch.no_grad():
+        with ExitStack() as stack:
+            if self._ends is not None:  # what units read must be fit to learn from
+                stack.enter_context(torch.inference_mode(False))
+                batch = batch.out_of_inference()
+            stack.enter_context(torch.no_grad())  # innermost: leaving inference mode allows it
             self.model(*batch.args, **batch.kwargs)
 
     def _resume(self, index: int, run: greenlet.greenlet) -> None:

@@ -19,7 +19,17 @@ from test_packing import tensors
 from torch import Tensor, nn
 
 import torchprune
-from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec, staging
+from torchprune import (
+    PCG,
+    ADMMSpec,
+    BestSpec,
+    MagnitudeSpec,
+    Reconstruct,
+    RIASpec,
+    SparseGPTSpec,
+    WandaSpec,
+    staging,
+)
 from torchprune.errors import CheckpointError, MaskError
 from torchprune.manifest import read_manifest
 from torchprune.report import runs_of
@@ -58,8 +68,16 @@ def test_other_dtypes_and_ties(tie: bool, dtype: torch.dtype, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "spec",
-    [WandaSpec(pattern="2:4"), SparseGPTSpec(0.6), MagnitudeSpec(0.25, "block:4x4")],
-    ids=lambda s: s.method,
+    [
+        WandaSpec(pattern="2:4"),
+        SparseGPTSpec(0.6),
+        MagnitudeSpec(0.25, "block:4x4"),
+        MagnitudeSpec(0.25, refine=PCG(3, 0.2)),
+        RIASpec(power=0.7),
+        ADMMSpec(0.5, alpha=0.5, refine=None, steps=4, ramp=3),
+        BestSpec(pattern="2:4", reconstruct=Reconstruct(epochs=1)),
+    ],
+    ids=lambda s: f"{s.method}-{s.pattern}-{bool(s.refine)}",
 )
 def test_methods_come_back_with_their_records(spec: Any, tmp_path: Path) -> None:
     model = prune(mixtral().eval(), spec, tokens() if spec.needs_data else None)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchprune
-from torchprune import PCG, ADMMSpec, MagnitudeSpec, RIASpec, SparseGPTSpec, WandaSpec
+from torchprune import PCG, ADMMSpec, BestSpec, MagnitudeSpec, RIASpec, SparseGPTSpec, WandaSpec
 from torchprune.errors import SpecError
 from torchprune.methods.factor import factorise
 from torchprune.methods.problem import Problem, problem_of
@@ -438,3 +438,29 @@ def test_problems_leave_dead_inputs_alone() -> None:
     assert problem.dead.tolist() == [False] * 4 + [True, False]
     assert problem.matrix.isfinite().all()
     assert bool((torch.linalg.eigvalsh(problem.matrix.double()) > 0.9 * RIDGE).all())
+
+
+# -- the recommended combination -------------------------------------------------------------------
+
+
+def test_effort_says_what_the_recommended_combination_is() -> None:
+    fast, balanced = BestSpec(pattern="2:4", effort="fast"), BestSpec(0.6)
+    assert (fast.alpha, fast.reconstruct, fast.refine) == (0.25, False, PCG(15))
+    assert (balanced.alpha, balanced.reconstruct) == (0.25, torchprune.Reconstruct())
+    assert BestSpec(effort="max").reconstruct == torchprune.Reconstruct(epochs=8)
+    assert BestSpec(alpha=0.5).alpha == 0.5
+    with pytest.raises(SpecError, match="effort 'more' is not understood"):
+        BestSpec(effort="more")  # type: ignore[arg-type]
+
+
+def test_the_recommended_combination_is_what_its_parts_are() -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8))
+    second = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8))
+    second.load_state_dict(first.state_dict())
+    data = list(correlated(0, 80, 16).split(20))
+    parts = ADMMSpec(0.5, alpha=0.25, reconstruct=torchprune.Reconstruct())
+    torchprune.sparsify(first, BestSpec(0.5), data, progress=False)
+    torchprune.sparsify(second, parts, data, progress=False)
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], tensor), key

@@ -19,6 +19,7 @@ from torchprune.report import report
 from torchprune.sparsify import sparsify
 from torchprune.specs import (
     ADMMSpec,
+    BestSpec,
     MagnitudeSpec,
     RIASpec,
     SparseGPTSpec,
@@ -34,6 +35,7 @@ __all__ = [
     "NM",
     "PCG",
     "ADMMSpec",
+    "BestSpec",
     "Block",
     "ChannelSpec",
     "HeadSpec",

@@ -172,9 +172,14 @@ def _selector_data(selectors: Any, model: nn.Module) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A spec's value as JSON has it; patterns as the strings that name them."""
+    """A spec's value as JSON has it: patterns as the strings that name them, values made of options
+    as an object of one key, the class's name."""
     if isinstance(value, Unstructured | NM | Block):
         return str(value)
+    if isinstance(value, Checked):
+        return {
+            type(value).__name__: {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        }
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
@@ -346,10 +351,27 @@ def _spec(data: object, where: str) -> Checked:
             k: tuple(v) if isinstance(v, list) else v for k, v in options["overrides"].items()
         }
     try:
+        for name, value in options.items():
+            if name != "overrides" and isinstance(value, dict):
+                options[name] = _value(value)
         spec: Checked = known[method](**options)
         return spec
     except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error!s:.300}") from None
+
+
+def _value(data: dict[str, Any]) -> Checked:
+    """What `_plain` made of an option's value.
+
+    Raises:
+        ValueError: it is nothing that options take.
+    """
+    known = {kind.__name__: kind for kind in _spec_classes(Checked) if not hasattr(kind, "method")}
+    (name, options), *more = data.items() or [("", None)]
+    if more or name not in known or not isinstance(options, dict):
+        raise ValueError(f"{data!r:.200} is no value that an option takes")
+    value: Checked = known[name](**options)
+    return value
 
 
 def _spec_classes(base: Any) -> list[Any]:

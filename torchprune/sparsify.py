@@ -49,9 +49,9 @@ def sparsify(
         model: any module. Its training flags, hooks and settings are as before afterwards. Or an
             `ExportedProgram`, of which a new one with masks is returned; the given one stays as it
             is (`keep_dense` and `hold` do not apply, and data must be given).
-        spec: `MagnitudeSpec`, `WandaSpec` or `SparseGPTSpec` for single weights; `HeadSpec`,
-            `NeuronSpec`, `ChannelSpec` or `LayerSpec` for whole units, which `torchprune.shrink`
-            can then remove.
+        spec: `BestSpec`, or `MagnitudeSpec`, `WandaSpec`, `RIASpec`, `SparseGPTSpec` or `ADMMSpec`
+            for single weights; `HeadSpec`, `NeuronSpec`, `ChannelSpec` or `LayerSpec` for whole
+            units, which `torchprune.shrink` can then remove.
         data: calibration batches: any iterable whose items are tensors (passed positionally),
             tuples or lists (positional) or mappings (keywords). Tokens that a batch's
             `attention_mask` excludes do not count. Without data, a generative transformers model
@@ -75,8 +75,8 @@ def sparsify(
     if not isinstance(spec, Spec | StructuredSpec | LayerSpec) or type(spec) is Spec:
         got = f"the class {spec.__name__}" if isinstance(spec, type) else repr(spec)
         raise SpecError(
-            "spec must be a MagnitudeSpec, WandaSpec, RIASpec, SparseGPTSpec, ADMMSpec, HeadSpec, "
-            f"NeuronSpec, ChannelSpec or LayerSpec, got {got}"
+            "spec must be a MagnitudeSpec, WandaSpec, RIASpec, SparseGPTSpec, ADMMSpec, BestSpec, "
+            f"HeadSpec, NeuronSpec, ChannelSpec or LayerSpec, got {got}"
         )
     if hold not in (None, torch.bfloat16, torch.float16):
         raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")

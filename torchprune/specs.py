@@ -282,6 +282,35 @@ class ADMMSpec(Spec):
             raise SpecError(f"ADMMSpec: ramp {self.ramp} is longer than its {self.steps} steps")
 
 
+@dataclass(frozen=True)
+class BestSpec(ADMMSpec):
+    """The recommended combination, for those who do not want to choose.
+
+    ADMM with dense-target calibration; more effort trains what each block keeps. What a level
+    reaches and costs is measured in the README. For other combinations use `ADMMSpec`.
+
+    Args:
+        effort: "fast": `ADMMSpec(alpha=0.25)`, two to three times as long as SparseGPT. "balanced":
+            and `reconstruct=Reconstruct()`, some ten times. "max": and twice its epochs.
+    """
+
+    effort: Literal["fast", "balanced", "max"] = "balanced"
+
+    method: ClassVar[str] = "best"
+
+    def __post_init__(self) -> None:
+        if self.effort not in ("fast", "balanced", "max"):
+            raise SpecError(
+                f"BestSpec: effort {self.effort!r} is not understood; "
+                'accepted: "fast", "balanced", "max"'
+            )
+        if not self.alpha:
+            _set(self, alpha=0.25)
+        if self.effort != "fast" and not self.reconstruct:
+            _set(self, reconstruct=Reconstruct(epochs=8 if self.effort == "max" else 4))
+        super().__post_init__()
+
+
 def _resolve_changes(spec: Spec) -> None:
     """Read `refine`, `alpha` and `reconstruct` once, and check them."""
     name = type(spec).__name__
@@ -305,13 +334,15 @@ def _set(spec: Spec, **values: Any) -> None:
 
 def _resolve_sequential(spec: Spec) -> None:
     name = type(spec).__name__
+    if not spec.needs_data:
+        if spec.sequential is not None:
+            raise SpecError(
+                f"{name}: sequential={spec.sequential!r} says how calibration goes, and "
+                "this spec needs none; leave it out"
+            )
+        return
     if spec.sequential is None:
         _set(spec, sequential=spec.usual_sequence())
-    elif not spec.needs_data:
-        raise SpecError(
-            f"{name}: sequential={spec.sequential!r} says how calibration goes, and "
-            "this spec needs none; leave it out"
-        )
     if spec.sequential not in ("layer", "block", "none"):
         raise SpecError(
             f"{name}: sequential {spec.sequential!r} is not understood; "

@@ -37,7 +37,16 @@ from torchprune.evaluation import context_of, default_seqlen, perplexity
 from torchprune.manifest import is_saved
 from torchprune.named import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.report import runs_of
-from torchprune.specs import MagnitudeSpec, Override, SparseGPTSpec, Spec, WandaSpec
+from torchprune.specs import (
+    ADMMSpec,
+    BestSpec,
+    MagnitudeSpec,
+    Override,
+    RIASpec,
+    SparseGPTSpec,
+    Spec,
+    WandaSpec,
+)
 from torchprune.synthesis import can_synthesise, synthesise
 from torchprune.text import (
     InputError,
@@ -56,13 +65,19 @@ class Method(StrEnum):
 
     magnitude = "magnitude"
     wanda = "wanda"
+    ria = "ria"
     sparsegpt = "sparsegpt"
+    admm = "admm"
+    best = "best"
 
 
 SPECS: dict[Method, type[Spec]] = {
     Method.magnitude: MagnitudeSpec,
     Method.wanda: WandaSpec,
+    Method.ria: RIASpec,
     Method.sparsegpt: SparseGPTSpec,
+    Method.admm: ADMMSpec,
+    Method.best: BestSpec,
 }
 
 app = typer.Typer(

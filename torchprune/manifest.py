@@ -177,9 +177,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Unstructured | NM | Block):
         return str(value)
     if isinstance(value, Checked):
-        return {
-            type(value).__name__: {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-        }
+        return {type(value).__name__: _plain(vars(value))}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):

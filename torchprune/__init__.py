@@ -8,6 +8,7 @@
 >>> model = torchprune.fold(model)
 """
 
+from torchprune.allocation import OWL, LeastError, Search
 from torchprune.checkpoint import load, load_into, save
 from torchprune.errors import TorchpruneError
 from torchprune.evaluation import perplexity
@@ -32,16 +33,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "OWL",
     "PCG",
     "ADMMSpec",
     "Block",
     "ChannelSpec",
     "HeadSpec",
     "LayerSpec",
+    "LeastError",
     "MagnitudeSpec",
     "NeuronSpec",
     "RIASpec",
     "Reconstruct",
+    "Search",
     "SparseGPTSpec",
     "TorchpruneError",
     "Unstructured",

@@ -179,6 +179,9 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
+    if isinstance(value, Checked):
+        saved = [f.name for f in fields(cast(Any, value)) if f.metadata.get("saved", True)]
+        return {type(value).__name__: {name: _plain(getattr(value, name)) for name in saved}}
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
@@ -346,10 +349,27 @@ def _spec(data: object, where: str) -> Checked:
             k: tuple(v) if isinstance(v, list) else v for k, v in options["overrides"].items()
         }
     try:
+        for name, value in options.items():
+            if name != "overrides" and isinstance(value, dict):
+                options[name] = _option(value)
         spec: Checked = known[method](**options)
         return spec
     except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error!s:.300}") from None
+
+
+def _option(data: dict[str, Any]) -> Checked:
+    """A value such as PCG(...) or OWL(...), from {"OWL": {...}}."""
+    known = {kind.__name__: kind for kind in _spec_classes(Checked)[1:] if not _is_spec(kind)}
+    ((name, values),) = data.items()
+    if name not in known or not isinstance(values, dict):
+        raise ValueError(f"{name!r:.80} is none of {', '.join(known)}")
+    option: Checked = known[name](**values)
+    return option
+
+
+def _is_spec(kind: Any) -> bool:
+    return any("method" in vars(base).get("__annotations__", {}) for base in kind.__mro__)
 
 
 def _spec_classes(base: Any) -> list[Any]:

@@ -48,6 +48,8 @@ def share_of(step: int, total: int, sparsity: float, spread: float, already: int
         already: counts that are pruned and stay so.
     """
     uniform = prune_count(total, sparsity)
+    if already > uniform:  # some row is sparser than was asked: there is no room to choose
+        return Share(step, total, uniform, uniform, uniform)
     target, away = Fraction(repr(float(sparsity))), Fraction(repr(float(spread)))
     low = max(math.ceil(total * (target - away)), already, 0)
     high = min(math.floor(total * (target + away)), total - 1)

@@ -71,6 +71,8 @@ def test_bounds_are_the_counts_within_the_spread(
     target, away = Fraction(str(sparsity)), Fraction(str(spread))
     allowed = {k for k in range(already, total) if abs(Fraction(k, total) - target) <= away}
     uniform = int(total * target)
+    if already > uniform:
+        allowed = set()  # some row is sparser than was asked
     assert share == Share(3, total, uniform, min({uniform, *allowed}), max({uniform, *allowed}))
 
 
@@ -172,9 +174,9 @@ def outliers_by_hand(model: nn.Module, data: list[Any], outlier: float) -> list[
 def test_owl_prunes_the_block_with_more_outliers_less(loud: int) -> None:
     model, data = llama(), FAMILIES["llama"].data()
     model.get_submodule(f"model.layers.{loud}.mlp.up_proj").weight.data[::7, ::5] *= 20
-    ratios = outliers_by_hand(model, data, 3.0)
+    ratios = outliers_by_hand(model, data, 5.0)
     assert ratios[loud] > ratios[1 - loud]
-    prune(model, SparseGPTSpec(0.5, allocation=OWL(outlier=3.0, spread=0.08)), data)
+    prune(model, SparseGPTSpec(0.5, allocation="owl"), data)
     for layer in torchprune.report(model).layers:
         wanted = 0.42 if f"layers.{loud}." in layer.name else 0.58
         assert abs(layer.zeros - wanted * layer.size) <= 1, layer.name
@@ -379,7 +381,7 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
 def test_the_search_judges_the_very_models_it_stands_for(tmp_path: Path) -> None:
     family, losses = FAMILIES["llama"], {}
     data, path = family.data(), tmp_path / "state.json"
-    search = Search(generations=6, offspring=4, batches=2, path=path)
+    search = Search(generations=4, offspring=4, batches=2, path=path)
     for allocation in ("uniform", search):
         model = family.make()
         prune(model, WandaSpec(0.7, sequential="none", allocation=allocation), data)
@@ -558,10 +560,9 @@ def test_a_layer_that_no_batch_reaches_keeps_the_uniform_sparsity() -> None:
     assert found["taken"] + found["last"] == 256
 
 
-@pytest.mark.parametrize("kind", ["row", "layer"])
-def test_the_laws_hold_with_an_allocation(kind: str) -> None:
-    data = FAMILIES["mlp"].data()
-    check_laws(FAMILIES["mlp"].build, WandaSpec(0.5, scope=kind, allocation="error"), data)
+def test_the_laws_hold_with_an_allocation() -> None:
+    data = FAMILIES["mlp"].data(count=1)
+    check_laws(FAMILIES["mlp"].build, WandaSpec(0.5, allocation=LeastError(3)), data)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ class Search(Checked):
     best allocation so far move sparsity from some layers to others, and the one of least loss takes
     its place if it is better. Masks are made once, of the method's own scores on the dense model's
     inputs (Wanda's for methods that change weights). The result is never worse than uniform
-    allocation by the loss that is searched.
+    allocation by the loss that is searched. It needs room for the weights once more, and a byte a
+    weight.
 
     Args:
         generations: how many. Each costs `offspring` runs of the model over `batches`.
@@ -79,8 +80,9 @@ class Search(Checked):
         spread: each sparsity is within so much of the target's.
         batches: calibration batches, the first ones, that judge.
         seed: of the moves. The same seed gives the same allocation.
-        path: a JSON file that holds the best allocation so far, written after every generation. If
-            it is there already, the search goes on from it.
+        path: a JSON file that holds the best allocation so far, written whole after every
+            generation. If it is there already, the search goes on from it, if it is of the same
+            model, spec, data and seed; another is refused with a CheckpointError.
         loss: (model, batch) -> scalar. Default: a transformers language model's own.
     """
 

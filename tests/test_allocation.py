@@ -328,6 +328,11 @@ def test_nothing_worse_than_uniform_is_taken(worse: float) -> None:
         evolve(lambda _: math.nan, ALIKE, Search(generations=3))
 
 
+def test_one_candidate_that_fails_does_not_hide_the_others() -> None:
+    losses = itertools.chain([0.5, math.nan], itertools.repeat(0.25))
+    assert evolve(lambda _: next(losses), ALIKE, Search(generations=1)).loss == 0.25
+
+
 @pytest.mark.parametrize("after", [1, 7, 16])
 def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path, after: int) -> None:
     options = Search(generations=12, offspring=3, path=tmp_path / "deep" / "state.json")
@@ -420,6 +425,14 @@ def test_the_search_judges_the_very_models_it_stands_for(tmp_path: Path) -> None
         with pytest.raises(CheckpointError, match="another model, spec or data"):
             prune(other, spec, batches)
     assert_as_it_was(other, before)
+
+
+def test_other_data_are_told_apart_by_more_than_their_loss(tmp_path: Path) -> None:
+    family = FAMILIES["mlp"]
+    search = Search(1, loss=lambda model, batch: torch.tensor(1.0), path=tmp_path / "state.json")
+    prune(family.make(), WandaSpec(allocation=search), family.data())
+    with pytest.raises(CheckpointError, match="another model, spec or data"):
+        prune(family.make(), WandaSpec(allocation=search), family.data(seed=9))
 
 
 def test_any_model_can_be_searched_by_a_loss_of_its_own() -> None:

@@ -537,6 +537,15 @@ def test_every_kind_of_layer_shares_a_budget(name: str, scope: str) -> None:
     assert_allocated(prune(family.make(), spec, family.data()), uniform, spec, 0.1)
 
 
+def test_methods_that_change_weights_are_allocated_by_wandas_masks() -> None:
+    found = []
+    for method in (WandaSpec, SparseGPTSpec):
+        model = FAMILIES["llama"].make()
+        prune(model, method(0.6, scope="layer", allocation="error"), FAMILIES["llama"].data())
+        found.append([layer.zeros for layer in torchprune.report(model).layers])
+    assert found[0] == found[1]
+
+
 def test_layers_with_overrides_have_no_part_in_the_budget() -> None:
     family = FAMILIES["llama"]
     options: dict[str, Any] = {
@@ -601,7 +610,11 @@ def test_the_laws_hold_with_an_allocation() -> None:
     ids=lambda spec: spec.method,
 )
 def test_saved_models_remember_their_allocation(tmp_path: Path, spec: Spec) -> None:
-    model = prune(FAMILIES["llama"].make(), spec, FAMILIES["llama"].data())
+    used = spec
+    if isinstance(spec.allocation, Search):  # where its file lies is nobody else's business
+        search = dataclasses.replace(spec.allocation, path=tmp_path / "state.json")
+        used = dataclasses.replace(spec, allocation=search)
+    model = prune(FAMILIES["llama"].make(), used, FAMILIES["llama"].data())
     torchprune.save(model, tmp_path / "saved")
     other = FAMILIES["llama"].make()
     torchprune.load_into(other, tmp_path / "saved")

@@ -8,6 +8,7 @@
 >>> model = torchprune.fold(model)
 """
 
+from torchprune.allocation import OWL, LeastError, Search
 from torchprune.checkpoint import load, load_into, save
 from torchprune.errors import TorchpruneError
 from torchprune.evaluation import perplexity
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "OWL",
     "PCG",
     "ADMMSpec",
     "BestSpec",
@@ -40,10 +42,12 @@ __all__ = [
     "ChannelSpec",
     "HeadSpec",
     "LayerSpec",
+    "LeastError",
     "MagnitudeSpec",
     "NeuronSpec",
     "RIASpec",
     "Reconstruct",
+    "Search",
     "SparseGPTSpec",
     "TorchpruneError",
     "Unstructured",

@@ -70,7 +70,7 @@ class Decider:
                 yield from self._solved(targets, moments)
                 continue
             for target in targets:
-                yield self._change(target, moments, self._keep(target, moments))
+                yield self._change(target, moments, self.keep(target, moments))
 
     def unreached(self, target: Target) -> Change:
         """The change of a layer that no batch reached: by magnitude, and said so."""
@@ -82,7 +82,7 @@ class Decider:
         local = MagnitudeSpec(scope="layer" if self.spec.scope == "global" else self.spec.scope)
         return next(by_magnitude([target], local, tokens=0, note=note))
 
-    def _keep(self, target: Target, moments: Moments) -> Tensor:
+    def keep(self, target: Target, moments: Moments) -> Tensor:
         """The mask of a layer by its scores alone."""
         keep = self.chosen.get(target.layer.key)
         if keep is None:
@@ -115,7 +115,7 @@ class Decider:
             self._solver = Solver(spec, moments, targets[0].name)
         solver = self._solver
         weights, barred = [groups_of(t) for t in targets], [_barred(t) for t in targets]
-        keeps = None if spec.chooses_weights else [self._keep(t, moments) for t in targets]
+        keeps = None if spec.chooses_weights else [self.keep(t, moments) for t in targets]
         found: list[list[Solved]] = [[] for _ in targets]
         notes: list[str] = []
         for group, rows in enumerate(moments.rows):

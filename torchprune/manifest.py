@@ -176,12 +176,13 @@ def _plain(value: Any) -> Any:
     as an object of one key, the class's name."""
     if isinstance(value, Unstructured | NM | Block):
         return str(value)
-    if isinstance(value, Checked):
-        return {type(value).__name__: _plain(vars(value))}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
+    if isinstance(value, Checked):
+        saved = [f.name for f in fields(cast(Any, value)) if f.metadata.get("saved", True)]
+        return {type(value).__name__: {name: _plain(getattr(value, name)) for name in saved}}
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
@@ -351,25 +352,25 @@ def _spec(data: object, where: str) -> Checked:
     try:
         for name, value in options.items():
             if name != "overrides" and isinstance(value, dict):
-                options[name] = _value(value)
+                options[name] = _option(value)
         spec: Checked = known[method](**options)
         return spec
     except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error!s:.300}") from None
 
 
-def _value(data: dict[str, Any]) -> Checked:
-    """What `_plain` made of an option's value.
+def _option(data: dict[str, Any]) -> Checked:
+    """A value such as PCG(...) or OWL(...), from {"OWL": {...}}."""
+    known = {kind.__name__: kind for kind in _spec_classes(Checked)[1:] if not _is_spec(kind)}
+    (name, values), *more = data.items() or [("", None)]
+    if more or name not in known or not isinstance(values, dict):
+        raise ValueError(f"{data!r:.80} is none of {', '.join(known)}")
+    option: Checked = known[name](**values)
+    return option
 
-    Raises:
-        ValueError: it is nothing that options take.
-    """
-    known = {kind.__name__: kind for kind in _spec_classes(Checked) if not hasattr(kind, "method")}
-    (name, options), *more = data.items() or [("", None)]
-    if more or name not in known or not isinstance(options, dict):
-        raise ValueError(f"{data!r:.200} is no value that an option takes")
-    value: Checked = known[name](**options)
-    return value
+
+def _is_spec(kind: Any) -> bool:
+    return any("method" in vars(base).get("__annotations__", {}) for base in kind.__mro__)
 
 
 def _spec_classes(base: Any) -> list[Any]:

@@ -93,6 +93,11 @@ def prune_program(
             f"{type(spec).__name__}: alpha and reconstruct run parts of a model again, which a "
             "program has none of: sparsify the model, then export it"
         )
+    if spec.uneven is not None:
+        raise SpecError(
+            f"{type(spec).__name__}: allocation runs the whole model for its statistics, so it "
+            "needs a module: sparsify the model, then export it"
+        )
     layers, places = _layers_of(program)
     plan = make_plan(layers, spec)
     changes: list[Change] = []

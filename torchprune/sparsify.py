@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torchprune import ambient
+from torchprune.allocate import allocated
 from torchprune.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.changes import Changes, all_or_nothing
 from torchprune.decide import by_magnitude, decider_for
@@ -103,6 +104,8 @@ def sparsify(
                 changes.settle()
     else:
         batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run)
+        plan, notes = allocated(model, plan, spec, batches, progress=progress)
+        run.notes += notes
         for foresee in (True, False):
             with (
                 suppress(Unforeseen),

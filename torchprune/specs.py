@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from torchprune.allocation import Uneven, read_allocation
 from torchprune.errors import SpecError
 from torchprune.options import (
     PCG,
@@ -39,12 +41,12 @@ class Goal:
     """What one layer is to become: a pattern and the exact share of zeros."""
 
     pattern: Pattern
-    sparsity: float
+    sparsity: float | Fraction
 
     def __str__(self) -> str:
         if isinstance(self.pattern, NM):
             return str(self.pattern)
-        return f"{self.pattern} {self.sparsity:.4g}"
+        return f"{self.pattern} {float(self.sparsity):.4g}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Spec(Checked):
             weights, then runs it again pruned (as the references do); "none" takes all statistics
             from the dense model. Default "layer"; "none" for scope "global"; "block" for SparseGPT
             with an n:m pattern.
+        allocation: how the zeros are shared among the layers without an override: "uniform", or,
+            with the same total to the weight, "owl" or `OWL(...)` by outliers, "error" or
+            `LeastError(...)` by the layers' errors, "search" or `Search(...)` by the model's loss.
+            The statistics come from one more pass through the dense model. Not for n:m patterns
+            and scope "global".
 
     Raises:
         SpecError: for contradictions, values out of range and misspelt options.
@@ -91,6 +98,7 @@ class Spec(Checked):
     alpha: float = 0.0
     reconstruct: bool | Reconstruct = False
     sequential: Sequential | None = None
+    allocation: str | Uneven = "uniform"
 
     method: ClassVar[str]
     scopes: ClassVar[tuple[str, ...]]
@@ -117,6 +125,7 @@ class Spec(Checked):
             self.override_goal(key)
         _resolve_changes(self)
         _resolve_sequential(self)
+        _resolve_allocation(self)
 
     def usual_sequence(self) -> Sequential:
         """How fine calibration is unless asked otherwise."""
@@ -138,6 +147,11 @@ class Spec(Checked):
         return self.chooses_weights or self.refine is not None
 
     @property
+    def uneven(self) -> Uneven | None:
+        """How layers get sparsities of their own, None if all get the same."""
+        return None if isinstance(self.allocation, str) else self.allocation
+
+    @property
     def goal(self) -> Goal:
         """The goal of every layer without an override."""
         assert isinstance(self.pattern, Unstructured | NM | Block)
@@ -156,7 +170,7 @@ class Spec(Checked):
         if isinstance(value, str | Unstructured | NM | Block):
             pattern = parse_pattern(value)
             keeps_share = not isinstance(pattern, NM) and not isinstance(self.goal.pattern, NM)
-            return _goal(where, pattern, self.goal.sparsity if keeps_share else None)
+            return _goal(where, pattern, self.sparsity if keeps_share else None)
         if isinstance(value, tuple) and len(value) == 2:
             return _goal(where, parse_pattern(value[0]), value[1])
         raise SpecError(
@@ -178,7 +192,7 @@ class MagnitudeSpec(Spec):
 
     @property
     def needs_data(self) -> bool:
-        return self.changes_weights
+        return self.changes_weights or self.uneven is not None
 
 
 @dataclass(frozen=True)
@@ -358,6 +372,23 @@ def _resolve_sequential(spec: Spec) -> None:
         raise SpecError(
             f"{name}: {what} compares each layer or block with the dense one as the batches reach "
             f'it, so it needs sequential="layer", got {spec.sequential!r}'
+        )
+
+
+def _resolve_allocation(spec: Spec) -> None:
+    name, uneven = type(spec).__name__, read_allocation(type(spec).__name__, spec.allocation)
+    if uneven is None:
+        return
+    _set(spec, allocation=uneven)
+    if isinstance(spec.pattern, NM):
+        raise SpecError(
+            f"{name}: allocation shares zeros unevenly, but pattern {spec.pattern} fixes the "
+            'sparsity of every layer; use pattern "unstructured" or a block'
+        )
+    if spec.scope == "global":
+        raise SpecError(
+            f'{name}: scope "global" shares one budget among all layers already; '
+            'use allocation with scope "row" or "layer"'
         )
 
 

@@ -26,7 +26,7 @@ from torchprune.selection import (
     repeated_blocks,
     tied_to,
 )
-from torchprune.structure.scores import default_loss
+from torchprune.structure.scores import default_loss, loss_on
 from torchprune.structure.specs import LayerSpec
 
 
@@ -253,7 +253,7 @@ def _mean_loss(
     total = 0.0
     with torch.no_grad():
         for batch in batches:
-            total += float(loss(model, batch.kwargs or batch.args))
+            total += float(loss_on(model, batch, loss))
     if not total < float("inf"):
         raise CalibrationError(f"the loss on the data is {total}")
     return total / len(batches)

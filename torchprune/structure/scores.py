@@ -69,9 +69,7 @@ def taylor_scores(
             parameters[key].requires_grad_(True)
         for batch in batches:
             with ambient.calibration_mode(model), torch.inference_mode(False), torch.enable_grad():
-                value = loss(model, batch.kwargs or batch.args)
-                if not isinstance(value, Tensor) or value.numel() != 1:
-                    raise CalibrationError(f"loss must give a scalar tensor, got {value!r:.80}")
+                value = loss_on(model, batch, loss)
                 grads = torch.autograd.grad(
                     value, [parameters[key] for key in keys], allow_unused=True
                 )
@@ -87,14 +85,30 @@ def taylor_scores(
     return scores
 
 
+def loss_on(model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:
+    """A model's loss on one batch.
+
+    Raises:
+        CalibrationError: it is not a scalar.
+    """
+    value = loss(model, batch.kwargs or batch.args)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise CalibrationError(f"loss must give a scalar tensor, got {value!r:.80}")
+    return value
+
+
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss of a transformers language model that predicts its own input.
+    """The loss of a transformers language model that predicts its own input, padding left out.
 
     Raises:
         CalibrationError: the model gives no loss.
     """
     inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch[0]}
-    inputs.setdefault("labels", inputs.get("decoder_input_ids", inputs.get("input_ids")))
+    side = "decoder_" if "decoder_input_ids" in inputs else ""
+    ids, mask = inputs.get(f"{side}input_ids"), inputs.get(f"{side}attention_mask")
+    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape:
+        ids = ids.masked_fill(mask == 0, -100)  # what transformers' losses pass over
+    inputs.setdefault("labels", ids)
     try:
         loss = model(**inputs).loss
     except (AttributeError, TypeError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from torchprune.allocation import Loss
 from torchprune.errors import SpecError
 from torchprune.options import Checked, Reconstruct, as_reconstruct
 from torchprune.specs import Selectors
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 Named = Literal["flap", "activation", "l2", "random", "taylor"]
 Score = Named | Callable[[nn.Module, "Group"], Tensor]
-Loss = Callable[[nn.Module, Any], Tensor]
 SCORES = ("flap", "activation", "l2", "random", "taylor")
 
 

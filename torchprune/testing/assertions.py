@@ -173,7 +173,9 @@ def _tiles_of(matrix: _Matrix, pattern: Block, *, exact: bool) -> _Matrix:
     return _Matrix(matrix.label, zeros == size, matrix.axis, f"{pattern} tiles")
 
 
-def _check_matrix(matrix: _Matrix, sparsity: float, scope: str | None, *, exact: bool) -> None:
+def _check_matrix(
+    matrix: _Matrix, sparsity: float | Fraction, scope: str | None, *, exact: bool
+) -> None:
     rows, cols = matrix.zero.shape
     per_row = matrix.zero.sum(1)
     wanted = prune_count(cols, sparsity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -113,15 +114,38 @@ def _count(subject: _Subject) -> None:
     found = {layer.key: (layer, mask) for layer, mask in masked_layers(model)}
     assert found.keys() == {t.layer.key for t in targets}, "not every chosen layer carries a mask"
     if spec.scope == "global":
-        assert_sparsity(model, spec.goal.pattern, spec.goal.sparsity, scope="global")
+        assert_sparsity(model, spec.goal.pattern, spec.sparsity, scope="global")
+        return
+    if spec.uneven is not None:
+        _count_in_all(subject)
         return
     for target in targets:
         layer, _ = found[target.layer.key]
+        pattern, share = target.goal.pattern, float(target.goal.sparsity)
         matrix = target.view.to_matrix(masks(model)[layer.key])
         try:
-            assert_sparsity(matrix, target.goal.pattern, target.goal.sparsity, scope=spec.scope)
+            assert_sparsity(matrix, pattern, share, scope=spec.scope)
         except AssertionError as error:
             raise AssertionError(f"{layer.name}: {error}") from None
+
+
+def _count_in_all(subject: _Subject) -> None:
+    uniform = sparsify(
+        subject.fresh(),
+        replace(subject.spec, allocation="uniform"),
+        subject.data,
+        progress=False,
+    )
+    wanted, got = (
+        sum(int(torch.count_nonzero(~mask)) for mask in masks(model).values())
+        for model in (uniform, subject.pruned)
+    )
+    assert got == wanted, f"{got} weights are pruned, uniform allocation prunes {wanted}"
+    if subject.spec.scope == "row":
+        for target in make_plan(subject.fresh(), subject.spec).targets:
+            mask = target.view.to_matrix(masks(subject.pruned)[target.layer.key])
+            rows = mask.sum(2)
+            assert bool((rows == rows[0, 0]).all()), f"{target.name}: rows of unlike counts"
 
 
 def _support(subject: _Subject) -> None:

@@ -9,6 +9,8 @@
 """
 
 from torchprune.checkpoint import load, load_into, save
+from torchprune.compare import compare
+from torchprune.comparison import Comparison
 from torchprune.errors import TorchpruneError
 from torchprune.evaluation import perplexity
 from torchprune.lowering import lift, lower, plan_lowering
@@ -36,6 +38,7 @@ __all__ = [
     "ADMMSpec",
     "Block",
     "ChannelSpec",
+    "Comparison",
     "HeadSpec",
     "LayerSpec",
     "MagnitudeSpec",
@@ -47,6 +50,7 @@ __all__ = [
     "Unstructured",
     "WandaSpec",
     "apply_masks",
+    "compare",
     "densify",
     "fold",
     "lift",

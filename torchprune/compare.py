@@ -89,11 +89,8 @@ def compare(
             or the file at `path` is damaged or something else.
         Exception: what measuring the dense model raises, and with `strict` what a spec does.
     """
-    runs = [
-        _Run(label, spec, draw)
-        for label, spec in _labelled(specs).items()
-        for draw in _draws(data, max_batches, digest=path is not None)
-    ]
+    named, draws = _labelled(specs), _draws(data, max_batches, digest=path is not None)
+    runs = [_Run(label, spec, draw) for label, spec in named.items() for draw in draws]
     make, store = _Factory(model_factory), _Store(path)
     if dense and store.dense is None:
         store.keep_dense(_metrics(eval_fn(make())))
@@ -312,7 +309,7 @@ def _number(value: object) -> float:
         raise ComparisonError(
             f"eval_fn must give a number or a mapping of metric name -> number, got {got}"
         )
-    return float(value)
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 # -- keeping ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ FORMAT = "torchprune comparison 1"
 
 _TEXTS = ("label", "method", "options", "pattern", "draw", "spec", "data")
 _NUMBERS = ("sparsity", "share", "seconds")
+_X_LABELS = {"sparsity": "sparsity of the pruned layers", "share": "zeros of all parameters"}
 
 
 class ComparisonError(TorchpruneError, ValueError):
@@ -221,7 +222,7 @@ class Comparison:
             ComparisonError: no such metric, nothing to draw, or another suffix.
             MissingExtraError: the extra "figure" is absent.
         """
-        if x not in ("sparsity", "share"):
+        if x not in _X_LABELS:
             raise ComparisonError(f'x must be "sparsity" or "share", got {x!r}')
         if path is not None and Path(path).suffix.lower() not in SUFFIXES:
             raise ComparisonError(f"{path}: a figure is saved as one of {', '.join(SUFFIXES)}")
@@ -241,10 +242,7 @@ class Comparison:
                 Series(method, pattern, re.fullmatch(r"\d+:\d+", pattern) is None, points)
                 for (method, pattern), points in series.items()
             ],
-            x_label={
-                "sparsity": "sparsity of the pruned layers",
-                "share": "zeros of all parameters",
-            }[x],
+            x_label=_X_LABELS[x],
             y_label=metric,
             dense=dense if dense is not None and math.isfinite(dense) else None,
             path=path,

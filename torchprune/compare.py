@@ -49,10 +49,10 @@ def compare(
     >>> def make():
     ...     _ = torch.manual_seed(0)
     ...     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
-    >>> x = torch.randn(64, 16)
+    >>> x = torch.randn(64, 16) * torch.arange(16)  # inputs of unequal size
     >>> y = make()(x)
     >>> def error(model):
-    ...     return {"error": float((model(x) - y).square().mean())}
+    ...     return {"error": (model(x) - y).square().mean()}
     >>> found = compare(make, [MagnitudeSpec(), WandaSpec()], [x], error, progress=False)
     >>> found.labels
     ['magnitude unstructured 0.5', 'wanda unstructured 0.5']

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,4 +91,4 @@ def _one_line(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return _one_line(text).replace("\\", "\\\\").replace("|", "\\|")
+    return re.sub(r"[\\`*<|]", r"\\\g<0>", _one_line(text))

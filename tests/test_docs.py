@@ -164,3 +164,31 @@ def test_the_demo_fails_when_a_reloaded_model_differs(demo, tmp_path, monkeypatc
     monkeypatch.setattr(torchprune, "load", damaged)
     assert demo.main(["--artifacts", str(tmp_path / "artifacts")]) == 1
     assert "wanda 2:4: reloaded perplexity differs" in capsys.readouterr().err
+
+
+def test_the_comparison_runs_and_goes_on(stand_ins, tmp_path, capsys):
+    example = importlib.import_module("compare_methods")
+    stand_ins.setattr(example, "SPECS", dict(list(example.SPECS.items())[3:6]))  # to sparsegpt 70%
+    assert "sparsegpt 50%" in example.SPECS
+    example.main(["--draws", "1"])
+    first, made = capsys.readouterr().out, tmp_path / "comparison"
+    assert "dense" in first
+    assert "failed" not in first
+    written = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert set(written) == {"comparison.json", "comparison.md", "comparison.svg"}
+    example.main(["--draws", "1"])
+    assert capsys.readouterr().out == first
+    assert (made / "comparison.json").stat().st_mtime_ns == written["comparison.json"]
+
+
+def test_the_comparison_of_a_named_model_runs(stand_ins, tmp_path, capsys):
+    example = importlib.import_module("compare_methods")
+    stand_ins.setattr(example, "SPECS", {"sparsegpt 50%": torchprune.SparseGPTSpec()})
+    with pytest.raises(SystemExit):
+        example.main(["--model", "SomeOne/SomeModel"])
+    given = ["--model", "SomeOne/SomeModel", "--data", "notes.txt", "--text", "held-out.txt"]
+    example.main([*given, "--samples", "4", "--length", "16", "--output", str(tmp_path / "named")])
+    said = capsys.readouterr().out
+    assert "failed" not in said
+    assert "sparsegpt 50%: 1" in said
+    assert (tmp_path / "named" / "comparison.svg").stat().st_size > 2000

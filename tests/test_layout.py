@@ -19,6 +19,7 @@ PUBLIC = [
     "NM",
     "Block",
     "ChannelSpec",
+    "Comparison",
     "HeadSpec",
     "LayerSpec",
     "MagnitudeSpec",
@@ -28,6 +29,7 @@ PUBLIC = [
     "Unstructured",
     "WandaSpec",
     "apply_masks",
+    "compare",
     "densify",
     "fold",
     "lift",
@@ -129,6 +131,7 @@ OPTIONAL = [
     "rich",
     "typer",
     "hypothesis",
+    "matplotlib",
     "onnx",
     "onnxruntime",
     "torchao",
@@ -149,7 +152,7 @@ def test_importing_brings_in_no_extra(statement: str) -> None:
 def test_pruning_needs_torch_alone() -> None:
     code = f"""
 import sys
-for name in {OPTIONAL[:9]}:
+for name in {OPTIONAL[:10]}:
     sys.modules[name] = None  # importing it raises ImportError
 import torch, torchprune
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))

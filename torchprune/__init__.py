@@ -10,6 +10,8 @@
 
 from torchprune.allocation import OWL, LeastError, Search
 from torchprune.checkpoint import load, load_into, save
+from torchprune.compare import compare
+from torchprune.comparison import Comparison
 from torchprune.errors import TorchpruneError
 from torchprune.evaluation import perplexity
 from torchprune.lowering import lift, lower, plan_lowering
@@ -40,6 +42,7 @@ __all__ = [
     "BestSpec",
     "Block",
     "ChannelSpec",
+    "Comparison",
     "HeadSpec",
     "LayerSpec",
     "LeastError",
@@ -53,6 +56,7 @@ __all__ = [
     "Unstructured",
     "WandaSpec",
     "apply_masks",
+    "compare",
     "densify",
     "fold",
     "lift",

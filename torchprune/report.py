@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,8 +13,16 @@ from torch import nn
 from torchprune.lockstep import Usage
 from torchprune.masking import masked_layers, original_of
 from torchprune.options import Checked
+from torchprune.tables import Column, by_rich
 
 _RUNS = "_torchprune_runs"
+
+_COLUMNS = [
+    Column("layer", fold=True),
+    *(Column(head) for head in ("shape", "dtype", "method", "pattern")),
+    *(Column(head, right=True) for head in ("zeros", "sparsity", "error")),
+    Column("note", fold=True),
+]
 
 
 @dataclass
@@ -125,21 +132,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        try:
-            from rich import box  # the cli extra; without it the report is still readable
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            return self._plain()
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("layer", overflow="fold")
-        for head in ("shape", "dtype", "method", "pattern"):
-            table.add_column(head)
-        for head in ("zeros", "sparsity", "error"):
-            table.add_column(head, justify="right")
-        table.add_column("note", overflow="fold")
-        for y in self.layers:
-            table.add_row(
+        rows = [
+            (
                 y.name,
                 "x".join(map(str, y.shape)),
                 y.dtype,
@@ -150,11 +144,11 @@ class Report:
                 "" if y.error is None else f"{y.error:.3g}",
                 y.note,
             )
-        table.add_section()
-        table.add_row("total", "", "", "", "", f"{self.zeros:,}", f"{self.sparsity:.2%}", "", "")
-        console = Console(width=140, record=True, file=io.StringIO())
-        console.print(table)
-        return console.export_text().rstrip() + "\n" + "\n".join(self._remarks())
+            for y in self.layers
+        ]
+        total = ("total", "", "", "", "", f"{self.zeros:,}", f"{self.sparsity:.2%}", "", "")
+        table = by_rich(_COLUMNS, rows, total)
+        return self._plain() if table is None else table + "\n".join(self._remarks())
 
     def _remarks(self) -> list[str]:
         lines = [

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -47,6 +47,23 @@ def staged(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file under a temporary name beside it, then give it its own.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name[:80]}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        partial.write_text(text, "utf-8")
+        _flush(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _check_replaceable(target: Path, ours: Callable[[Path], bool], what: str) -> None:

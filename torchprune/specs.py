@@ -75,6 +75,9 @@ class Spec(Checked):
             weights, then runs it again pruned (as the references do); "none" takes all statistics
             from the dense model. Default "layer"; "none" for scope "global"; "block" for SparseGPT
             with an n:m pattern.
+        permute: for n:m patterns, first put inputs into an order in which more survives, where
+            that leaves the model's function as it is: the neurons of an MLP, and the values within
+            a head of attention.
 
     Raises:
         SpecError: for contradictions, values out of range and misspelt options.
@@ -90,6 +93,7 @@ class Spec(Checked):
     alpha: float = 0.0
     reconstruct: bool | Reconstruct = False
     sequential: Sequential | None = None
+    permute: bool = False
 
     method: ClassVar[str]
     scopes: ClassVar[tuple[str, ...]]
@@ -116,6 +120,7 @@ class Spec(Checked):
             self.override_goal(key)
         _resolve_changes(self)
         _resolve_sequential(self)
+        _check_permute(self)
 
     def usual_sequence(self) -> Sequential:
         """How fine calibration is unless asked otherwise."""
@@ -177,7 +182,7 @@ class MagnitudeSpec(Spec):
 
     @property
     def needs_data(self) -> bool:
-        return self.changes_weights
+        return self.changes_weights or self.permute
 
 
 @dataclass(frozen=True)
@@ -327,6 +332,18 @@ def _resolve_sequential(spec: Spec) -> None:
         raise SpecError(
             f"{name}: {what} compares each layer or block with the dense one as the batches reach "
             f'it, so it needs sequential="layer", got {spec.sequential!r}'
+        )
+
+
+def _check_permute(spec: Spec) -> None:
+    name = type(spec).__name__
+    if not isinstance(spec.permute, bool):
+        raise SpecError(f"{name}: permute must be True or False, got {spec.permute!r}")
+    goals = [spec.goal, *map(spec.override_goal, spec.overrides)]
+    if spec.permute and not any(g is not None and isinstance(g.pattern, NM) for g in goals):
+        raise SpecError(
+            f"{name}: permute chooses which inputs share a group of an n:m pattern, and pattern "
+            f'"{spec.pattern}" has no groups; use pattern "2:4", or leave permute out'
         )
 
 

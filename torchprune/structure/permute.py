@@ -26,7 +26,6 @@ from torchprune.methods.magnitude import magnitude_score
 from torchprune.methods.permute import best_order, retained
 from torchprune.methods.ria import ria_score
 from torchprune.methods.wanda import wanda_score
-from torchprune.moments import Moments
 from torchprune.patterns import NM
 from torchprune.plan import Plan, Target
 from torchprune.report import RunRecord
@@ -36,6 +35,9 @@ from torchprune.structure.carried import head_values
 from torchprune.structure.channels import Channels, Place, neurons
 from torchprune.structure.groups import Structure, read_groups
 from torchprune.structure.trace import exported, trace_program
+
+Inputs = tuple[Tensor, list[int]]
+"""Of a layer's inputs: `Moments.square` and `Moments.rows`."""
 
 Score = Callable[[str, int], Tensor]
 """(tensor key, group of its view) -> (rows, cols) what each weight is worth."""
@@ -93,7 +95,7 @@ def permuted(
     used = {p.key for c in usable for p in c.places if p.key in readers and p.reads}
     read = [target for key, target in readers.items() if key in used]
     with ambient.exact():
-        score = _scores(spec, read, _moments(model, plan, spec, read, batches, hold))
+        score = _scores(spec, read, _inputs(model, plan, spec, read, batches, hold))
         chosen = [_choose(channels, readers, score) for channels in usable]
     left = {
         target.name: reasons.get(key) or _why(key, target, structure)
@@ -192,35 +194,39 @@ def _why(key: str, target: Target, structure: Structure) -> str:
 # -- choosing --------------------------------------------------------------------------------------
 
 
-def _moments(
+def _inputs(
     model: nn.Module,
     plan: Plan,
     spec: Spec,
     targets: Sequence[Target],
     batches: Sequence[Batch],
     hold: torch.dtype | None,
-) -> dict[str, Moments]:
+) -> dict[str, Inputs]:
     """Statistics of the layers' inputs on the dense model, by layer key."""
     if isinstance(spec, MagnitudeSpec) or not targets:
         return {}
     calibration = Calibration(
         model, targets, batches, gram=False, blocks=plan.blocks, foresee=False, hold=hold
     )
-    with calibration:
-        return {target.layer.key: moments for target, moments in calibration.collect()}
+    found: dict[str, Inputs] = {}
+    with calibration:  # nothing is changed at the stops, and the model's tail is not run
+        for stop in calibration.stops():
+            found |= {target.layer.key: (m.square, m.rows) for target, m in stop}
+    return found
 
 
-def _scores(spec: Spec, targets: Sequence[Target], moments: Mapping[str, Moments]) -> Score:
+def _scores(spec: Spec, targets: Sequence[Target], inputs: Mapping[str, Inputs]) -> Score:
     by_key = {target.layer.key: target for target in targets}
 
     @lru_cache(maxsize=1)  # the heads of one layer follow one another
     def score(key: str, group: int) -> Tensor:
-        weight, found = groups_of(by_key[key])[group], moments.get(key)
-        if found is None or not found.rows[group]:
+        weight = groups_of(by_key[key])[group]
+        square, rows = inputs.get(key, (weight, [0] * (group + 1)))
+        if not rows[group]:
             return magnitude_score(weight).square()
         if isinstance(spec, RIASpec):
-            return ria_score(weight, found.square[group], spec.power).square()
-        return wanda_score(weight, found.square[group]).square()
+            return ria_score(weight, square[group], spec.power).square()
+        return wanda_score(weight, square[group]).square()
 
     return score
 

@@ -110,6 +110,14 @@ def test_exchanges_find_what_dealing_out_by_size_does_not() -> None:
     assert retained(hidden[:, order], NM(2, 4)) > start + 0.5 * (planted - start)
 
 
+def test_an_order_that_nothing_betters_stays() -> None:
+    """The search, which starts elsewhere, does not come back to the one planted order."""
+    generator = torch.Generator().manual_seed(3)
+    score = (torch.rand(24, 80, 4, generator=generator).argsort(2) < 2).float().reshape(24, -1)
+    assert retained(score, NM(2, 4)) == score.sum()
+    assert best_order(score, NM(2, 4)).tolist() == [*range(320)]
+
+
 def test_more_groups_than_are_exchanged_at_once() -> None:
     generator = torch.Generator().manual_seed(0)
     score = torch.rand(2, 2 * 600, generator=generator) ** 4
@@ -273,6 +281,17 @@ class Rolled(nn.Module):
         return self.down(h * torch.cat([h[..., 8:], h[..., :8]], -1).relu())
 
 
+class Turned(nn.Module):
+    """Neurons are read in another order than they are made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu().repeat(1, 1, 2)[..., 2:18])
+
+
 class TwoReaders(nn.Module):
     """Two layers read the same neurons."""
 
@@ -295,7 +314,7 @@ def whole(make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, list[Ten
     return model, [torch.randint(-3, 4, shape, generator=generator).double() for _ in range(2)]
 
 
-@pytest.mark.parametrize("make", [Gated, Attention, TwoReaders])
+@pytest.mark.parametrize("make", [Gated, Attention, TwoReaders, Turned])
 def test_sums_of_whole_numbers_are_bit_equal(make: Callable[[], nn.Module]) -> None:
     model, data = whole(make, 0)
     want = [outputs(model, x) for x in data]
@@ -380,6 +399,20 @@ class Halves(nn.Module):
         return self.down(torch.cat([one.relu(), two.square()], -1))
 
 
+class Crossed(nn.Module):
+    """Units of two neurons in `up` and two in `other`, which meet crosswise in the first unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.other = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.down, self.low = nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, k = self.up(x), self.other(x)
+        met = h * k.repeat(1, 1, 2)[..., 1:17]
+        return self.down(met) + self.low(k[..., :8] * k[..., 8:])
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -433,6 +466,7 @@ class Weighed(Attention):
     ("make", "layer", "why"),
     [
         (Halves, "down", "its inputs do not all pass through the same operators"),
+        (Crossed, "down", "its inputs do not all pass through the same operators"),
         (Tied, "down", "up.weight shares its memory with other.weight"),
         (Watched, "o", "its inputs are "),
         (KeysAreValues, "o", "its inputs are "),

@@ -267,7 +267,8 @@ def densify(model: nn.Module) -> nn.Module:
 
     For a method that changed weights (`SparseGPTSpec`) this needs `sparsify(...,
     keep_dense=True)`; for a loaded model the dense values are gone unless they were kept so.
-    Weights trained under a mask keep what they learned.
+    Weights trained under a mask keep what they learned. Where a spec's `permute` put channels in
+    another order they stay in it: the same function, with permuted weights.
 
     Raises:
         MaskError: nothing is masked, or the dense weights were not kept. Nothing is changed then.

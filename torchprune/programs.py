@@ -98,6 +98,11 @@ def prune_program(
             f"{type(spec).__name__}: allocation runs the whole model for its statistics, so it "
             "needs a module: sparsify the model, then export it"
         )
+    if spec.permute:
+        raise SpecError(
+            f"{type(spec).__name__}: permute reorders a module's own weights, and a program's are "
+            "left as they are: sparsify the model, then export it"
+        )
     layers, places = _layers_of(program)
     plan = make_plan(layers, spec)
     changes: list[Change] = []

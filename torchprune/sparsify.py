@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -106,22 +106,38 @@ def sparsify(
         batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run)
         plan, notes = allocated(model, plan, spec, batches, progress=progress)
         run.notes += notes
-        for foresee in (True, False):
-            with (
-                suppress(Unforeseen),
-                all_or_nothing(plan.targets, keep_dense=keep_dense) as changes,
-            ):
-                if not foresee:
-                    run.notes.append(
-                        "calibrated twice: layers that read one tensor in some blocks read "
-                        "several in others of the same class"
-                    )
-                _calibrate(model, plan, spec, batches, changes, run, foresee, hold, progress)
-                break
+        with _permuted(model, plan, spec, batches, run, hold):
+            for foresee in (True, False):
+                with (
+                    suppress(Unforeseen),
+                    all_or_nothing(plan.targets, keep_dense=keep_dense) as changes,
+                ):
+                    if not foresee:
+                        run.notes.append(
+                            "calibrated twice: layers that read one tensor in some blocks read "
+                            "several in others of the same class"
+                        )
+                    _calibrate(model, plan, spec, batches, changes, run, foresee, hold, progress)
+                    break
     remember_run(model, run)
     for warning in run.warnings:
         warnings.warn(warning, stacklevel=2)
     return model
+
+
+def _permuted(
+    model: nn.Module,
+    plan: Plan,
+    spec: Spec,
+    batches: Sequence[Batch],
+    run: RunRecord,
+    hold: torch.dtype | None,
+) -> AbstractContextManager[None]:
+    if not spec.permute:
+        return nullcontext()
+    from torchprune.structure.permute import permuted  # torch.export takes a while to import
+
+    return permuted(model, plan, spec, batches, run, hold=hold)
 
 
 def _prune_structures(

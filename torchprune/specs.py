@@ -83,6 +83,9 @@ class Spec(Checked):
             `LeastError(...)` by the layers' errors, "search" or `Search(...)` by the model's loss.
             The statistics come from one more pass through the dense model. Not for n:m patterns
             and scope "global".
+        permute: for n:m patterns, first put inputs into an order in which more survives, where
+            that leaves the model's function as it is: the neurons of an MLP, and the values within
+            a head of attention.
 
     Raises:
         SpecError: for contradictions, values out of range and misspelt options.
@@ -99,6 +102,7 @@ class Spec(Checked):
     reconstruct: bool | Reconstruct = False
     sequential: Sequential | None = None
     allocation: str | Uneven = "uniform"
+    permute: bool = False
 
     method: ClassVar[str]
     scopes: ClassVar[tuple[str, ...]]
@@ -126,6 +130,7 @@ class Spec(Checked):
         _resolve_changes(self)
         _resolve_sequential(self)
         _resolve_allocation(self)
+        _check_permute(self)
 
     def usual_sequence(self) -> Sequential:
         """How fine calibration is unless asked otherwise."""
@@ -192,7 +197,7 @@ class MagnitudeSpec(Spec):
 
     @property
     def needs_data(self) -> bool:
-        return self.changes_weights or self.uneven is not None
+        return self.changes_weights or self.uneven is not None or self.permute
 
 
 @dataclass(frozen=True)
@@ -389,6 +394,18 @@ def _resolve_allocation(spec: Spec) -> None:
         raise SpecError(
             f'{name}: scope "global" shares one budget among all layers already; '
             'use allocation with scope "row" or "layer"'
+        )
+
+
+def _check_permute(spec: Spec) -> None:
+    name = type(spec).__name__
+    if not isinstance(spec.permute, bool):
+        raise SpecError(f"{name}: permute must be True or False, got {spec.permute!r}")
+    goals = [spec.goal, *map(spec.override_goal, spec.overrides)]
+    if spec.permute and not any(g is not None and isinstance(g.pattern, NM) for g in goals):
+        raise SpecError(
+            f"{name}: permute chooses which inputs share a group of an n:m pattern, and pattern "
+            f'"{spec.pattern}" has no groups; use pattern "2:4", or leave permute out'
         )
 
 

@@ -58,7 +58,8 @@ class Labels:
 
     def __init__(self) -> None:
         self._count = 1
-        self._edges: list[tuple[Tensor, Tensor]] = []
+        self.edges: list[tuple[Tensor, Tensor]] = []
+        """Labels that were joined: pairs of flat tensors, element by element."""
         self._frozen: list[tuple[Tensor, str]] = []
         self._grids: list[Tensor] = []
         self._attended: list[Tensor] = []
@@ -73,7 +74,7 @@ class Labels:
     def join(self, a: Tensor, b: Tensor) -> None:
         """Two tags of broadcastable shapes: elements that meet go together."""
         a, b = torch.broadcast_tensors(a, b)
-        self._edges.append((a.reshape(-1), b.reshape(-1)))
+        self.edges.append((a.reshape(-1), b.reshape(-1)))
 
     def freeze(self, tag: Tensor, why: str) -> None:
         """Nothing of this may go."""
@@ -164,9 +165,9 @@ class Labels:
         return Resolved(classes, frozen[classes], reasons, attended[classes])
 
     def _classes(self) -> Tensor:
-        if not self._edges:
+        if not self.edges:
             return torch.arange(self._count)
-        one, two = (torch.cat(ends) for ends in zip(*self._edges, strict=True))
+        one, two = (torch.cat(ends) for ends in zip(*self.edges, strict=True))
         return components(self._count, one, two)
 
     def _straighten(self, classes: Tensor) -> bool:

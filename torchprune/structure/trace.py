@@ -59,6 +59,7 @@ class Trace:
         products: the contractions, for counting.
         sizes: what views and cuts ask for, by module.
         read: (labels,) bool, whether a label is an input index of a weight in some product.
+        edges: pairs of flat tensors: labels that were joined, element by element.
     """
 
     axes: list[Axis]
@@ -66,6 +67,7 @@ class Trace:
     products: list[Product]
     sizes: list[Size]
     read: Tensor
+    edges: list[tuple[Tensor, Tensor]] = field(repr=False)
 
 
 @dataclass
@@ -88,17 +90,15 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     Raises:
         ShrinkError: the model cannot be exported, with what torch says about it.
     """
-    from torch.export.graph_signature import InputKind  # torch.export takes a while to import
+    return trace_program(model, exported(model, example))
 
-    program = _exported(model, example)
+
+def trace_program(model: nn.Module, program: ExportedProgram) -> Trace:
+    """`trace` of a model that `exported` gave this program of."""
     slots = slots_of(model)
     ties = ties_of(slots)
     walk = _Walk()
-    sources = {
-        cast(Any, spec.arg).name: _plain(str(spec.target))
-        for spec in program.graph_signature.input_specs
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
-    }
+    sources = sources_of(program)
     closed = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
@@ -125,10 +125,26 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     read = torch.zeros(len(resolved.classes), dtype=torch.bool)
     for tag in walk.labels.read:
         read[tag.reshape(-1)] = True
-    return Trace(walk.axes, resolved, walk.products, walk.sizes, read)
+    return Trace(walk.axes, resolved, walk.products, walk.sizes, read, walk.labels.edges)
 
 
-def _exported(model: nn.Module, example: Batch) -> ExportedProgram:
+def sources_of(program: ExportedProgram) -> dict[str, str]:
+    """The parameters and buffers of a program: placeholder -> name in the plain `state_dict`."""
+    from torch.export.graph_signature import InputKind  # torch.export takes a while to import
+
+    return {
+        cast(Any, spec.arg).name: _plain(str(spec.target))
+        for spec in program.graph_signature.input_specs
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+    }
+
+
+def exported(model: nn.Module, example: Batch) -> ExportedProgram:
+    """A model's graph, before anything is decomposed.
+
+    Raises:
+        ShrinkError: the model cannot be exported, with what torch says about it.
+    """
     try:
         with ambient.calibration_mode(model), torch.no_grad():
             return torch.export.export(model, example.args, example.kwargs, strict=False)

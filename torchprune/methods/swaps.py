@@ -39,11 +39,12 @@ def swap(
     """Exchange pruned for kept weights, always two of one row, while that lowers the layer error.
 
     The error tr(D G D^T), D the weights masked away, never rises: an exchange must lower it by
-    more than its own rounding. Each row keeps its count, for n:m each group does. In a round a row
-    makes up to 16 exchanges, the best first, among its 16 most promising pruned and kept weights
-    (n:m: the best pair of each of its 16 most promising groups); it is done when none of those
-    helps, which for n:m, and for rows of up to 16 pruned and 16 kept weights, means that no
-    exchange at all does.
+    more than its own rounding. Each row keeps its count, for n:m each group does.
+
+    In a round a row makes up to 16 exchanges, the best first, among 16 pruned and 16 kept weights
+    that promise most (n:m: the best pairs of its 16 best groups). It is done when none of those
+    helps: for n:m, and for rows of up to 16 pruned and 16 kept weights, no exchange at all does
+    then.
 
     Args:
         weight: (rows, cols) dense weights, any floating dtype, finite.
@@ -78,9 +79,9 @@ def _swap_rows(
         restored = cost.masked_fill(keep | barred, torch.inf)
         pruned = cost.masked_fill_(~keep, torch.inf)
         if group is None:
-            places = _of_rows(restored, pruned)
+            places = _of_rows(restored, pruned, signed, gram)
         else:
-            places = _of_groups(restored, pruned, weight, gram, group)
+            places = _of_groups(restored, pruned, signed, gram, group)
         left, right = places.chunk(2, 1)
         moved = signed.gather(1, places)
         exchanged = _exchange(
@@ -103,17 +104,27 @@ def _swap_rows(
     return result
 
 
-def _of_rows(restored: Tensor, pruned: Tensor) -> Tensor:
-    """(rows, 2k) the places of each row that cost least to restore, then to prune."""
-    count = min(_CANDIDATES, restored.shape[1])
-    return torch.cat([c.topk(count, 1, largest=False).indices for c in (restored, pruned)], 1)
+def _of_rows(restored: Tensor, pruned: Tensor, signed: Tensor, gram: Tensor) -> Tensor:
+    """(rows, 2k) the k places of each row to restore, then those to prune.
+
+    Those that cost least to restore after the cheapest to prune is, and to prune after the first of
+    these: where inputs share a large part, what a weight costs alone says little.
+    """
+    count = min(_CANDIDATES, signed.shape[1])
+
+    def least(cost: Tensor, after: Tensor) -> Tensor:
+        met = 2 * signed.gather(1, after) * signed * gram[after.squeeze(1)]
+        return met.add_(cost).topk(count, 1, largest=False).indices
+
+    left = least(restored, pruned.argmin(1, keepdim=True))
+    return torch.cat([left, least(pruned, left[:, :1])], 1)
 
 
-def _of_groups(restored: Tensor, pruned: Tensor, weight: Tensor, gram: Tensor, size: int) -> Tensor:
-    """(rows, 2k) the best pairs of the best groups: k places to restore, then those to prune."""
+def _of_groups(restored: Tensor, pruned: Tensor, signed: Tensor, gram: Tensor, size: int) -> Tensor:
+    """(rows, 2k) the best pairs of the k best groups: the places to restore, then to prune."""
     blocks = gram.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2)
-    restored, pruned, weight = (t.unflatten(1, (-1, size)) for t in (restored, pruned, weight))
-    both = (weight.unsqueeze(3) * weight.unsqueeze(2)).mul_(blocks.movedim(2, 0)).mul_(-2)
+    restored, pruned, signed = (t.unflatten(1, (-1, size)) for t in (restored, pruned, signed))
+    both = (signed.unsqueeze(3) * signed.unsqueeze(2)).mul_(blocks.movedim(2, 0)).mul_(2)
     both += restored.unsqueeze(3)
     both += pruned.unsqueeze(2)
     least, pair = both.flatten(2).min(2)

@@ -50,7 +50,8 @@ def errors(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
 def rounding(weight: Tensor, gram: Tensor) -> Tensor:
     """(rows,) what float32 cannot tell apart in a row's error: a few eps of its terms' sizes."""
     size = weight.double().abs() * gram.double().diagonal().sqrt()
-    return 16 * torch.finfo(torch.float32).eps * size.sum(1) ** 2
+    info = torch.finfo(torch.float32)
+    return 16 * info.eps * size.sum(1) ** 2 + info.tiny
 
 
 def allowed(keep: Tensor, pattern: Unstructured | NM, barred: Tensor) -> list[tuple[int, int]]:

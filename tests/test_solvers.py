@@ -376,7 +376,7 @@ def test_sparsegpt_takes_alpha_too() -> None:
     [
         (lambda: WandaSpec(refine="cg"), "refine must be"),
         (lambda: WandaSpec(refine=PCG), "refine must be"),
-        (lambda: WandaSpec(alpha=0.5), 'add refine="pcg"'),
+        (lambda: WandaSpec(alpha=0.5), 'use refine="pcg"'),
         (lambda: ADMMSpec(alpha=1.5), "alpha must be from 0 to 1"),
         (lambda: ADMMSpec(alpha=0.5, sequential="block"), 'needs sequential="layer"'),
         (lambda: WandaSpec(scope="global", refine="pcg", alpha=0.5), 'needs sequential="layer"'),

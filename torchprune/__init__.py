@@ -16,7 +16,7 @@ from torchprune.errors import TorchpruneError
 from torchprune.evaluation import perplexity
 from torchprune.lowering import lift, lower, plan_lowering
 from torchprune.masking import apply_masks, densify, fold, masks
-from torchprune.options import PCG, Reconstruct
+from torchprune.options import PCG, Reconstruct, Swaps
 from torchprune.patterns import NM, Block, Unstructured
 from torchprune.report import report
 from torchprune.sparsify import sparsify
@@ -52,6 +52,7 @@ __all__ = [
     "Reconstruct",
     "Search",
     "SparseGPTSpec",
+    "Swaps",
     "TorchpruneError",
     "Unstructured",
     "WandaSpec",

@@ -106,7 +106,9 @@ class Decider:
                 return magnitude_score(weight)
 
     def _solved(self, targets: Sequence[Target], moments: Moments) -> Iterator[Change]:
-        """New weights group by group; only a mask, by magnitude, where no token reached the group.
+        """What the second moment decides, group by group: new weights, or only better masks.
+
+        Where no token reached a group magnitude decides, and weights stay.
 
         The layers read the same inputs and have the same goal.
         """
@@ -141,12 +143,15 @@ class Decider:
             for own, one in zip(found, solved, strict=True):
                 own.append(one)
         for target, weight, own in zip(targets, weights, found, strict=True):
-            new = torch.stack([one.weight for one in own]).to(target.weight.dtype)
+            new = None
+            if spec.fits_weights:
+                fitted = torch.stack([one.weight for one in own]).to(target.weight.dtype)
+                new = target.view.from_matrix(fitted, target.weight.shape)
             yield self._change(
                 target,
                 moments,
                 torch.stack([one.keep for one in own]),
-                target.view.from_matrix(new, target.weight.shape),
+                new,
                 _relative(weight, own, moments),
                 notes,
             )
@@ -171,7 +176,8 @@ class Decider:
         if moments.batches < self.batches:
             notes.append(f"reached by {moments.batches} of {self.batches} batches")
         if new is None:
-            error = sampled_error(target, moments, keep)
+            if moments.gram is None:
+                error = sampled_error(target, moments, keep)
             if self.spec.reconstruct:  # the block's training will change what is kept
                 new = target.view.from_matrix(groups_of(target), target.weight.shape)
         record = Record(

@@ -41,6 +41,23 @@ class PCG(Checked):
 
 
 @dataclass(frozen=True)
+class Swaps(Checked):
+    """Better each mask by exchanges of pruned for kept weights (`refine=`), weights unchanged.
+
+    Always two weights of one row (for n:m, of one group), so counts stay as they were.
+
+    Args:
+        rounds: at most so many, of up to 16 exchanges a row each. Rows end early when nothing
+            helps any more; some 25 rounds come close to that.
+    """
+
+    rounds: int = 50
+
+    def __post_init__(self) -> None:
+        check_whole("Swaps", "rounds", self.rounds)
+
+
+@dataclass(frozen=True)
 class Reconstruct(Checked):
     """Train the kept weights of each pruned block to the outputs it had (`reconstruct=`).
 

@@ -1,6 +1,7 @@
 """From weights and the second moment of their inputs to new weights and masks.
 
-Everything that changes kept weights meets here: SparseGPT, ADMM, and the refit of any mask.
+Everything that takes the second moment meets here: SparseGPT, ADMM, the refit of any mask, and
+better masks by exchanges.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torchprune.methods.factor import Factor, factorise
 from torchprune.methods.problem import Problem, problem_of
 from torchprune.methods.refit import refit
 from torchprune.methods.sparsegpt import Solved, sparsegpt
+from torchprune.methods.swaps import swap
 from torchprune.moments import Moments
-from torchprune.options import PCG
+from torchprune.options import PCG, Swaps
 from torchprune.packing import masked
+from torchprune.patterns import Block
 from torchprune.projection import BARRED, project_partly
 from torchprune.specs import ADMMSpec, Goal, SparseGPTSpec, Spec
 
@@ -59,6 +62,8 @@ class Solver:
                 solved = self._admm(self.spec, group, weights, goal, barred)
             case _:
                 given = [keep for keep in keeps if keep is not None]
+                if isinstance(self.spec.refine, Swaps):
+                    given = self._swapped(self.spec.refine, group, weights, goal, barred, given)
                 solved = [
                     Solved(masked(weight.float(), keep), keep, 0.0)
                     for weight, keep in zip(weights, given, strict=True)
@@ -139,6 +144,22 @@ class Solver:
             dense, dense @ problem.pull, problem, project, steps=spec.steps, ramp=spec.ramp
         )
         return self._split(problem, sparse, keep, weights)
+
+    def _swapped(
+        self,
+        refine: Swaps,
+        group: int,
+        weights: Sequence[Tensor],
+        goal: Goal,
+        barred: Sequence[Tensor | None],
+        keeps: Sequence[Tensor],
+    ) -> list[Tensor]:
+        assert not isinstance(goal.pattern, Block)
+        problem = self._problem(group, ridge=0.0)
+        return [
+            swap(problem.scaled(weight), problem.matrix, keep, goal.pattern, refine.rounds, bar)
+            for weight, keep, bar in zip(weights, keeps, barred, strict=True)
+        ]
 
     def _refined(
         self, refine: PCG, group: int, weights: Sequence[Tensor], solved: Sequence[Solved]

@@ -22,7 +22,7 @@ from torchprune.options import Reconstruct
 from torchprune.plan import Plan, make_plan
 from torchprune.reconstruct import Gain, reconstruct, summary_of
 from torchprune.report import RunRecord, remember_run
-from torchprune.specs import MagnitudeSpec, Spec
+from torchprune.specs import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.synthesis import can_synthesise, synthesise
 from torchprune.units import Ends, Unit
@@ -95,7 +95,7 @@ def sparsify(
         _prune_structures(model, spec, data, max_batches, seed, keep_dense, hold, progress)
         return model
     plan = make_plan(model, spec)
-    _check_weights(plan, finite=spec.changes_weights)
+    _check_weights(plan, finite=spec.changes_weights or spec.needs_gram)
     run = RunRecord(spec=spec, skipped=dict(plan.skipped))
     if not spec.needs_data:
         with ambient.exact(), all_or_nothing(plan.targets, keep_dense=keep_dense) as changes:
@@ -179,7 +179,7 @@ def _pruned_program(
     if options:
         raise SpecError("keep_dense and hold are for modules; a program's own weights stay anyway")
     batches: list[Batch] = []
-    if not isinstance(spec, MagnitudeSpec):
+    if spec.needs_data:
         if data is None:
             raise CalibrationError(
                 f"{type(spec).__name__} needs calibration data for an ExportedProgram: "

@@ -20,6 +20,7 @@ from torchprune.options import (
     PCG,
     Checked,
     Reconstruct,
+    Swaps,
     as_reconstruct,
     check_above_zero,
     check_share,
@@ -67,7 +68,9 @@ class Spec(Checked):
         overrides: selector string -> a sparsity, a pattern, a pair (pattern, sparsity), or
             "dense". The first key that matches a layer decides.
         refine: "pcg" or `PCG(...)`: refit the weights that a mask keeps to the layer's outputs by
-            least squares.
+            least squares. "swaps" or `Swaps(...)`, for methods that leave weights unchanged and no
+            block pattern: exchange pruned for kept weights of the same row while the layer's error
+            falls. Each row keeps the count that the method gave it, whatever the scope.
         alpha: for methods that change weights, how far the outputs to reach are the dense model's
             (1) and not only the layer's own on the inputs it now gets (0). Above 0 every batch also
             runs through the dense model.
@@ -97,7 +100,7 @@ class Spec(Checked):
     targets: Selectors | None = None
     ignore: Selectors = ()
     overrides: Mapping[str, Override] = field(default_factory=dict, hash=False)
-    refine: str | PCG | None = None
+    refine: str | PCG | Swaps | None = None
     alpha: float = 0.0
     reconstruct: bool | Reconstruct = False
     sequential: Sequential | None = None
@@ -142,9 +145,14 @@ class Spec(Checked):
         return True
 
     @property
+    def fits_weights(self) -> bool:
+        """Whether a layer's decision changes kept weights."""
+        return self.chooses_weights or isinstance(self.refine, PCG)
+
+    @property
     def changes_weights(self) -> bool:
-        """Whether kept weights change."""
-        return self.chooses_weights or self.refine is not None or bool(self.reconstruct)
+        """Whether kept weights change, then or in a block's reconstruction."""
+        return self.fits_weights or bool(self.reconstruct)
 
     @property
     def needs_gram(self) -> bool:
@@ -197,7 +205,8 @@ class MagnitudeSpec(Spec):
 
     @property
     def needs_data(self) -> bool:
-        return self.changes_weights or self.uneven is not None or self.permute
+        options = (self.needs_gram, self.reconstruct, self.uneven is not None, self.permute)
+        return any(options)
 
 
 @dataclass(frozen=True)
@@ -335,15 +344,37 @@ def _resolve_changes(spec: Spec) -> None:
     name = type(spec).__name__
     if spec.refine == "pcg":
         _set(spec, refine=PCG())
-    if not isinstance(spec.refine, PCG | None):
-        raise SpecError(f'{name}: refine must be "pcg", a PCG(...) or None, got {spec.refine!r}')
+    elif spec.refine == "swaps":
+        _set(spec, refine=Swaps())
+    if not isinstance(spec.refine, PCG | Swaps | None):
+        raise SpecError(
+            f'{name}: refine must be "pcg", a PCG(...), "swaps", a Swaps(...) or None, '
+            f"got {spec.refine!r}"
+        )
+    if isinstance(spec.refine, Swaps):
+        _check_swaps(spec)
     _set(spec, reconstruct=as_reconstruct(name, spec.reconstruct))
     check_share(name, "alpha", spec.alpha)
-    if spec.alpha and not spec.needs_gram:
+    if spec.alpha and not spec.fits_weights:
         raise SpecError(
             f"{name}: alpha says what changed weights should reach, and {spec.method} changes "
-            'none; add refine="pcg"'
+            'none; use refine="pcg"'
         )
+
+
+def _check_swaps(spec: Spec) -> None:
+    name = type(spec).__name__
+    if spec.chooses_weights:
+        raise SpecError(
+            f"{name}: Swaps betters the mask of weights that stay as they are, and {spec.method} "
+            'changes them; use refine="pcg", or WandaSpec'
+        )
+    for goal in (spec.goal, *map(spec.override_goal, spec.overrides)):
+        if goal is not None and isinstance(goal.pattern, Block):
+            raise SpecError(
+                f"{name}: Swaps exchanges single weights, and {goal.pattern} keeps or prunes "
+                'whole tiles; use an unstructured or n:m pattern, or refine="pcg"'
+            )
 
 
 def _set(spec: Spec, **values: Any) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchprune.errors import MissingExtraError
-from torchprune.options import PCG
+from torchprune.options import PCG, Swaps
 from torchprune.patterns import NM, Block, Pattern, Unstructured
 from torchprune.specs import ADMMSpec, MagnitudeSpec, RIASpec, SparseGPTSpec, Spec, WandaSpec
 
@@ -117,10 +117,11 @@ def specs(
         if not grouped:
             options["sparsity"] = draw(st.integers(0, 99)) / 100
         if scope != "global" or kind is MagnitudeSpec:
-            options["refine"] = draw(st.sampled_from([None, None, PCG(3)]))
+            swaps = [] if kind.chooses_weights or isinstance(pattern, Block) else [Swaps(3)]
+            options["refine"] = draw(st.sampled_from([None, None, PCG(3), *swaps]))
         if kind is not MagnitudeSpec and scope != "global":
             options["sequential"] = draw(st.sampled_from(["layer", "block", "none"]))
-        changes = kind.chooses_weights or options.get("refine") is not None
+        changes = kind.chooses_weights or isinstance(options.get("refine"), PCG)
         if changes and options.get("sequential", "layer") == "layer":
             options["alpha"] = draw(st.sampled_from([0.0, 0.5]))
         if kind is SparseGPTSpec:

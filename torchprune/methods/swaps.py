@@ -87,7 +87,7 @@ def _swap_rows(
         exchanged = _exchange(
             torch.cat([restored.gather(1, left), pruned.gather(1, right)], 1),
             moved,
-            gram[places.unsqueeze(2), places.unsqueeze(1)],
+            _among(places, gram),
             paired=group is not None,
         )
         row, at = exchanged.nonzero(as_tuple=True)
@@ -131,6 +131,13 @@ def _of_groups(restored: Tensor, pruned: Tensor, signed: Tensor, gram: Tensor, s
     group = least.topk(min(_CANDIDATES, least.shape[1]), 1, largest=False).indices
     pair = pair.gather(1, group)
     return torch.cat([group * size + pair // size, group * size + pair % size], 1)
+
+
+def _among(places: Tensor, gram: Tensor) -> Tensor:
+    """(rows, k, k) the second moment of each row's places (rows, k)."""
+    # One flat index: several times as fast on a CPU as two.
+    flat = places.unsqueeze(2) * len(gram) + places.unsqueeze(1)
+    return gram.reshape(-1).index_select(0, flat.flatten()).view(flat.shape)
 
 
 def _exchange(cost: Tensor, signed: Tensor, gram: Tensor, *, paired: bool) -> Tensor:

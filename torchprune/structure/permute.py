@@ -94,8 +94,8 @@ def permuted(
     usable = [c for c in found if _is_usable(c, readers, slots, owners, reasons)]
     used = {p.key for c in usable for p in c.places if p.key in readers and p.reads}
     read = [target for key, target in readers.items() if key in used]
+    score = _scores(spec, read, _inputs(model, plan, spec, read, batches, hold))
     with ambient.exact():
-        score = _scores(spec, read, _inputs(model, plan, spec, read, batches, hold))
         chosen = [_choose(channels, readers, score) for channels in usable]
     left = {
         target.name: reasons.get(key) or _why(key, target, structure)

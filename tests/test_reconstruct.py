@@ -311,6 +311,23 @@ def test_callers_in_inference_mode_are_served() -> None:
         assert not other.state_dict()[key].is_inference()
 
 
+def test_activations_held_in_sixteen_bits_are_at_hand_again() -> None:
+    """As if blocks had read rounded inputs, and not freed ones."""
+    family = FAMILIES["llama"]
+    data = [torch.cat([t] * 24) for t in family.data(count=4)]  # large enough to be packed
+    exact, held = family.make(), family.make()
+    spec = ADMMSpec(0.5, alpha=0.5, reconstruct=SHORT)
+    prune(exact, spec, data)
+    prune(held, spec, data, hold=torch.bfloat16)
+    dense = family.make()
+    wanted = [outputs(dense, b) for b in data]
+    missed_by = [
+        sum(float((outputs(m, b) - w).square().sum()) for b, w in zip(data, wanted, strict=True))
+        for m in (exact, held)
+    ]
+    assert missed_by[1] < 1.2 * missed_by[0]
+
+
 def test_a_model_without_blocks_is_one_unit() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -171,7 +171,7 @@ class Calibration:
                 break
             moving = self._waiting.pop(place)
             if place[1]:
-                self._end_unit(place[0])
+                self._end_unit(place[0], moving)
             else:
                 yield from self._stop(place[0], moving)
             if not self._needs(moving):
@@ -193,8 +193,10 @@ class Calibration:
         self._advance_twins(moving, place, fresh)
         yield stop
 
-    def _end_unit(self, last: int) -> None:
+    def _end_unit(self, last: int, batches: Sequence[int]) -> None:
         assert self._ends is not None
+        for batch in batches:
+            self._held.restore(batch)  # calls hold activations
         unit, self._passive = self._units.pop(last), True
         try:
             self._ends.act(unit)

@@ -622,7 +622,7 @@ def test_saved_models_remember_their_allocation(tmp_path: Path, spec: Spec) -> N
     manifest = json.loads((tmp_path / "saved" / "manifest.json").read_text())
     manifest["runs"][0]["spec"]["allocation"] = {"Spec": {}}
     (tmp_path / "saved" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="'Spec' is none of"):
+    with pytest.raises(CheckpointError, match=r"'Spec': .* is none of"):
         torchprune.load_into(FAMILIES["llama"].make(), tmp_path / "saved")
 
 

@@ -110,7 +110,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(weights))
         return sparsegpt(weights, *args)
 
-    monkeypatch.setattr("torchprune.decide.sparsegpt", watched)
+    monkeypatch.setattr("torchprune.solve.sparsegpt", watched)
     return seen
 
 

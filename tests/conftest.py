@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in _THIRD_PARTY_NOISE:
         config.addinivalue_line("filterwarnings", line)
     torch.set_num_threads(1)  # tiny models: more threads cost more than they give
+    _keep_openvino_quiet()
+
+
+def _keep_openvino_quiet() -> None:
+    """Have OpenVINO not report its use over the network: it forks this many-threaded process."""
+    if find_spec("openvino_telemetry"):
+        from openvino_telemetry.backend.backend_ga4 import GA4Backend
+
+        GA4Backend.send = lambda self, message: None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

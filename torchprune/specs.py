@@ -318,8 +318,8 @@ class BestSpec(ADMMSpec):
     reaches and costs is measured in the README. For other combinations use `ADMMSpec`.
 
     Args:
-        effort: "fast": `ADMMSpec(alpha=0.25)`, two to three times as long as SparseGPT. "balanced":
-            and `reconstruct=Reconstruct()`, some ten times. "max": and twice its epochs.
+        effort: "fast": `ADMMSpec(alpha=0.25)`, about 2.5 times as long as SparseGPT. "balanced":
+            and `reconstruct=Reconstruct()`, several times as long again. "max": twice its epochs.
     """
 
     effort: Literal["fast", "balanced", "max"] = "balanced"

@@ -20,7 +20,6 @@ from torchprune.methods.factor import Factor, factorise
 from torchprune.methods.magnitude import magnitude_score
 from torchprune.methods.sparsegpt import sparsegpt
 from torchprune.methods.wanda import wanda_score
-from torchprune.moments import Moments
 from torchprune.patterns import NM, Block, Pattern, Unstructured
 from torchprune.weights import input_rows, view_of
 
@@ -354,36 +353,6 @@ def test_groups_of_a_convolution_run_along_its_input_channels() -> None:
     score = conv.parametrizations.weight.original.detach().abs() * energy.reshape(6, 8, 3, 3).sqrt()
     kept = score.unflatten(1, (2, 4)).argsort(dim=2, stable=True).argsort(dim=2) >= 2
     assert torch.equal(mask, kept.flatten(1, 2))
-
-
-# -- statistics -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cols", [1, 63, 64, 65, 200, 400])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_moments_are_the_sums_of_all_rows(cols: int, dtype: torch.dtype) -> None:
-    batches = [torch.randn(rows, cols).to(dtype) for rows in (7, 0, 300)]
-    exact = sum(x.double().T @ x.double() for x in batches)
-    for gram in (True, False):
-        moments = Moments.empty(1, cols, torch.device("cpu"), gram=gram)
-        for x in batches:
-            moments.add([x])
-        moments.finish()
-        moments.finish()  # once is enough
-        torch.testing.assert_close(moments.square[0].double(), exact.diag(), rtol=1e-5, atol=1e-5)
-        assert (moments.rows, moments.batches) == ([307], 3)
-        if moments.gram is not None:
-            torch.testing.assert_close(moments.gram[0].double(), exact, rtol=1e-4, atol=1e-3)
-            assert torch.equal(moments.gram[0], moments.gram[0].T)
-
-
-def test_moments_of_more_rows_than_are_taken_at_once() -> None:
-    x = torch.randint(-2, 3, (20_000, 5)).float()
-    for gram in (True, False):
-        moments = Moments.empty(1, 5, torch.device("cpu"), gram=gram)
-        moments.add([x])
-        moments.finish()
-        assert torch.equal(moments.square[0], x.square().sum(0))
 
 
 # -- sparsegpt ------------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ def allocated(
         for t in plan.targets
         if not any(matches(key, t.layer) for key in spec.overrides)
     }
-    calibration = Calibration(model, list(free.values()), batches, gram=False, blocks={})
+    calibration = Calibration(
+        model, list(free.values()), batches, gram=False, blocks={}, cap=spec.token_cap
+    )
     with calibration:
         stop = calibration.collect()
     measured = [

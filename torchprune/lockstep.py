@@ -79,6 +79,7 @@ class Calibration:
         hold: 16-bit dtype in which waiting batches hold float32 activations, or None.
         cross: whether methods need the cross moment with the dense model's inputs.
         ends: what happens when all layers of a unit are pruned, or None.
+        cap: of the lengths of input rows (see `Moments`), or None.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Calibration:
         hold: torch.dtype | None = None,
         cross: bool = False,
         ends: Ends | None = None,
+        cap: float | None = None,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
-        self.total = total
+        self.total, self.cap = total, cap
         self.gram, self.blocks = gram, list(blocks.values()) if twice else []
         self.usage = Usage()
         self._held = Held(model, hold)
@@ -410,7 +412,13 @@ class Calibration:
         view, device = target.view, target.weight.device
         with ambient.exact():  # a forward in inference mode must not make them inference tensors
             moments = Moments.empty(
-                view.groups, view.cols, device, gram=self.gram, total=self.total, cross=self.cross
+                view.groups,
+                view.cols,
+                device,
+                gram=self.gram,
+                total=self.total,
+                cross=self.cross,
+                cap=self.cap,
             )
         gathered = Gathered(moments, geometry(target.layer.module), index)
         self._shareable.append(gathered)

@@ -32,6 +32,8 @@ class Moments:
         total: (groups, cols) float32, sum of x, where it was asked for.
         cross: (groups, cols, cols) float32, sum of x_d x^T with x_d what the dense model reads
             there, where it was asked for. Rows without a counterpart count as their own.
+        cap: input rows longer than so many times their batch's median length are scaled down to
+            that, or None.
     """
 
     square: Tensor
@@ -42,6 +44,7 @@ class Moments:
     finished: bool = False
     total: Tensor | None = None
     cross: Tensor | None = None
+    cap: float | None = None
 
     @staticmethod
     def empty(
@@ -52,6 +55,7 @@ class Moments:
         gram: bool,
         total: bool = False,
         cross: bool = False,
+        cap: float | None = None,
     ) -> Moments:
         """Zero statistics."""
         return Moments(
@@ -61,6 +65,7 @@ class Moments:
             sample=[[] for _ in range(groups)],
             total=torch.zeros(groups, cols, device=device) if total else None,
             cross=torch.zeros(groups, cols, cols, device=device) if cross else None,
+            cap=cap,
         )
 
     def add(
@@ -75,6 +80,10 @@ class Moments:
             dense: what the dense model reads in place of `inputs`, None where that is unknown.
         """
         self.batches += 1
+        if self.cap is not None:
+            shares = [_shares(x, self.cap) for x in inputs]
+            inputs = _scaled(inputs, shares)
+            dense = dense if dense is None else _scaled(dense, shares)
         if self.cross is not None:
             self._add_cross(inputs, dense)
         for group, x in enumerate(inputs):
@@ -123,6 +132,23 @@ def panels(cols: int, count: int) -> Iterator[tuple[int, int]]:
     """Starts and stops of about so many equal runs of columns, none of them very narrow."""
     width = max(64, -(-cols // count))
     return ((start, min(start + width, cols)) for start in range(0, cols, width))
+
+
+def _shares(x: Tensor, cap: float) -> Tensor:
+    """(rows,) float32, what each row is scaled by so that none is longer than the cap allows."""
+    if not len(x):
+        return torch.ones(0, device=x.device)
+    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    limit = cap * length.median()
+    return torch.where((length > limit) & (limit > 0), limit / length, 1)
+
+
+def _scaled(inputs: Sequence[Tensor], shares: Sequence[Tensor]) -> list[Tensor]:
+    """Rows times their shares, float32; as they were where they are not the same rows."""
+    return [
+        x.float() * share.unsqueeze(1) if len(x) == len(share) else x
+        for x, share in zip(inputs, shares, strict=True)
+    ]
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:

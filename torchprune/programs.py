@@ -240,7 +240,7 @@ class _Run:
         blocks: Sequence[tuple[str, ...]],
     ) -> None:
         self._program, self._decider, self._batches = program, decider, batches
-        self._gram = decider.spec.needs_gram
+        self._gram, self._cap = decider.spec.needs_gram, decider.spec.token_cap
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
         self._uses = sorted(uses, key=lambda use: self._at[use.node])
@@ -297,7 +297,9 @@ class _Run:
             if key not in shared:
                 view, device = use.target.view, use.target.weight.device
                 with ambient.exact():
-                    shared[key] = Moments.empty(view.groups, view.cols, device, gram=self._gram)
+                    shared[key] = Moments.empty(
+                        view.groups, view.cols, device, gram=self._gram, cap=self._cap
+                    )
             moments[use.node] = shared[key]
         sample = 0 if self._gram else -(-SAMPLE_ROWS // len(self._batches))
         for batch, env in zip(self._batches, envs, strict=True):

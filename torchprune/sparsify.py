@@ -231,6 +231,7 @@ def _calibrate(
         hold=hold,
         cross=spec.alpha > 0,
         ends=ends,
+        cap=spec.token_cap,
     )
     waiting = {target.layer.key: target for target in plan.targets}
     bar = tqdm(total=len(waiting), desc=spec.method, unit="layer", disable=not progress)

@@ -89,6 +89,9 @@ class Spec(Checked):
         permute: for n:m patterns, first put inputs into an order in which more survives, where
             that leaves the model's function as it is: the neurons of an MLP, and the values within
             a head of attention.
+        token_cap: let no token's input to a layer count for more than one of so many times the
+            median length in its batch: longer ones are scaled down in the statistics. For models
+            whose first tokens are far larger than all others.
 
     Raises:
         SpecError: for contradictions, values out of range and misspelt options.
@@ -106,6 +109,7 @@ class Spec(Checked):
     sequential: Sequential | None = None
     allocation: str | Uneven = "uniform"
     permute: bool = False
+    token_cap: float | None = None
 
     method: ClassVar[str]
     scopes: ClassVar[tuple[str, ...]]
@@ -130,6 +134,8 @@ class Spec(Checked):
         _set(self, overrides=dict(self.overrides))
         for key in self.overrides:
             self.override_goal(key)
+        if self.token_cap is not None:
+            check_above_zero(type(self).__name__, "token_cap", self.token_cap)
         _resolve_changes(self)
         _resolve_sequential(self)
         _resolve_allocation(self)
@@ -385,11 +391,12 @@ def _set(spec: Spec, **values: Any) -> None:
 def _resolve_sequential(spec: Spec) -> None:
     name = type(spec).__name__
     if not spec.needs_data:
-        if spec.sequential is not None:
-            raise SpecError(
-                f"{name}: sequential={spec.sequential!r} says how calibration goes, and "
-                "this spec needs none; leave it out"
-            )
+        for option in ("sequential", "token_cap"):
+            if (value := getattr(spec, option)) is not None:
+                raise SpecError(
+                    f"{name}: {option}={value!r} says how calibration goes, and "
+                    "this spec needs none; leave it out"
+                )
         return
     if spec.sequential is None:
         _set(spec, sequential=spec.usual_sequence())

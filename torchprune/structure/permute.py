@@ -206,7 +206,14 @@ def _inputs(
     if isinstance(spec, MagnitudeSpec) or not targets:
         return {}
     calibration = Calibration(
-        model, targets, batches, gram=False, blocks=plan.blocks, foresee=False, hold=hold
+        model,
+        targets,
+        batches,
+        gram=False,
+        blocks=plan.blocks,
+        foresee=False,
+        hold=hold,
+        cap=spec.token_cap,
     )
     found: dict[str, Inputs] = {}
     with calibration:  # nothing is changed at the stops, and the model's tail is not run

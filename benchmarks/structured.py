@@ -42,7 +42,9 @@ def cells(only: str) -> list[tuple[str, object]]:
             for way, options in WAYS.items():
                 if score == "flap" or way != "trained":
                     found.append((f"{name}|{score}|{way}", kind(share, score=score, **options)))
-    found.append(("neurons 20%, global|flap|refit", NeuronSpec(0.2, allocation="global")))
+    for way, options in WAYS.items():
+        spec = NeuronSpec(0.2, allocation="global", **options)
+        found.append((f"neurons 20%, global|flap|{way}", spec))
     found.append(("layers 4|cosine|alone", LayerSpec(4)))
     found.append(("layers 4|loss|alone", LayerSpec(4, score="loss")))
     return [(name, spec) for name, spec in found if only in name]

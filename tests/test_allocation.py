@@ -573,21 +573,25 @@ def test_what_is_pruned_already_counts(scope: str) -> None:
 
 
 class Fork(nn.Module):
-    """One of its two branches is never taken."""
+    """One of its two branches is never taken, or never gets a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, empty: bool = False) -> None:
         super().__init__()
         self.taken, self.idle, self.last = (nn.Linear(16, 16) for _ in range(3))
+        self.empty = empty
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.empty:
+            self.idle(x[:0])
         out: Tensor = self.last(self.taken(x).relu())
         return out
 
 
-def test_a_layer_that_no_batch_reaches_keeps_the_uniform_sparsity() -> None:
-    model = Fork()
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_layer_that_no_token_reaches_keeps_the_uniform_sparsity(empty: bool) -> None:
+    model = Fork(empty=empty)
     model.taken.weight.data[:, ::2] *= 0.01
-    with pytest.warns(UserWarning, match="no calibration batch reached it"):
+    with pytest.warns(UserWarning, match="idle: no .* reached it: pruned by magnitude"):
         prune(model, WandaSpec(0.5, allocation="error"), [torch.randn(30, 16)])
     found = {layer.name: layer.zeros for layer in torchprune.report(model).layers}
     assert found["idle"] == 128

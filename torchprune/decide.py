@@ -170,8 +170,9 @@ class Decider:
     ) -> Change:
         notes = [*dict.fromkeys(notes)]
         if idle := [g for g, rows in enumerate(moments.rows) if not rows]:
-            which = "experts" if target.view.kind.startswith("experts") else "groups"
-            notes.append(f"no tokens reached {which} {_few(idle)}: pruned by magnitude")
+            kind = "experts" if target.view.kind.startswith("experts") else "groups"
+            which = f"{kind} {_few(idle)}" if len(moments.rows) > 1 else "it"
+            notes.append(f"no tokens reached {which}: pruned by magnitude")
             self.warnings.append(f"{target.name}: {notes[-1]}")
         if moments.batches < self.batches:
             notes.append(f"reached by {moments.batches} of {self.batches} batches")

@@ -1,9 +1,11 @@
 """How good at a given sparsity? Every method on SmolLM2, over draws of calibration windows.
 
 Wikipedia articles to calibrate on; other articles, and news, to evaluate on. What is shown is
-perplexity and r = (it - dense) / (SparseGPT's - dense), the share of SparseGPT's loss that is left.
+perplexity, bits a token, and r = (perplexity - dense) / (SparseGPT's - dense), the share of
+SparseGPT's loss that is left.
 
     python benchmarks/quality.py --draws 3 --output quality.json   # resumes what the file lacks
+    python benchmarks/quality.py --draws 3 --output quality.json --table benchmarks/quality.md
     python benchmarks/quality.py --device cuda --windows 128
 
 The peer's SparseGPT on the same windows is benchmarks/prune.py's business.
@@ -13,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -63,7 +67,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1, help="calibration windows a batch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON of all runs so far")
+    parser.add_argument("--table", type=Path, help="the table as Markdown")
     options = parser.parse_args()
 
     tokenizer, model = smollm2.load_tokenizer(), smollm2.load_model().to(options.device)
@@ -103,15 +108,27 @@ def main() -> None:
         path=options.output,
     )
     print(table(found))
+    if options.table:
+        options.table.write_text(f"{heading(options)}\n\n{table(found)}\n")
+
+
+def heading(options: argparse.Namespace) -> str:
+    """What the table's runs had in common."""
+    return (
+        f"SmolLM2-135M-Instruct, float32, {options.device}: {options.windows} windows of "
+        f"{options.length} tokens of Wikipedia to calibrate on, {options.evaluate} of other "
+        f"articles and as many of news to evaluate on; means over the draws. r is "
+        f"(perplexity - dense) / ({BASE}'s - dense), draw by draw. By `benchmarks/quality.py`."
+    )
 
 
 def table(found: torchprune.Comparison) -> str:
-    """Means over the draws, as Markdown; seconds are of single runs."""
+    """Means over the draws, as Markdown; seconds are of single runs, on a machine as it was."""
+    dense = [f"{value:.2f} | {math.log2(value):.3f} | 0" for value in (found.dense or {}).values()]
     lines = [
-        f"dense: {', '.join(f'{name} {value:.2f}' for name, value in (found.dense or {}).items())}",
-        "",
-        "| method | goal | Wikipedia | r | news | r | seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| method | goal | Wikipedia | bits | r | news | bits | r | draws | seconds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| dense | | {' | '.join(dense)} | | |",
     ]
     goals = dict.fromkeys(label.split(" | ")[1] for label in found.labels)
     for goal in goals:
@@ -123,10 +140,11 @@ def table(found: torchprune.Comparison) -> str:
                 continue
             cells = []
             for metric, ratio in ratios.items():
-                mean = sum(row.metrics[metric] for row in rows) / len(rows)
-                cells += [f"{mean:.2f}", f"{ratio[label].mean:.2f}"]
-            seconds = sum(row.seconds or 0 for row in rows) / len(rows)
-            lines.append(f"| {name} | {goal} | {' | '.join(cells)} | {seconds:.0f} |")
+                values = [row.metrics[metric] for row in rows]
+                mean, bits = fmean(values), fmean(map(math.log2, values))
+                cells += [f"{mean:.2f}", f"{bits:.3f}", f"{ratio[label].mean:.2f}"]
+            cells += [f"{len(rows)}", f"{fmean(row.seconds or 0 for row in rows):.0f}"]
+            lines.append(f"| {name} | {goal} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

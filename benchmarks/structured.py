@@ -57,13 +57,16 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=24, help="held-out windows of each source")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--draw", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="cells whose name holds this")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
-    tokenizer, dense = smollm2.load_tokenizer(), smollm2.load_model()
+    tokenizer, dense = smollm2.load_tokenizer(), smollm2.load_model().to(options.device)
     calibration, held_out = smollm2.split(smollm2.wikipedia_articles())
-    windows = smollm2.windows(tokenizer, calibration, options.windows, options.length, options.draw)
+    windows = smollm2.windows(
+        tokenizer, calibration, options.windows, options.length, options.draw
+    ).to(options.device)
     count = options.evaluate * options.length
     texts = {
         "wikipedia": smollm2.tokens(tokenizer, held_out)[:count],

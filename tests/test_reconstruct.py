@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import ADMMSpec, MagnitudeSpec, NeuronSpec, Reconstruct, SparseGPTSpec, WandaSpec
 from torchprune.errors import CalibrationError
-from torchprune.reconstruct import Gain, reconstruct
+from torchprune.reconstruct import Gain, has_bfloat16, reconstruct
 from torchprune.units import Call, Unit
 
 SHORT = Reconstruct(epochs=2)
@@ -367,3 +369,56 @@ def test_structures_are_still_removed_exactly() -> None:
     masked = outputs(model, data[0])
     torchprune.shrink(model, torchprune.plan_shrink(model, data[0]))
     torch.testing.assert_close(outputs(model, data[0]), masked, rtol=1e-5, atol=1e-5)
+
+
+class Spy(nn.Module):
+    """A layer that notes in which dtype it gives its outputs, and whether gradients are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen = nn.Linear(8, 6), set[tuple[torch.dtype, bool]]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        self.seen.add((out.dtype, out.requires_grad))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("mixed", "able", "learning"),
+    [(True, True, torch.bfloat16), (True, False, torch.float32), (False, True, torch.float32)],
+)
+def test_gradients_are_mixed_where_that_is_fast_and_judging_never(
+    mixed: bool, able: bool, learning: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchprune.reconstruct.has_bfloat16", lambda device: able)
+    spy = Spy()
+    calls = [Call((torch.randn(1, 5, 8),), {}, [torch.randn(1, 5, 6)], [None], i) for i in range(4)]
+    weight = spy.layer.weight
+    keep = torch.rand(weight.shape) > 0.5
+    weight.data *= keep
+    gain = reconstruct(Unit("", spy, [], calls), [(weight, keep)], Reconstruct(mixed=mixed))
+    assert gain.after < gain.before
+    assert spy.seen == {(learning, True), (torch.float32, False)}
+    assert weight.dtype == torch.float32
+    assert not weight.detach()[~keep].any()
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_callers_autocast_remembers_no_weights(mixed: bool) -> None:
+    unit, weights = unit_of(0, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        unit.module(*unit.calls[0].args)
+        gain = reconstruct(unit, weights, Reconstruct(mixed=mixed))
+        assert torch.is_autocast_cache_enabled()
+        after = missed(unit, unit.calls)
+    assert gain.after == pytest.approx(after, rel=1e-3)
+    assert gain.after < 0.9 * gain.before
+
+
+def test_only_devices_built_for_it_count_as_fast() -> None:
+    assert not has_bfloat16(torch.device("meta"))
+    flags = Path("/proc/cpuinfo")
+    if flags.exists() and platform.machine() == "x86_64":
+        here = set(flags.read_text().split())
+        assert has_bfloat16(torch.device("cpu")) == bool(here & {"avx512_bf16", "amx_bf16"})

@@ -72,6 +72,8 @@ class Reconstruct(Checked):
         alpha: how far the outputs to reach are the dense model's (1) and not the dense block's on
             the inputs it now gets (0).
         seed: of the order of the batches.
+        mixed: take gradients in mixed precision (bfloat16 by `torch.autocast`) where the device is
+            built for it; weights and the judging of them stay as they are.
     """
 
     epochs: int = 4
@@ -80,6 +82,7 @@ class Reconstruct(Checked):
     held_out: float = 0.125
     alpha: float = 1.0
     seed: int = 0
+    mixed: bool = True
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batches"):
@@ -87,6 +90,8 @@ class Reconstruct(Checked):
         check_above_zero("Reconstruct", "rate", self.rate)
         check_share("Reconstruct", "held_out", self.held_out)
         check_share("Reconstruct", "alpha", self.alpha)
+        if not isinstance(self.mixed, bool):
+            raise SpecError(f"Reconstruct: mixed must be True or False, got {self.mixed!r}")
 
 
 def as_reconstruct(where: str, value: object) -> Reconstruct | Literal[False]:

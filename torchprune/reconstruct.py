@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,8 @@ def reconstruct(unit: Unit, weights: Sequence[tuple[Tensor, Tensor]], options: R
         return Gain(0.0, 0.0, 0)
     with _with_gradients():
         values = [t.weight.detach().float().clone().requires_grad_() for t in trained]
-        run = _Run(unit, trained, values)
+        device = values[0].device
+        run = _Run(unit, trained, values, options.mixed and has_bfloat16(device))
         before = best = run.judge(judging)
         kept, at = run.copies(), 0
         steps = options.epochs * -(-len(learning) // options.batches)
@@ -105,6 +106,7 @@ class _Run:
     unit: Unit
     trained: Sequence[Trained]
     values: list[Tensor]
+    mixed: bool
 
     def judge(self, calls: Sequence[Call]) -> float:
         """The mean error over calls.
@@ -125,8 +127,11 @@ class _Run:
         """Leave the mean error's gradient in the values that are kept."""
         for value in self.values:
             value.grad = None
+        kind = self.values[0].device.type
         for call in calls:
-            (self._error(call) / len(calls)).backward()
+            with torch.autocast(kind, torch.bfloat16) if self.mixed else nullcontext():
+                error = self._error(call)
+            (error / len(calls)).backward()
         for value, t in zip(self.values, self.trained, strict=True):
             if value.grad is not None:
                 value.grad.mul_(t.keep)
@@ -147,16 +152,29 @@ class _Run:
         return error
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 by instructions of its own."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in 2.10
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return False
+
+
 @contextmanager
 def _with_gradients() -> Iterator[None]:
-    """Gradients, whatever the caller's modes; full precision."""
-    before = torch.get_float32_matmul_precision()
+    """Gradients, whatever the caller's modes; full precision; no casts of weights remembered."""
+    before, cached = torch.get_float32_matmul_precision(), torch.is_autocast_cache_enabled()
     torch.set_float32_matmul_precision("highest")
+    torch.set_autocast_cache_enabled(False)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.set_autocast_cache_enabled(cached)
+        torch.clear_autocast_cache()  # it may remember the weights from before
 
 
 def _optimizer(values: Sequence[Tensor], rate: float) -> torch.optim.Optimizer:

@@ -15,8 +15,9 @@ from torch import nn
 import torchprune
 from torchprune import NM, Block, MagnitudeSpec, SparseGPTSpec, Unstructured, WandaSpec
 from torchprune.errors import SpecError, TorchpruneError
+from torchprune.goals import Goal
 from torchprune.patterns import check_shape, parse_pattern, prune_count
-from torchprune.specs import Goal, Spec
+from torchprune.specs import Spec
 
 SPECS = [MagnitudeSpec, WandaSpec, SparseGPTSpec]
 each_spec = pytest.mark.parametrize("kind", SPECS)

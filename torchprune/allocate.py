@@ -20,6 +20,7 @@ from torchprune.batches import Batch
 from torchprune.budget import Share, budget_of, cheapest, share_of, shifted, whole
 from torchprune.decide import Decider, groups_of, sampled_error
 from torchprune.errors import CalibrationError
+from torchprune.goals import Goal
 from torchprune.lockstep import Calibration
 from torchprune.methods.owl import outlier_ratio, owl_sparsities
 from torchprune.methods.wanda import wanda_score
@@ -28,7 +29,7 @@ from torchprune.patterns import Block
 from torchprune.plan import Plan, Target
 from torchprune.search import Place, search
 from torchprune.selection import matches
-from torchprune.specs import Goal, Spec, WandaSpec
+from torchprune.specs import Spec, WandaSpec
 
 
 @dataclass(frozen=True, eq=False)

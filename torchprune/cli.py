@@ -34,6 +34,7 @@ from torchprune.console import (
     typer,
 )
 from torchprune.evaluation import context_of, default_seqlen, perplexity
+from torchprune.goals import Override
 from torchprune.manifest import is_saved
 from torchprune.named import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.report import runs_of
@@ -41,7 +42,6 @@ from torchprune.specs import (
     ADMMSpec,
     BestSpec,
     MagnitudeSpec,
-    Override,
     RIASpec,
     SparseGPTSpec,
     Spec,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchprune.ambient import exact
 from torchprune.changes import Change
 from torchprune.errors import CalibrationError
+from torchprune.goals import Goal
 from torchprune.masking import Record
 from torchprune.methods.magnitude import magnitude_score
 from torchprune.methods.ria import ria_score
@@ -21,7 +22,7 @@ from torchprune.packing import masked
 from torchprune.plan import Target
 from torchprune.projection import BARRED, project_each
 from torchprune.solve import Solver
-from torchprune.specs import Goal, MagnitudeSpec, RIASpec, Spec, WandaSpec
+from torchprune.specs import MagnitudeSpec, RIASpec, Spec, WandaSpec
 
 _ROWS_MEASURED = 128
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import SpecError, TargetError
+from torchprune.goals import Goal
 from torchprune.masking import Mask, mask_of, obstacle, original_of
 from torchprune.patterns import NM, check_shape, prune_count
 from torchprune.selection import (
@@ -21,7 +22,7 @@ from torchprune.selection import (
     repeated_blocks,
     tied_to,
 )
-from torchprune.specs import Goal, Spec
+from torchprune.specs import Spec
 from torchprune.weights import View, view_of
 
 

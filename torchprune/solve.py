@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchprune.goals import Goal
 from torchprune.methods.admm import admm
 from torchprune.methods.factor import Factor, factorise
 from torchprune.methods.problem import Problem, problem_of
@@ -22,7 +23,7 @@ from torchprune.options import PCG, Swaps
 from torchprune.packing import masked
 from torchprune.patterns import Block
 from torchprune.projection import BARRED, project_partly
-from torchprune.specs import ADMMSpec, Goal, SparseGPTSpec, Spec
+from torchprune.specs import ADMMSpec, SparseGPTSpec, Spec
 
 
 class Solver:

@@ -6,16 +6,15 @@ meets it with one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from torchprune.allocation import Uneven, read_allocation
 from torchprune.errors import SpecError
+from torchprune.goals import Goal, Override, goal_of, read_override
 from torchprune.options import (
     PCG,
     Checked,
@@ -26,28 +25,11 @@ from torchprune.options import (
     check_share,
     check_whole,
 )
-from torchprune.patterns import ACCEPTED, NM, Block, Pattern, Unstructured, parse_pattern
+from torchprune.patterns import NM, Block, Pattern, Unstructured, parse_pattern
 
 Selector = str | type[nn.Module] | Callable[[nn.Module, str], bool]
 Selectors = Selector | Iterable[Selector]
-Override = float | str | Pattern | tuple[str | Pattern, float]
 Sequential = Literal["layer", "block", "none"]
-
-DENSE = "dense"
-"""The override that leaves a layer alone."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What one layer is to become: a pattern and the exact share of zeros."""
-
-    pattern: Pattern
-    sparsity: float | Fraction
-
-    def __str__(self) -> str:
-        if isinstance(self.pattern, NM):
-            return str(self.pattern)
-        return f"{self.pattern} {float(self.sparsity):.4g}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +99,7 @@ class Spec(Checked):
     chooses_masks_ahead: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        goal = _goal(type(self).__name__, parse_pattern(self.pattern), self.sparsity)
+        goal = goal_of(type(self).__name__, parse_pattern(self.pattern), self.sparsity)
         _set(self, pattern=goal.pattern, sparsity=goal.sparsity)
         if self.scope is None:
             _set(self, scope=self.scopes[0])
@@ -179,23 +161,7 @@ class Spec(Checked):
 
     def override_goal(self, key: str) -> Goal | None:
         """The goal that `overrides[key]` asks for; None is dense."""
-        where, value = f"overrides[{key!r}]", self.overrides[key]
-        if isinstance(value, str) and value.strip().lower() == DENSE:
-            return None
-        if isinstance(value, bool):
-            raise SpecError(f"{where}: {value!r} is neither a sparsity nor a pattern")
-        if isinstance(value, int | float):
-            return _goal(where, self.goal.pattern, float(value))
-        if isinstance(value, str | Unstructured | NM | Block):
-            pattern = parse_pattern(value)
-            keeps_share = not isinstance(pattern, NM) and not isinstance(self.goal.pattern, NM)
-            return _goal(where, pattern, self.sparsity if keeps_share else None)
-        if isinstance(value, tuple) and len(value) == 2:
-            return _goal(where, parse_pattern(value[0]), value[1])
-        raise SpecError(
-            f"{where}: {value!r} is not understood; accepted: a sparsity, a pattern ({ACCEPTED}), "
-            'a pair (pattern, sparsity), or "dense"'
-        )
+        return read_override(f"overrides[{key!r}]", self.overrides[key], self.goal)
 
 
 @dataclass(frozen=True)
@@ -445,24 +411,3 @@ def _check_permute(spec: Spec) -> None:
             f"{name}: permute chooses which inputs share a group of an n:m pattern, and pattern "
             f'"{spec.pattern}" has no groups; use pattern "2:4", or leave permute out'
         )
-
-
-def _goal(where: str, pattern: Pattern, sparsity: float | None) -> Goal:
-    """A checked pair; without a sparsity, the pattern's own or one half."""
-    if isinstance(pattern, NM):
-        implied = float(pattern.sparsity)
-        if sparsity is not None and not math.isclose(sparsity, implied):
-            raise SpecError(
-                f"{where}: sparsity {sparsity} contradicts pattern {pattern}, which is "
-                f'{implied:g} by itself; leave sparsity out, or use pattern "unstructured"'
-            )
-        return Goal(pattern, implied)
-    if sparsity is None:
-        return Goal(pattern, 0.5)
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
-        raise SpecError(f"{where}: sparsity must be a number, got {sparsity!r}")
-    if not 0 <= sparsity < 1:
-        raise SpecError(
-            f"{where}: sparsity is the share of zeros, 0 <= sparsity < 1, got {sparsity!r}"
-        )
-    return Goal(pattern, float(sparsity))

@@ -14,6 +14,7 @@ from torchprune import ambient
 from torchprune.batches import Batch
 from torchprune.decide import groups_of, sampled_error
 from torchprune.errors import CalibrationError, SpecError, TargetError
+from torchprune.goals import Goal
 from torchprune.lockstep import Calibration, Usage
 from torchprune.masking import Record, attach, mask_of, obstacle, original_of
 from torchprune.moments import Moments
@@ -31,7 +32,6 @@ from torchprune.selection import (
     repeated_blocks,
     tied_to,
 )
-from torchprune.specs import Goal
 from torchprune.structure.allocate import across, uniform
 from torchprune.structure.edits import Edits
 from torchprune.structure.groups import Group, Member, read_groups

@@ -19,7 +19,7 @@ Defined behaviour at the edges:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torchprune import ambient, experts
 from torchprune.activations import Held
 from torchprune.batches import Batch
-from torchprune.errors import CalibrationError
 from torchprune.foresight import Foresight
-from torchprune.moments import SAMPLE_ROWS, Moments
+from torchprune.gathering import Gathering
+from torchprune.moments import Moments
 from torchprune.plan import Target
 from torchprune.reading import Gathered, Read, Sources
 from torchprune.twins import Twins
 from torchprune.units import Call, Ends, Unit, floats_of, put_on
-from torchprune.weights import ConvNd, geometry, input_rows, is_fused_experts
+from torchprune.weights import ConvNd, input_rows, is_fused_experts
 
 Stop = list[tuple[Target, Moments]]
 """Layers to prune now. Layers that read the same tensors share one `Moments` object."""
@@ -99,25 +99,25 @@ class Calibration:
         cap: float | None = None,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
-        self.total, self.cap = total, cap
-        self.gram, self.blocks = gram, list(blocks.values()) if twice else []
+        self.blocks = list(blocks.values()) if twice else []
+        self._gathering = Gathering(
+            self.targets, len(self.batches), gram=gram, total=total, cross=cross, cap=cap
+        )
         self.usage = Usage()
         self._held = Held(model, hold)
         self._encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
-        self.cross, self._ends = cross, ends
+        self._needs_twins = cross or (ends is not None and ends.alpha > 0)
+        self._ends = ends
         self._current, self._place = 0, (0, 0)
         self._pausing, self._surprised = True, False
         self._passive = False  # whether what runs now is only run for its outputs
         self._done: set[int] = set()
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
-        self._reads: dict[int, list[Read]] = {}  # target -> reads of the batches that wait at it
-        self._gathered: dict[int, Gathered] = {}  # target -> its statistics, until it is pruned
         self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
-        self._shareable: list[Gathered] = []
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
         self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
@@ -155,7 +155,7 @@ class Calibration:
         """Run the batches; yield whenever all wait. Whatever is yielded must be pruned at once."""
         count = len(self.batches)
         self._runs = [greenlet.greenlet(partial(self._forward, i)) for i in range(count)]
-        if self.cross or (self._ends is not None and self._ends.alpha):
+        if self._needs_twins:
             self._twins = Twins(count, self._forward, self._resume)
         moving = list(range(count))
         self._advance_twins(moving, -1)
@@ -166,7 +166,7 @@ class Calibration:
                 if self._surprised:
                     raise Unforeseen
             self._held.end_round()
-            self._shareable = [g for g in self._shareable if g.sources.alive()]
+            self._gathering.forget_dead()
             self._measure_held()
             place = min(self._waiting, default=self._end)
             if place == self._end:
@@ -184,14 +184,13 @@ class Calibration:
 
     def _stop(self, place: int, moving: Sequence[int]) -> Iterator[Stop]:
         """Statistics of the layers at a place where batches wait."""
-        ready = [i for i in self._members[place] if i in self._reads or i in self._gathered]
-        stop = [(self.targets[i], self._complete(i)) for i in ready]
-        foreseen = self._foreseen(place)
-        stop += [(self.targets[i], stop[0][1]) for i in foreseen]
+        ready = set(self._gathering.reached()).intersection(self._members[place])
+        found = {i: self._complete(i) for i in sorted(ready)}
+        stop = [(self.targets[i], gathered.moments) for i, gathered in found.items()]
+        foreseen = self._foreseen(place, found)
+        stop += [(self.targets[i], found[place].moments) for i in foreseen]
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
-        for i in ready:
-            del self._gathered[i]  # a second moment is large; `_shareable` keeps what is needed
         self._advance_twins(moving, place, fresh)
         yield stop
 
@@ -211,8 +210,9 @@ class Calibration:
         for index in range(len(self.batches)):
             self._current = index
             self._forward(index)
-            self._shareable = [g for g in self._shareable if g.sources.alive()]
-        return [(self.targets[i], self._complete(i)) for i in sorted(self._gathered)]
+            self._gathering.forget_dead()
+        reached = self._gathering.reached()
+        return [(self.targets[i], self._complete(i).moments) for i in reached]
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -275,7 +275,7 @@ class Calibration:
                 self._held.restore(key)
                 run.throw()
         self._runs, self._twins, self._units = [], None, {}
-        self._shareable, self._reads, self._gathered = [], {}, {}
+        self._gathering.clear()
 
     def _measure_held(self) -> None:
         count = len(self._runs)
@@ -340,10 +340,11 @@ class Calibration:
                     self._pause(self._end)
             return
         if pauses and self._pausing:
-            self._reads.setdefault(index, []).append(read)
+            self._gathering.wait(index, read)
             self._pause((index, 0))
         else:
-            self._add_running(index, read)
+            if self._gathering.run_through(index, read):
+                self.usage.revisited.add(self.targets[index].name)
             missing = self._missing.get(read.batch)
             if missing is not None:
                 missing.discard(index)
@@ -407,105 +408,37 @@ class Calibration:
 
     # -- gathering -------------------------------------------------------------------------------
 
-    def _fresh(self, index: int) -> Gathered:
-        target = self.targets[index]
-        view, device = target.view, target.weight.device
-        with ambient.exact():  # a forward in inference mode must not make them inference tensors
-            moments = Moments.empty(
-                view.groups,
-                view.cols,
-                device,
-                gram=self.gram,
-                total=self.total,
-                cross=self.cross,
-                cap=self.cap,
-            )
-        gathered = Gathered(moments, geometry(target.layer.module), index)
-        self._shareable.append(gathered)
+    def _complete(self, index: int) -> Gathered:
+        """The finished statistics of a target whose batches all wait."""
+        if waiters := self._gathering.waiters(index):
+            self._counted[index] = waiters
+        gathered = self._gathering.take(index, self._at_hand)
+        if gathered.first != index:
+            self._foresight.learn(gathered.first, index)
         return gathered
 
-    def _count(self, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
-        sample = 0 if self.gram else -(-SAMPLE_ROWS // len(self.batches))
-        with ambient.exact():
-            dense = None if twin is None else twin.rows()
-            gathered.moments.add(read.rows(), sample, dense)
-        if read.x is not None:
-            gathered.sources.add(read.batch, read.x)
-
-    def _matching(self, index: int, reads: Sequence[Read], *, whole: bool) -> Gathered | None:
-        """Statistics of another layer that were taken from exactly these tensors."""
-        shape = geometry(self.targets[index].layer.module)
-        for gathered in self._shareable:
-            if (
-                gathered.geometry == shape
-                and all(gathered.sources.holds(r.batch, r.x) for r in reads)
-                and (not whole or len(gathered.sources.batches()) == len(reads))
-            ):
-                return gathered
-        return None
-
-    def _complete(self, index: int) -> Moments:
-        """The finished statistics of a target whose batches all wait."""
-        reads = self._reads.pop(index, [])
-        if reads:
-            shared = self._matching(index, reads, whole=True)
-            gathered = shared or self._fresh(index)
-            self._gathered[index] = gathered
-            self._counted[index] = {read.batch for read in reads}
-            if shared is not None:
-                self._foresight.learn(shared.first, index)
-            else:
-                for read in reads:
-                    with self._held.at_hand(read.batch, self._runs[read.batch]):
-                        self._count_both(gathered, index, read)
-        moments = self._gathered[index].moments
-        with ambient.exact():
-            moments.finish()
-        if not moments.is_finite():
-            raise CalibrationError(
-                f"{self.targets[index].name}: its inputs hold inf or NaN on the calibration data"
-            )
-        return moments
-
-    def _count_both(self, gathered: Gathered, index: int, read: Read) -> None:
-        """Count a read and what the batch's twin reads in its place."""
+    @contextmanager
+    def _at_hand(self, index: int, read: Read) -> Iterator[Read | None]:
+        """Have a waiting batch's activations at hand, and those of its twin if they match."""
         twins = self._twins
-        twin = None if twins is None else twins.reads.get(index, {}).get(read.batch)
-        alike = read.x is not None and self.batches[read.batch].is_whole(read.x)
-        if twins is None or twin is None or not alike:
-            self._count(gathered, read)
-            return
-        with self._held.at_hand(len(self._runs) + read.batch, twins.runs[read.batch]):
-            self._count(gathered, read, twin)
+        with ExitStack() as stack:
+            stack.enter_context(self._held.at_hand(read.batch, self._runs[read.batch]))
+            twin = None if twins is None else twins.reads.get(index, {}).get(read.batch)
+            alike = read.x is not None and self.batches[read.batch].is_whole(read.x)
+            if twins is None or twin is None or not alike:
+                yield None
+                return
+            key = len(self._runs) + read.batch
+            stack.enter_context(self._held.at_hand(key, twins.runs[read.batch]))
+            yield twin
 
-    def _foreseen(self, place: int) -> list[int]:
+    def _foreseen(self, place: int, found: Mapping[int, Gathered]) -> list[int]:
         """The layers expected to read what the layer at this place reads."""
-        gathered = self._gathered.get(place)
-        if gathered is None:
+        if place not in found:
             return []
-        taken = self._done | self._reads.keys()  # pruned, or some batch waits at it already
+        # those that are pruned, or that some batch has come to already
+        taken = self._done.union(found, self._gathering.reached())
         siblings = [i for i in self._foresight.siblings(place) if i not in taken]
         for index in siblings:
-            self._promised[index], self._counted[index] = gathered.sources, set()
+            self._promised[index], self._counted[index] = found[place].sources, set()
         return siblings
-
-    def _add_running(self, index: int, read: Read) -> None:
-        """Count a read at once: the batch will not wait here."""
-        gathered = self._gathered.get(index)
-        if gathered is None:
-            gathered = self._matching(index, [read], whole=False) or self._fresh(index)
-            self._gathered[index] = gathered
-        elif read.batch in gathered.sources.batches() and not gathered.sources.holds(
-            read.batch, read.x
-        ):
-            self.usage.revisited.add(self.targets[index].name)
-        if gathered.sources.holds(read.batch, read.x):
-            return
-        borrowed = [i for i, g in self._gathered.items() if g is gathered and i != index]
-        if borrowed and read.batch in gathered.sources.batches():
-            raise CalibrationError(
-                f"{self.targets[index].name} reads the same tensor as "
-                f"{self.targets[borrowed[0]].name} in some batches and another in others; use "
-                'sequential="layer" for this model'
-            )
-        self._count(gathered, read)

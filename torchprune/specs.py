@@ -306,7 +306,7 @@ class BestSpec(ADMMSpec):
             )
         if not self.alpha:
             _set(self, alpha=0.25)
-        if self.effort != "fast" and not self.reconstruct:
+        if self.effort != "fast" and isinstance(self.reconstruct, bool):
             _set(self, reconstruct=Reconstruct(epochs=8 if self.effort == "max" else 4))
         super().__post_init__()
 

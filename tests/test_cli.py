@@ -10,48 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_lm import ARTICLES, WORDS, save_tiny_lm
+from commands import SMALL, TEXT, call, complaint, make_home, worked
+from tiny_lm import WORDS
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
 
 import torchprune
-from torchprune.cli import app
 from torchprune.text import draw_windows, looks_like_path, read_documents, some_documents
-
-TEXT = "\n\n".join(ARTICLES)
-SMALL = ("--samples", "3", "--length", "16")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny model and its tokenizer, a text, and the same as JSON lines."""
-    home = tmp_path_factory.mktemp("cli")
-    save_tiny_lm(home / "model")
-    (home / "text.txt").write_text(TEXT, "utf-8")
-    rows = "\n".join(json.dumps({"text": t, "n": 1}) for t in ARTICLES)
-    (home / "text.jsonl").write_text(rows, "utf-8")
-    return home
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def worked(*arguments: object) -> str:
-    result = call(*arguments)
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    return result.stdout
-
-
-def complaint(*arguments: object) -> str:
-    """The one line on standard error of a call that ends with exit code 1."""
-    result = call(*arguments)
-    assert result.exit_code == 1, result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    return make_home(tmp_path_factory.mktemp("cli"))
 
 
 def nowhere(tmp_path: Path) -> tuple[str, Path]:

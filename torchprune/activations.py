@@ -9,7 +9,7 @@ every view of it stays what it was.
 from __future__ import annotations
 
 import gc
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -35,18 +35,22 @@ class Held:
     Args:
         model: its modules may keep tensors, also ones made on the way.
         dtype: 16-bit dtype to hold float32 activations in, or None to only count.
+        given: what batches bring: tensors, or containers of them.
 
     Attributes:
         bytes: what each batch holds, by its index.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, given: Sequence[Any]) -> None:
         self.model, self.dtype = model, dtype
         self.bytes: dict[int, int] = {}
         self._counted: dict[Hashable, int] = {}
         self._packed: dict[int, list[tuple[torch.UntypedStorage, Tensor]]] = {}
-        gc.collect()  # what is garbage now would die later, and its address be given to another
-        self._older = {_address(t) for t in gc.get_objects() if issubclass(type(t), Tensor)}
+        if dtype is None:  # to only count, what may be met on the way will do
+            self._older = {_address(t) for t in _tensors_in((*model.parameters(), *given), 3)}
+        else:
+            gc.collect()  # what is garbage now would die later, its address be given to another
+            self._older = {_address(t) for t in gc.get_objects() if issubclass(type(t), Tensor)}
         self._fixed = self._older | self._owned()
         self._next: tuple[int, dict[int, Tensor]] | None = None
 

@@ -104,7 +104,7 @@ class Calibration:
             self.targets, len(self.batches), gram=gram, total=total, cross=cross, cap=cap
         )
         self.usage = Usage()
-        self._held = Held(model, hold)
+        self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
         self._encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )

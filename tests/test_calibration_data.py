@@ -392,3 +392,24 @@ def test_nothing_is_warned_about_when_all_is_well() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prune(FAMILIES["llama"].make(), SparseGPTSpec(), tokens())
+
+
+class Keeps(nn.Module):
+    """Its forward has its input, a parameter and two activations at hand where the last waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.one.bias
+        y = self.one(x)
+        z = torch.relu(y)
+        result: Tensor = self.two(z) + x + y.sum() + size.sum()
+        return result
+
+
+def test_only_activations_count_as_held() -> None:
+    model = Keeps()
+    torchprune.sparsify(model, WandaSpec(), [torch.randn(5, 8) for _ in range(3)], progress=False)
+    assert torchprune.report(model).peak_held_bytes == 3 * 2 * (5 * 16 * 4)

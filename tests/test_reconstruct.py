@@ -416,6 +416,18 @@ def test_a_callers_autocast_remembers_no_weights(mixed: bool) -> None:
     assert gain.after < 0.9 * gain.before
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_other_dtypes_learn_in_their_own(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchprune.reconstruct.has_bfloat16", lambda device: True)
+    spy = Spy().to(dtype)
+    calls = [Call((torch.randn(1, 5, 8).to(dtype),), {}, [torch.randn(1, 5, 6)], [None], 0)]
+    weight = spy.layer.weight
+    reconstruct(Unit("", spy, [], calls), [(weight, torch.ones(6, 8) > 0)], Reconstruct(1))
+    assert spy.seen == {(dtype, True), (dtype, False)}
+
+
 def test_only_devices_built_for_it_count_as_fast() -> None:
     assert not has_bfloat16(torch.device("meta"))
     flags = Path("/proc/cpuinfo")

@@ -72,8 +72,8 @@ class Reconstruct(Checked):
         alpha: how far the outputs to reach are the dense model's (1) and not the dense block's on
             the inputs it now gets (0).
         seed: of the order of the batches.
-        mixed: take gradients in mixed precision (bfloat16 by `torch.autocast`) where the device is
-            built for it; weights and the judging of them stay as they are.
+        mixed: take gradients of float32 weights in mixed precision (bfloat16 by `torch.autocast`)
+            where the device is built for it; weights and the judging of them stay as they are.
     """
 
     epochs: int = 4

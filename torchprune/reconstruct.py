@@ -64,8 +64,9 @@ def reconstruct(unit: Unit, weights: Sequence[tuple[Tensor, Tensor]], options: R
         return Gain(0.0, 0.0, 0)
     with _with_gradients():
         values = [t.weight.detach().float().clone().requires_grad_() for t in trained]
-        device = values[0].device
-        run = _Run(unit, trained, values, options.mixed and has_bfloat16(device))
+        whole = all(t.weight.dtype == torch.float32 for t in trained)
+        mixed = options.mixed and whole and has_bfloat16(values[0].device)
+        run = _Run(unit, trained, values, mixed)
         before = best = run.judge(judging)
         kept, at = run.copies(), 0
         steps = options.epochs * -(-len(learning) // options.batches)

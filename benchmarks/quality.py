@@ -49,10 +49,16 @@ def specs(goal: dict[str, object]) -> dict[str, Spec]:
         "ADMM": (ADMMSpec, {}),
         "ADMM, alpha 0.5": (ADMMSpec, {"alpha": 0.5}),
         "ADMM, trained": (ADMMSpec, {"reconstruct": Reconstruct()}),
+        "Wanda, swaps": (WandaSpec, {"refine": "swaps"}),
+        "ADMM, capped": (ADMMSpec, {"token_cap": 2.0}),
         "best, fast": (BestSpec, {"effort": "fast"}),
         "best, balanced": (BestSpec, {"effort": "balanced"}),
         "best, max": (BestSpec, {"effort": "max"}),
     }
+    if "pattern" in goal:
+        kinds["ADMM, permuted"] = ADMMSpec, {"permute": True}
+    else:
+        kinds |= {f"ADMM, {a}": (ADMMSpec, {"allocation": a}) for a in ("owl", "error")}
     return {name: kind(**goal, **options) for name, (kind, options) in kinds.items()}  # type: ignore[arg-type]
 
 

@@ -6,7 +6,8 @@ As a script this runs in the peer's own environment (``prune.py`` makes it):
 
 The argument is a :class:`Job`; the answer, a :class:`Result`, is the one line on standard output.
 ``prune.py`` imports :func:`measure` from here, so that both sides load, warm up, time and evaluate
-through the same lines. At the top this needs torch, transformers and safetensors alone.
+through the same lines; ``quality.py`` asks for its perplexities. At the top this needs torch,
+transformers and safetensors alone.
 """
 
 import json
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 Prune = Callable[[PreTrainedModel, Tensor], None]  # in place, with windows (count, length)
-MASK_STRUCTURES = {"unstructured": "0:0", "2:4": "2:4"}  # the peer counts the pruned ones
+MASK_STRUCTURES = {"unstructured": "0:0"}  # others as they are: "2:4", "4:8"
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Job:
     """What one process does."""
 
     model: str  # directory for from_pretrained
-    windows: str  # safetensors: "calibration" and "evaluation", both (windows, length) int64
+    windows: str  # safetensors: "calibration" and texts to judge by, (windows, length) int64
     method: str  # "wanda", "sparsegpt"; prune.py also knows "forward" and "magnitude"
-    pattern: str = "unstructured"  # or "2:4"
+    pattern: str = "unstructured"  # or n:m
     sparsity: float = 0.5
     threads: int = 1
     evaluate: bool = True
@@ -55,8 +56,13 @@ class Result:
     zeros: int  # exact zeros in the linear layers of the blocks
     weights: int
     head_zeros: int  # nobody prunes the head: these are the dense model's
-    perplexity: float | None
+    perplexity: dict[str, float]  # of every text, or of none
     versions: dict[str, str]
+
+    @property
+    def judged(self) -> float | None:
+        """Perplexity of the text called "evaluation", if there was one."""
+        return self.perplexity.get("evaluation")
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -119,6 +125,7 @@ def measure(job: Job, prune: Prune, versions: dict[str, str]) -> Result:
     highest = peak()
 
     weights = [linear.weight.detach() for linear in block_linears(model)]
+    texts = {name: rows for name, rows in windows.items() if name != "calibration" and job.evaluate}
     return Result(
         processor_seconds=processor,
         wall_seconds=wall,
@@ -127,7 +134,7 @@ def measure(job: Job, prune: Prune, versions: dict[str, str]) -> Result:
         zeros=sum(int((weight == 0).sum()) for weight in weights),
         weights=sum(weight.numel() for weight in weights),
         head_zeros=int((model.lm_head.weight == 0).sum()),
-        perplexity=perplexity(model, windows["evaluation"]) if job.evaluate else None,
+        perplexity={name: perplexity(model, rows) for name, rows in texts.items()},
         versions=versions | {name: version(name) for name in ("transformers", "torch")},
     )
 
@@ -144,7 +151,7 @@ def prune_with_peer(job: Job) -> Prune:
     modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[job.method]
     recipe = modifier(
         sparsity=job.sparsity,
-        mask_structure=MASK_STRUCTURES[job.pattern],
+        mask_structure=MASK_STRUCTURES.get(job.pattern, job.pattern),
         targets=["Linear"],
         ignore=["re:.*lm_head"],
     )

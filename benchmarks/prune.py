@@ -193,7 +193,7 @@ def measured(runs: list[Run]) -> str:
                 text(middle(r.peak_bytes / 2**20 for r in same), ".0f"),
                 text(middle((r.peak_bytes - r.resident_bytes) / 2**20 for r in same), ".0f"),
                 text(100 * share, ".4f"),
-                text(middle(r.perplexity for r in same), ".3f"),
+                text(middle(r.judged for r in same), ".3f"),
             ]
         )
     return table(
@@ -239,7 +239,7 @@ def ratios(runs: list[Run]) -> str:
             ratio(method, pattern, "forward", lambda r: r.processor_seconds),
             ratio(method, pattern, "peer", lambda r: r.peak_bytes),
             ratio(method, pattern, "peer", lambda r: r.peak_bytes - r.resident_bytes),
-            ratio(method, pattern, "peer", lambda r: r.perplexity),
+            ratio(method, pattern, "peer", lambda r: r.judged),
         ]
         for method, pattern in dict.fromkeys(turn[:2] for turn in turns)
     ]
@@ -285,7 +285,7 @@ def report(runs: list[Run], shape: tuple[int, int, int]) -> str:
         f"SmolLM2-135M-Instruct, float32, {calibration} calibration windows and {evaluation} "
         f"evaluation windows of {length} tokens of different Wikipedia articles.",
         f"Machine: {machine()}. {listed}.",
-        f"Dense perplexity: {text(dense.perplexity if dense else None, '.3f')}.",
+        f"Dense perplexity: {text(dense.judged if dense else None, '.3f')}.",
     ]
     return "\n\n".join(["\n".join(lines), measured(runs), ratios(runs)]) + "\n"
 

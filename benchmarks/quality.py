@@ -2,45 +2,56 @@
 
 Wikipedia articles to calibrate on; other articles, and news, to evaluate on. What is shown is
 perplexity, bits a token, and r = (perplexity - dense) / (SparseGPT's - dense), the share of
-SparseGPT's loss that is left.
+SparseGPT's loss that is left; SparseGPT is ours or, with `--peer`, the better of ours and
+llm-compressor's on the same windows.
 
     python benchmarks/quality.py --draws 3 --output quality.json   # resumes what the file lacks
-    python benchmarks/quality.py --draws 3 --output quality.json --table benchmarks/quality.md
+    python benchmarks/quality.py --draws 3 --peer --output quality.json --table quality.md
     python benchmarks/quality.py --device cuda --windows 128
-
-The peer's SparseGPT on the same windows is benchmarks/prune.py's business.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
+from peer import Job
+from prune import ROOT, peer_python, run
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
 
 import torchprune
 from torchprune import PCG, ADMMSpec, BestSpec, Reconstruct, RIASpec, SparseGPTSpec, WandaSpec
+from torchprune.comparison import Comparison, Row
 from torchprune.specs import Spec
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 import smollm2
 
-GOALS = {
+GOALS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
     "60 %": {"sparsity": 0.6},
     "2:4": {"pattern": "2:4"},
     "4:8": {"pattern": "4:8"},
 }
 BASE = "SparseGPT"
+PEER = "SparseGPT of llm-compressor"
 
 
-def specs(goal: dict[str, object]) -> dict[str, Spec]:
+def specs(goal: dict[str, Any]) -> dict[str, Spec]:
     """Every method by the name that the table shows."""
-    kinds: dict[str, tuple[type[Spec], dict[str, object]]] = {
+    kinds: dict[str, tuple[type[Spec], dict[str, Any]]] = {
         "Wanda": (WandaSpec, {}),
         "RIA": (RIASpec, {}),
         "Wanda, refit": (WandaSpec, {"refine": PCG()}),
@@ -56,10 +67,13 @@ def specs(goal: dict[str, object]) -> dict[str, Spec]:
         "best, max": (BestSpec, {"effort": "max"}),
     }
     if "pattern" in goal:
-        kinds["ADMM, permuted"] = ADMMSpec, {"permute": True}
+        kinds |= {
+            "ADMM, permuted": (ADMMSpec, {"permute": True}),
+            "best, balanced, permuted": (BestSpec, {"permute": True}),
+        }
     else:
         kinds |= {f"ADMM, {a}": (ADMMSpec, {"allocation": a}) for a in ("owl", "error")}
-    return {name: kind(**goal, **options) for name, (kind, options) in kinds.items()}  # type: ignore[arg-type]
+    return {name: kind(**goal, **options) for name, (kind, options) in kinds.items()}
 
 
 def main() -> None:
@@ -73,6 +87,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1, help="calibration windows a batch")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peer", action="store_true", help="run llm-compressor's SparseGPT too")
     parser.add_argument("--output", type=Path, help="JSON of all runs so far")
     parser.add_argument("--table", type=Path, help="the table as Markdown")
     options = parser.parse_args()
@@ -113,9 +128,75 @@ def main() -> None:
         max_batches=options.windows,
         path=options.output,
     )
+    if options.peer:
+        with tempfile.TemporaryDirectory() as directory:
+            found = with_peer(found, options, draws, texts, Path(directory))
     print(table(found))
     if options.table:
         options.table.write_text(f"{heading(options)}\n\n{table(found)}\n")
+
+
+def with_peer(
+    found: Comparison,
+    options: argparse.Namespace,
+    draws: Mapping[str, Sequence[Tensor]],
+    texts: Mapping[str, Tensor],
+    directory: Path,
+) -> Comparison:
+    """And llm-compressor's SparseGPT on the same windows, where the output has it not yet."""
+    earlier = Comparison((), None)
+    if options.output:
+        earlier = Comparison.from_json(options.output.read_text("utf-8"))
+    judged = {
+        name: ids[: len(ids) // options.length * options.length].view(-1, options.length)
+        for name, ids in texts.items()
+    }
+    rows: list[Row] = []
+    for row in tqdm(found.rows, desc=PEER, unit="row"):
+        rows.append(row)
+        if not row.label.startswith(f"{BASE} | "):
+            continue
+        wanted = replace(row, label=row.label.replace(BASE, PEER), spec="", notes=())
+        same = [y for y in earlier.rows if (y.label, y.data) == (wanted.label, wanted.data)]
+        if not same:
+            windows = directory / f"{row.draw}.safetensors"
+            save_file({"calibration": torch.cat(list(draws[row.draw])), **judged}, windows)
+            goal = GOALS[row.label.split(" | ")[1]]
+            job = Job(
+                model=str(smollm2.model_directory()),
+                windows=str(windows),
+                method="sparsegpt",
+                threads=torch.get_num_threads(),
+                **goal,
+            )
+            command = [str(peer_python()), str(ROOT / "benchmarks" / "peer.py")]
+            result = run([*command, json.dumps(asdict(job))], job.threads)
+            same = [
+                replace(
+                    wanted,
+                    sparsity=result.zeros / result.weights,
+                    metrics=result.perplexity,
+                    seconds=result.wall_seconds,
+                    peak_held_bytes=0,
+                )
+            ]
+            earlier = replace(earlier, rows=(*earlier.rows, *same))
+            if options.output:
+                options.output.write_text(earlier.to_json() + "\n", "utf-8")
+        rows += same
+    return replace(found, rows=rows)
+
+
+def better(found: Comparison) -> Comparison:
+    """With rows by the label `base`: of each draw and source the lower of both SparseGPTs."""
+    bases = [row for row in found.rows if row.label.split(" | ")[0] in (BASE, PEER)]
+    best: dict[tuple[str, str], Row] = {}
+    for row in bases:
+        goal = row.label.split(" | ")[1]
+        one = best.setdefault((goal, row.draw), replace(row, label=f"base | {goal}"))
+        low = {name: min(value, one.metrics[name]) for name, value in row.metrics.items()}
+        best[goal, row.draw] = replace(one, metrics=low)
+    return replace(found, rows=(*found.rows, *best.values()))
 
 
 def heading(options: argparse.Namespace) -> str:
@@ -124,7 +205,10 @@ def heading(options: argparse.Namespace) -> str:
         f"SmolLM2-135M-Instruct, float32, {options.device}: {options.windows} windows of "
         f"{options.length} tokens of Wikipedia to calibrate on, {options.evaluate} of other "
         f"articles and as many of news to evaluate on; means over the draws. r is "
-        f"(perplexity - dense) / ({BASE}'s - dense), draw by draw. By `benchmarks/quality.py`."
+        f"(perplexity - dense) / ({BASE}'s - dense), draw by draw"
+        + (f", {BASE} being the better of ours and llm-compressor's" if options.peer else "")
+        + ". Seconds are single runs on two cores, some of them beside other work. "
+        "By `benchmarks/quality.py`."
     )
 
 
@@ -137,8 +221,9 @@ def table(found: torchprune.Comparison) -> str:
         f"| dense | | {' | '.join(dense)} | | |",
     ]
     goals = dict.fromkeys(label.split(" | ")[1] for label in found.labels)
+    beside = better(found)
     for goal in goals:
-        ratios = {m: found.ratio(m, f"{BASE} | {goal}") for m in ("Wikipedia", "news")}
+        ratios = {m: beside.ratio(m, f"base | {goal}") for m in ("Wikipedia", "news")}
         for label in found.labels:
             name, own = label.split(" | ")
             rows = [row for row in found.rows if row.label == label and row.error is None]

@@ -69,7 +69,7 @@ def specs(goal: dict[str, Any]) -> dict[str, Spec]:
     if "pattern" in goal:
         kinds |= {
             "ADMM, permuted": (ADMMSpec, {"permute": True}),
-            "best, balanced, permuted": (BestSpec, {"permute": True}),
+            "best and permuted": (BestSpec, {"permute": True}),
         }
     else:
         kinds |= {f"ADMM, {a}": (ADMMSpec, {"allocation": a}) for a in ("owl", "error")}

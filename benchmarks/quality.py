@@ -189,7 +189,8 @@ def with_peer(
 
 def better(found: Comparison) -> Comparison:
     """With rows by the label `base`: of each draw and source the lower of both SparseGPTs."""
-    bases = [row for row in found.rows if row.label.split(" | ")[0] in (BASE, PEER)]
+    ran = [row for row in found.rows if row.error is None]
+    bases = [row for row in ran if row.label.split(" | ")[0] in (BASE, PEER)]
     best: dict[tuple[str, str], Row] = {}
     for row in bases:
         goal = row.label.split(" | ")[1]

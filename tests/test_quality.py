@@ -1,0 +1,62 @@
+"""The arithmetic of benchmarks/quality.py, whose table README shows."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchprune.comparison import Comparison, Row
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    yield importlib.import_module("quality")
+    for name in ("quality", "prune", "peer"):  # names that another test may mean otherwise
+        sys.modules.pop(name, None)
+
+
+def row(label: str, draw: str, wikipedia: float, news: float, seconds: float = 1.0) -> Row:
+    metrics = {"Wikipedia": wikipedia, "news": news}
+    return Row(label, "", "", "", draw, "", metrics=metrics, seconds=seconds)
+
+
+def test_the_base_is_the_better_sparsegpt_of_each_draw_and_text(quality):
+    found = Comparison(
+        (
+            row("SparseGPT | 2:4", "0", 24.0, 50.0),
+            row("SparseGPT of llm-compressor | 2:4", "0", 32.0, 40.0),
+            row("SparseGPT | 2:4", "1", 26.0, 70.0),
+            row("ADMM | 2:4", "0", 20.0, 30.0, seconds=9.0),
+            row("ADMM | 2:4", "1", 21.0, 30.0, seconds=7.0),
+        ),
+        {"Wikipedia": 16.0, "news": 20.0},
+    )
+    # Wikipedia: (4/8 + 5/10) / 2; news: (10/20 + 10/50) / 2. The peer ran on draw 0 alone.
+    lines = quality.table(found).splitlines()
+    assert lines[2] == "| dense | | 16.00 | 4.000 | 0 | 20.00 | 4.322 | 0 | | |"
+    assert lines[-1].startswith("| ADMM | 2:4 | 20.50 | 4.357 | 0.50 | 30.00 | 4.907 | 0.35 | 2 |")
+    assert lines[-1].endswith(" 7 |")
+    assert (
+        "| SparseGPT of llm-compressor | 2:4 | 32.00 | 5.000 | 2.00 | 40.00 | 5.322 | 1.00 |"
+        in (lines[4])
+    )
+
+
+def test_a_run_that_failed_is_no_base(quality):
+    failed = Row("SparseGPT | 2:4", "", "", "", "1", "", error="MemoryError")
+    rows = (row("SparseGPT | 2:4", "0", 24.0, 50.0), failed, row("ADMM | 2:4", "0", 20.0, 35.0))
+    lines = quality.table(Comparison(rows, {"Wikipedia": 16.0, "news": 20.0})).splitlines()
+    assert lines[-1] == "| ADMM | 2:4 | 20.00 | 4.322 | 0.50 | 35.00 | 5.129 | 0.50 | 1 | 1 |"
+
+
+def test_methods_can_be_asked_for_by_goal(quality):
+    assert "best and permuted" in quality.specs({"pattern": "2:4"})
+    assert {"ADMM, owl", "ADMM, error"} <= quality.specs({"sparsity": 0.5}).keys()

@@ -51,8 +51,9 @@ def test_the_base_is_the_better_sparsegpt_of_each_draw_and_text(quality):
 
 
 def test_a_run_that_failed_is_no_base(quality):
-    failed = Row("SparseGPT | 2:4", "", "", "", "1", "", error="MemoryError")
-    rows = (row("SparseGPT | 2:4", "0", 24.0, 50.0), failed, row("ADMM | 2:4", "0", 20.0, 35.0))
+    failed = Row("SparseGPT | 2:4", "", "", "", "0", "", error="MemoryError")
+    peer = row("SparseGPT of llm-compressor | 2:4", "0", 24.0, 50.0)
+    rows = (failed, peer, row("ADMM | 2:4", "0", 20.0, 35.0))
     lines = quality.table(Comparison(rows, {"Wikipedia": 16.0, "news": 20.0})).splitlines()
     assert lines[-1] == "| ADMM | 2:4 | 20.00 | 4.322 | 0.50 | 35.00 | 5.129 | 0.50 | 1 | 1 |"
 

@@ -89,6 +89,13 @@ def test_the_commands_of_the_readme_run(stand_ins):
         assert result.exit_code == 0, f"torchprune {command}\n{result.output}"
 
 
+def test_the_readme_shows_the_table_of_the_quality_benchmark():
+    lines = (ROOT / "benchmarks" / "quality.md").read_text("utf-8").splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    assert table.count("\n") > 4
+    assert f"\n\n{table}\n\n" in README.read_text("utf-8")
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     module = importlib.import_module(name)

@@ -35,6 +35,7 @@ import torchprune
 from torchprune import PCG, ADMMSpec, BestSpec, Reconstruct, RIASpec, SparseGPTSpec, WandaSpec
 from torchprune.comparison import Comparison, Row
 from torchprune.specs import Spec
+from torchprune.staging import write_whole
 
 sys.path.insert(0, str(ROOT / "examples"))
 import smollm2
@@ -156,8 +157,8 @@ def with_peer(
         rows.append(row)
         if not row.label.startswith(f"{BASE} | "):
             continue
-        wanted = replace(row, label=row.label.replace(BASE, PEER), spec="", notes=())
-        same = [y for y in earlier.rows if (y.label, y.data) == (wanted.label, wanted.data)]
+        wanted = replace(row, label=row.label.replace(BASE, PEER), spec="", notes=(), error=None)
+        same = [y for y in earlier.rows if _run_of(y) == _run_of(wanted)]
         if not same:
             windows = directory / f"{row.draw}.safetensors"
             save_file({"calibration": torch.cat(list(draws[row.draw])), **judged}, windows)
@@ -182,9 +183,13 @@ def with_peer(
             ]
             earlier = replace(earlier, rows=(*earlier.rows, *same))
             if options.output:
-                options.output.write_text(earlier.to_json() + "\n", "utf-8")
+                write_whole(options.output, earlier.to_json() + "\n")
         rows += same
     return replace(found, rows=rows)
+
+
+def _run_of(row: Row) -> tuple[str, str, str]:
+    return row.label, row.draw, row.data
 
 
 def better(found: Comparison) -> Comparison:

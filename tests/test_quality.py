@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from torchprune.comparison import Comparison, Row
 
@@ -61,3 +64,31 @@ def test_a_run_that_failed_is_no_base(quality):
 def test_methods_can_be_asked_for_by_goal(quality):
     assert "best and permuted" in quality.specs({"pattern": "2:4"})
     assert {"ADMM, owl", "ADMM, error"} <= quality.specs({"sparsity": 0.5}).keys()
+
+
+def test_the_peer_runs_once_for_each_draw_and_also_where_ours_failed(
+    quality, monkeypatch, tmp_path
+):
+    failed = Row("SparseGPT | 2:4", "", "2:4", "", "1", "", error="MemoryError")
+    found = Comparison((row("SparseGPT | 2:4", "0", 24.0, 50.0), failed), {"Wikipedia": 16.0})
+    asked = []
+
+    def run(command: list[str], threads: int) -> Any:
+        asked.append(json.loads(command[-1]))
+        text = {"Wikipedia": 20.0 + len(asked), "news": 40.0}
+        return quality_peer.Result(1.0, 2.0, 0, 0, 1, 2, 0, text, {})
+
+    quality_peer = importlib.import_module("peer")
+    monkeypatch.setattr(quality, "run", run)
+    monkeypatch.setattr(quality, "peer_python", lambda: Path("python"))
+    monkeypatch.setattr(quality.smollm2, "model_directory", lambda: tmp_path)
+    draws = {name: [torch.arange(4).view(1, 4)] for name in "01"}
+    texts = {"Wikipedia": torch.arange(9), "news": torch.arange(8)}
+    options = argparse.Namespace(output=None, length=4)
+    both = quality.with_peer(found, options, draws, texts, tmp_path)
+    assert [job["pattern"] for job in asked] == ["2:4", "2:4"]
+    peers = [y for y in both.rows if y.label == "SparseGPT of llm-compressor | 2:4"]
+    assert [(y.draw, y.metrics["Wikipedia"], y.error) for y in peers] == [
+        ("0", 21.0, None),
+        ("1", 22.0, None),
+    ]

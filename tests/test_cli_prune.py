@@ -44,7 +44,7 @@ SPECS: dict[str, Any] = {
     "--method best": BestSpec(alpha=0.25, reconstruct=Reconstruct(epochs=4)),
     "--method best --effort fast": BestSpec(effort="fast", alpha=0.25, reconstruct=False),
     "--method best --effort balanced": BestSpec(),
-    "--method best --effort max": BestSpec(effort="max", reconstruct=Reconstruct(epochs=8)),
+    "--method best --effort max": BestSpec(effort="max", reconstruct=Reconstruct(epochs=4)),
     "--method best --effort max --reconstruct": BestSpec(effort="max"),
     "--method best --effort fast --alpha 0.5": BestSpec(effort="fast", alpha=0.5),
     "--refine pcg": WandaSpec(refine=PCG()),

@@ -47,7 +47,13 @@ class Trained:
     keep: Tensor
 
 
-def reconstruct(unit: Unit, weights: Sequence[tuple[Tensor, Tensor]], options: Reconstruct) -> Gain:
+def reconstruct(
+    unit: Unit,
+    weights: Sequence[tuple[Tensor, Tensor]],
+    options: Reconstruct,
+    *,
+    sampled: int = 0,
+) -> Gain:
     """Change weights of a unit, in place, so that its outputs come near those wanted.
 
     The weights that were best on the held-out batches stay; those it came with, if none was better.
@@ -56,10 +62,12 @@ def reconstruct(unit: Unit, weights: Sequence[tuple[Tensor, Tensor]], options: R
         unit: a module and its calls.
         weights: parameters of it, each with a bool mask of its shape: zeros where False, which stay
             zeros.
+        sampled: so many batches, the first ones, are the model's own text, by which it should not
+            be judged: batches are held out as if they were not there.
     """
     names = {id(p): name for name, p in unit.module.named_parameters()}
     trained = [Trained(names[id(w)], w, keep) for w, keep in weights]
-    learning, judging = _parted(unit.calls, options.held_out)
+    learning, judging = _parted(unit.calls, options.held_out, sampled)
     if not learning or not trained:
         return Gain(0.0, 0.0, 0)
     with _with_gradients():
@@ -191,9 +199,10 @@ def _spread(value: Tensor) -> float:
     return float(torch.linalg.vector_norm(value)) / count**0.5 if count else 0.0
 
 
-def _parted(calls: Sequence[Call], held_out: float) -> tuple[list[Call], list[Call]]:
+def _parted(calls: Sequence[Call], held_out: float, sampled: int) -> tuple[list[Call], list[Call]]:
     """Those to learn from, and the last ones to judge by; all for both if there are too few."""
-    count = min(len(calls) - 1, round(held_out * len(calls)))
+    given = sum(call.batch >= sampled for call in calls)
+    count = min(len(calls) - 1, round(held_out * given))
     if count < 1:
         return list(calls), list(calls)
     return list(calls[:-count]), list(calls[-count:])

@@ -24,7 +24,13 @@ from torchprune.reconstruct import Gain, reconstruct, summary_of
 from torchprune.report import RunRecord, remember_run
 from torchprune.specs import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
-from torchprune.synthesis import can_synthesise, synthesise
+from torchprune.synthesis import (
+    SEQUENCES,
+    can_synthesise,
+    continuations,
+    synthesise,
+    windows_of,
+)
 from torchprune.units import Ends, Unit
 
 if TYPE_CHECKING:
@@ -106,6 +112,8 @@ def sparsify(
         batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run)
         plan, notes = allocated(model, plan, spec, batches, progress=progress)
         run.notes += notes
+        own = _own_text(model, spec, batches, seed, progress, run)
+        batches = [*own, *batches]
         with _permuted(model, plan, spec, batches, run, hold):
             for foresee in (True, False):
                 with (
@@ -117,7 +125,9 @@ def sparsify(
                             "calibrated twice: layers that read one tensor in some blocks read "
                             "several in others of the same class"
                         )
-                    _calibrate(model, plan, spec, batches, changes, run, foresee, hold, progress)
+                    _calibrate(
+                        model, plan, spec, batches, len(own), changes, run, foresee, hold, progress
+                    )
                     break
     remember_run(model, run)
     for warning in run.warnings:
@@ -197,13 +207,17 @@ def _calibrate(
     plan: Plan,
     spec: Spec,
     batches: Sequence[Batch],
+    own: int,
     changes: Changes,
     run: RunRecord,
     foresee: bool,
     hold: torch.dtype | None,
     progress: bool,
 ) -> None:
-    """Run the batches in lockstep; at each stop decide the layers' changes and stage them."""
+    """Run the batches in lockstep; at each stop decide the layers' changes and stage them.
+
+    The first `own` batches are the model's own text.
+    """
     decider = decider_for(spec, plan.targets, len(batches))
     gains: list[Gain] = []
     options, ends = spec.reconstruct, None
@@ -217,7 +231,7 @@ def _calibrate(
                     if (mask := target.mask) is not None:  # a layer that no batch reached has none
                         stack.enter_context(mask.transparent())
                         weights.append((target.weight, mask.whole()))
-                gains.append(reconstruct(unit, weights, options))
+                gains.append(reconstruct(unit, weights, options, sampled=own))
 
         ends = Ends(plan.blocks or {"": model}, train, options.alpha)
     calibration = Calibration(
@@ -270,12 +284,39 @@ def _calibration_batches(
                 f"sparsify(model, spec, data). {ACCEPTED_DATA}. (Only decoder-only transformers "
                 "language models can calibrate on text of their own; MagnitudeSpec needs no data.)"
             )
-        data = synthesise(model, seed=seed, progress=progress)
+        sequences = max(SEQUENCES, spec.windows if isinstance(spec, Spec) else 0)
+        data = synthesise(model, sequences=sequences, seed=seed, progress=progress)
         run.notes.append("calibrated on text sampled from the model itself")
     batches, more = read_batches(data, model, max_batches)
     if more:
         run.notes.append(f"used the first {max_batches} batches; more were offered (max_batches)")
     return batches
+
+
+def _own_text(
+    model: nn.Module,
+    spec: Spec,
+    batches: Sequence[Batch],
+    seed: int,
+    progress: bool,
+    run: RunRecord,
+) -> list[Batch]:
+    """What the model adds to its calibration text, for specs that want more than was given."""
+    if not spec.windows:
+        return []
+    given = len(windows_of(batches)) if can_synthesise(model) else 0
+    missing = spec.windows - given
+    if not given:
+        run.notes.append(
+            "no text was added to the calibration data: that takes a decoder-only transformers "
+            "language model and batches of token ids"
+        )
+        return []
+    if missing <= 0:
+        return []
+    own = continuations(model, batches, missing, seed=seed, progress=progress)
+    run.notes.append(f"{missing} calibration windows more were sampled as continuations of {given}")
+    return own
 
 
 def _check_weights(plan: Plan, *, finite: bool) -> None:

@@ -148,6 +148,11 @@ class Spec(Checked):
         return self.chooses_weights or self.refine is not None
 
     @property
+    def windows(self) -> int:
+        """Up to how many windows a language model's own text is added to what calibrates."""
+        return 0
+
+    @property
     def uneven(self) -> Uneven | None:
         """How layers get sparsities of their own, None if all get the same."""
         return None if isinstance(self.allocation, str) else self.allocation
@@ -291,7 +296,10 @@ class BestSpec(ADMMSpec):
 
     Args:
         effort: "fast": `ADMMSpec(alpha=0.25)`, about 2.5 times as long as SparseGPT. "balanced":
-            and `reconstruct=Reconstruct()`, several times as long again. "max": twice its epochs.
+            and `reconstruct=Reconstruct()`, several times as long again. "max": the same on more
+            text. A decoder-only transformers language model brings the calibration windows up to
+            128 by continuations of them that it samples; what trained weights are judged by stays
+            the given ones. Other models, and 128 windows and more, have it as "balanced".
     """
 
     effort: Literal["fast", "balanced", "max"] = "balanced"
@@ -307,8 +315,12 @@ class BestSpec(ADMMSpec):
         if not self.alpha:
             _set(self, alpha=0.25)
         if self.effort != "fast" and isinstance(self.reconstruct, bool):
-            _set(self, reconstruct=Reconstruct(epochs=8 if self.effort == "max" else 4))
+            _set(self, reconstruct=Reconstruct())
         super().__post_init__()
+
+    @property
+    def windows(self) -> int:
+        return 128 if self.effort == "max" else 0
 
 
 def _resolve_changes(spec: Spec) -> None:

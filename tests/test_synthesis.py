@@ -98,6 +98,24 @@ def test_continuations_take_the_form_of_what_was_given() -> None:
     assert not torch.equal(torch.cat([ids_of(b) for b in again]), texts[0])
 
 
+def test_a_models_own_ways_of_generating_do_not_count() -> None:
+    """Chat models come with penalties and cuts that are for answers, not for text as it is."""
+    model = FAMILIES["llama"].make()
+    given_ids = [Batch((ids,), {}) for ids in tokens(count=2)]
+    plain = continuations(model, given_ids, 4, progress=False)
+    for name, value in {
+        "repetition_penalty": 9.0,
+        "temperature": 0.1,
+        "top_k": 1,
+        "top_p": 0.1,
+        "num_beams": 2,
+    }.items():
+        setattr(model.generation_config, name, value)
+    again = continuations(model, given_ids, 4, progress=False)
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(ids_of(one), ids_of(other))
+
+
 @pytest.mark.parametrize(
     "batch",
     [

@@ -76,8 +76,8 @@ MethodOption = Annotated[
 EffortOption = Annotated[
     Effort | None,
     typer.Option(
-        help="For --method best: fast takes about 2.5 times as long as sparsegpt, the others "
-        "train each block too. Default: balanced.",
+        help="For --method best: fast takes about 2.5 times as long as sparsegpt, balanced trains "
+        "each block too, max has the model write more text for that. Default: balanced.",
         rich_help_panel=_BETTER,
         show_default=False,
     ),

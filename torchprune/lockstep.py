@@ -192,6 +192,7 @@ class Calibration:
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
         self._advance_twins(moving, place, fresh)
+        self._measure_held(moving)
         yield stop
 
     def _end_unit(self, last: int, batches: Sequence[int]) -> None:
@@ -277,12 +278,15 @@ class Calibration:
         self._runs, self._twins, self._units = [], None, {}
         self._gathering.clear()
 
-    def _measure_held(self) -> None:
+    def _measure_held(self, moving: Iterable[int] = ()) -> None:
+        """Count what all batches hold, also those about to move on."""
         count = len(self._runs)
-        waiting = [i for w in self._waiting.values() for i in w]
+        waiting = [*moving, *(i for w in self._waiting.values() for i in w)]
         if self._twins is not None:
             waiting += [count + i for i, run in enumerate(self._twins.runs) if not run.dead]
         held = sum(self._held.bytes.get(i, 0) for i in waiting)
+        for unit in self._units.values():
+            held += sum(t.nbytes for tensors in unit.dense.values() for t in tensors)
         self.usage.peak_held_bytes = max(self.usage.peak_held_bytes, held)
 
     # -- observing -------------------------------------------------------------------------------
@@ -374,7 +378,6 @@ class Calibration:
         assert self._ends is not None
         last, alpha, forward = members[-1], self._ends.alpha, module.forward
         self._units[last] = Unit(name, module, [self.targets[i] for i in members])
-        theirs: dict[int, list[Tensor]] = {}  # batch -> what the dense model gives
 
         @put_on(stack, module)
         def ended(*args: Any, **kwargs: Any) -> Any:
@@ -383,14 +386,14 @@ class Calibration:
                 return forward(*args, **kwargs)
             if self._twins is not None and self._twins.running:
                 out = forward(*args, **kwargs)
-                theirs.setdefault(batch, [t.clone() for t in floats_of(out)])
+                unit.dense.setdefault(batch, [t.clone() for t in floats_of(out)])
                 return out
             if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
             wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
             forward(*args, **kwargs)
-            if alpha and batch in theirs:
-                dense = theirs.pop(batch)
+            if alpha and batch in unit.dense:
+                dense = unit.dense.pop(batch)
                 pairs = zip(wanted, dense, strict=True)
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:

@@ -30,12 +30,17 @@ class Call:
 
 @dataclass(eq=False)
 class Unit:
-    """A module whose layers were pruned, together with all calls of it."""
+    """A module whose layers were pruned, together with all calls of it.
+
+    Attributes:
+        dense: by batch, what the dense model gives here, until that batch's own call.
+    """
 
     name: str
     module: nn.Module
     targets: list[Target]
     calls: list[Call] = field(default_factory=list)
+    dense: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

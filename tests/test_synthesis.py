@@ -116,6 +116,21 @@ def test_a_models_own_ways_of_generating_do_not_count() -> None:
         assert torch.equal(ids_of(one), ids_of(other))
 
 
+def test_a_model_that_fails_to_write_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"].make().train()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(model), "generate", fail)
+    for data in (None, tokens()):
+        before = fingerprint(model)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            prune(model, BestSpec(effort="max"), data)
+        assert_as_it_was(model, before)
+        assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize(
     "batch",
     [

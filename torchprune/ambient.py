@@ -89,22 +89,38 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no key-value caches, plain Python forwards; all restored at the end."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; the modules that were training train again after."""
     training = [module for module in model.modules() if module.training]
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """No key-value caches: one would only hold every key and value until the end."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    try:
         for config in caching:
-            config.use_cache = False  # a cache would only hold every key and value until the end
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
+def calibration_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no key-value caches, plain Python forwards; all restored at the end."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
         torch.backends.mha.set_fastpath_enabled(False)  # it goes around the layers' own forward
-        with torch.compiler.set_stance("force_eager"):
+        with eval_mode(model), without_caches(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for config in caching:
-            config.use_cache = True
-        for module in training:
-            module.training = True

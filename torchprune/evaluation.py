@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from torchprune.ambient import eval_mode, without_caches
 from torchprune.errors import TorchpruneError
 
 LONGEST = 2048
@@ -143,20 +144,8 @@ def default_seqlen(model: nn.Module) -> int:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients and no key-value caches for a while; all restored at the end."""
-    training = [module for module in model.modules() if module.training]
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
-    try:
-        model.eval()
-        for config in caching:
-            config.use_cache = False
-        with torch.no_grad():
-            yield
-    finally:
-        for config in caching:
-            config.use_cache = True
-        for module in training:
-            module.training = True
+    with eval_mode(model), without_caches(model), torch.no_grad():
+        yield
 
 
 def _losses(model: nn.Module, windows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchprune.ambient import eval_mode
 from torchprune.batches import Batch
 
 SEQUENCES = 32
@@ -152,10 +153,9 @@ def _within(config: Any, length: int) -> int:
 def _sampled(model: Any, starts: Tensor, length: int, *, progress: bool) -> list[Tensor]:
     """Texts (1, length) that begin with the rows of `starts`, by the global generator."""
     padding = _one(getattr(model.config.get_text_config(), "pad_token_id", None), 0)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     found: list[Tensor] = []
     with (
+        eval_mode(model),
         torch.no_grad(),
         tqdm(total=len(starts), desc="sampling text", unit="window", disable=not progress) as bar,
     ):
@@ -177,8 +177,6 @@ def _sampled(model: Any, starts: Tensor, length: int, *, progress: bool) -> list
             )
             found += list(text.split(1))
             bar.update(len(start))
-    for module in training:
-        module.training = True
     return found
 
 

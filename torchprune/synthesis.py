@@ -8,7 +8,8 @@ writes on after pieces of real text stays near that text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,9 +60,7 @@ def synthesise(
     """
     config = model.config.get_text_config()
     length = _within(config, length)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with _seeded(model, seed):
         starts = _first_tokens(config, sequences).to(model.device)
         return _sampled(model, starts, length, progress=progress)
 
@@ -103,9 +102,7 @@ def continuations(
         window = windows[i % len(windows)]
         at = int(torch.randint(len(window) - piece + 1, (), generator=places))
         starts.append(window[at : at + piece])
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with _seeded(model, seed):
         texts = _sampled(model, torch.stack(starts), length, progress=progress)
     rows = next(batches[0].tensors()).shape[0]
     return [_like(batches[0], ids) for ids in torch.cat(texts).split(max(1, rows))]
@@ -143,6 +140,15 @@ def _like(batch: Batch, ids: Tensor) -> Batch:
     if isinstance(mask := batch.kwargs.get("attention_mask"), Tensor):
         given["attention_mask"] = mask.new_ones(ids.shape)
     return Batch((ids,), given) if batch.args else Batch((), {"input_ids": ids, **given})
+
+
+@contextmanager
+def _seeded(model: Any, seed: int) -> Iterator[None]:
+    """The global generators from a seed, and as they were after."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def _within(config: Any, length: int) -> int:

@@ -73,7 +73,7 @@ def specs(goal: dict[str, Any]) -> dict[str, Spec]:
             "best and permuted": (BestSpec, {"permute": True}),
         }
     else:
-        kinds |= {f"ADMM, {a}": (ADMMSpec, {"allocation": a}) for a in ("owl", "error")}
+        kinds |= {f"ADMM, {a}": (ADMMSpec, {"allocation": a}) for a in ("owl", "error", "search")}
     return {name: kind(**goal, **options) for name, (kind, options) in kinds.items()}
 
 

@@ -295,11 +295,12 @@ class BestSpec(ADMMSpec):
     reaches and costs is measured in the README. For other combinations use `ADMMSpec`.
 
     Args:
-        effort: "fast": `ADMMSpec(alpha=0.25)`, about 2.5 times as long as SparseGPT. "balanced":
-            and `reconstruct=Reconstruct()`, several times as long again. "max": the same on more
-            text. A decoder-only transformers language model brings the calibration windows up to
-            128 by continuations of them that it samples; what trained weights are judged by stays
-            the given ones. Other models, and 128 windows and more, have it as "balanced".
+        effort: "fast": `ADMMSpec(alpha=0.25)`, about three times as long as SparseGPT on a CPU.
+            "balanced": and `reconstruct=Reconstruct()`, seven or eight times. "max": the same on
+            more text, for 32 windows some forty times. A decoder-only transformers language model
+            brings the calibration windows up to 128 by continuations of them that it samples; what
+            trained weights are judged by stays the given ones. Other models, and 128 windows and
+            more, have it as "balanced".
     """
 
     effort: Literal["fast", "balanced", "max"] = "balanced"

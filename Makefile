@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test lint bench clean
 
 help:
-	@echo 'make demo     prune a real model six ways, compare, save, reload, generate (QUICK=1: shorter)'
+	@echo 'make demo     prune a real model eight ways, compare, save, reload, generate (QUICK=1: shorter)'
 	@echo 'make test     lint, types and tests (TESTS=tests/test_cli.py: only some)'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make bench    time and memory against a peer (BENCH="--quick": its options)'

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ SPECS = {
     "magnitude": torchprune.MagnitudeSpec,
     "wanda": torchprune.WandaSpec,
     "sparsegpt": torchprune.SparseGPTSpec,
+    "best, fast": partial(torchprune.BestSpec, effort="fast"),
 }
 REMOVED = torchprune.NeuronSpec(sparsity=0.2)
 """Structures that are really gone: a fifth of every MLP's neurons."""
@@ -101,6 +103,11 @@ def prune(
     started = time.perf_counter()
     torchprune.sparsify(model, spec, data, progress=sys.stderr.isatty())
     return model, time.perf_counter() - started
+
+
+def directory_of(artifacts: Path, method: str, pattern: str) -> Path:
+    """Where a pruned model is saved."""
+    return artifacts / f"{method}-{pattern}".replace(", ", "-").replace(":", "of")
 
 
 def measure(model: PreTrainedModel, tokens: Tensor) -> Perplexity:
@@ -177,7 +184,7 @@ def run(
     rows = [as_row("dense", "", 0.0, measure(dense, tokens), 0.0, dense_bytes, dense_bytes)]
     for method, pattern in size.goals:
         say(f"{method} {pattern}: pruning, measuring, saving, loading, measuring again")
-        directory = artifacts / f"{method}-{pattern.replace(':', 'of')}"
+        directory = directory_of(artifacts, method, pattern)
         model, seconds = prune(dense, method, pattern, calibration)
         result = measure(model, tokens)
         torchprune.save(model, directory, tokenizer=tokenizer)
@@ -199,7 +206,8 @@ def run(
     halves = [r for r in rows if r.pattern == "unstructured"]
     best = min(halves, key=lambda r: r.perplexity)
     say(f"{best.method} {best.pattern}: writing a plain transformers model, loading it, comparing")
-    pruned = torchprune.load(artifacts / f"{best.method}-{best.pattern}")
+    saved = directory_of(artifacts, best.method, best.pattern)
+    pruned = torchprune.load(saved)
     plain = artifacts / "transformers"
     export.to_hf(pruned, plain, tokenizer=tokenizer)
     reloaded = AutoModelForCausalLM.from_pretrained(plain)
@@ -207,7 +215,7 @@ def run(
     forms, written = deployed.compare(
         dense,
         smollm2.model_directory(),
-        artifacts / f"{best.method}-{best.pattern}",
+        saved,
         plain,
         artifacts,
         tokens[None, :64],

@@ -141,12 +141,13 @@ def test_the_demo_runs(demo, tmp_path, capsys):
     record = json.loads((tmp_path / "artifacts" / "demo.json").read_text("utf-8"))
     dense, *rows = record["rows"]
     assert (dense["method"], dense["relative"], dense["identical"]) == ("dense", 1.0, None)
-    assert len(rows) == 7
-    assert all(row["sparsity"] == 0.5 and row["identical"] for row in rows[:6])
-    assert rows[6]["pattern"] == "neurons 20 %"
-    assert rows[6]["identical"]
+    *masked, shrunk = rows
+    assert len(masked) == 8
+    assert all(row["sparsity"] == 0.5 and row["identical"] for row in masked)
+    assert shrunk["pattern"] == "neurons 20 %"
+    assert shrunk["identical"]
     assert 0 < record["shrunk_flops"] < 1
-    assert rows[6]["megabytes"] < dense["megabytes"]
+    assert shrunk["megabytes"] < dense["megabytes"]
     assert record["transformers_logits_equal"] is True
     assert [form["name"] for form in record["forms"]] == [
         "dense",
@@ -156,7 +157,7 @@ def test_the_demo_runs(demo, tmp_path, capsys):
     ]
     assert all(form["tokens_per_second"] > 0 for form in record["forms"])
     table = (tmp_path / "artifacts" / "demo.md").read_text("utf-8")
-    assert table.count("| equal |") == 7
+    assert table.count("| equal |") == 9
     assert demo.main(["--artifacts", str(tmp_path / "artifacts")]) == 0  # over the earlier ones
 
 

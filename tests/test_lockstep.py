@@ -21,7 +21,7 @@ from families import FAMILIES, mixtral, tokens
 from torch import Tensor, nn
 
 import torchprune
-from torchprune import SparseGPTSpec, WandaSpec
+from torchprune import ADMMSpec, Reconstruct, SparseGPTSpec, WandaSpec
 from torchprune.experts import observed
 from torchprune.methods.magnitude import magnitude_score
 from torchprune.methods.sparsegpt import sparsegpt
@@ -89,6 +89,24 @@ def test_every_layer_computes_once_a_batch(method: type[Spec]) -> None:
     for block in llama_layers():
         assert set(block) - set(tail) <= set(calls)
     assert set(calls.values()) == {4}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ADMMSpec(alpha=0.5),
+        ADMMSpec(alpha=0.5, reconstruct=Reconstruct(1)),
+        ADMMSpec(alpha=0.5, reconstruct=Reconstruct(1, alpha=0.0)),
+        WandaSpec(reconstruct=Reconstruct(1)),
+    ],
+    ids=["alpha", "alpha and training", "alpha and training alone", "training"],
+)
+def test_the_dense_stream_ends_where_it_is_wanted_no_more(spec: Spec) -> None:
+    model, data = FAMILIES["llama"].make(), tokens(count=4)
+    calls = count_forwards(model)
+    prune(model, spec, data)
+    assert calls["model.embed_tokens"] == 8
+    assert calls["model.norm"] == calls["lm_head"] == 0
 
 
 def test_block_mode_computes_every_block_twice_at_most() -> None:

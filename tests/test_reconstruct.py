@@ -345,6 +345,33 @@ def test_a_model_without_blocks_is_one_unit() -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_no_gradients_are_left_behind(name: str) -> None:
+    """Neither of what learns nor of norms and biases, and the caller's own stay."""
+    model = FAMILIES[name].make()
+    own, *others = model.parameters()
+    own.grad = torch.ones_like(own)
+    prune(model, WandaSpec(reconstruct=SHORT), tokens(count=4))
+    assert torch.equal(own.grad, torch.ones_like(own))
+    assert all(p.grad is None for p in others)
+    assert all(p.requires_grad for p in others)
+
+
+def test_what_cannot_change_costs_no_gradients() -> None:
+    """A norm before all that learns: nothing flows back to it."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6))
+    flows: list[bool] = []
+    module[0].register_forward_hook(lambda *given: flows.append(given[2].requires_grad))
+    calls = [Call((torch.randn(1, 5, 8),), {}, [torch.randn(1, 5, 6)], [None], i) for i in range(4)]
+    weight, bias = module[1].weight, module[1].bias.detach().clone()
+    gain = reconstruct(Unit("", module, [], calls), [(weight, weight > 0)], SHORT)
+    assert gain.after < gain.before
+    assert flows
+    assert not any(flows)
+    assert torch.equal(module[1].bias, bias)
+
+
 def test_padding_teaches_nothing() -> None:
     family = FAMILIES["llama"]
     results = []

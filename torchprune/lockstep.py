@@ -36,7 +36,7 @@ from torchprune.gathering import Gathering
 from torchprune.moments import Moments
 from torchprune.plan import Target
 from torchprune.reading import Gathered, Read, Sources
-from torchprune.twins import Twins
+from torchprune.twins import TwinDone, Twins
 from torchprune.units import Call, Ends, Unit, floats_of, put_on
 from torchprune.weights import ConvNd, input_rows, is_fused_experts
 
@@ -240,11 +240,19 @@ class Calibration:
 
     def _advance_twins(self, moving: Sequence[int], place: int, fresh: Iterable[int] = ()) -> None:
         if self._twins is not None:
-            self._held.new_round()
-            self._twins.advance(moving, place, fresh)
-            self._held.end_round()
+            if self._wants_twins():
+                self._held.new_round()
+                self._twins.advance(moving, place, fresh)
+                self._held.end_round()
             for index in fresh:
                 self._twins.reads.pop(index, None)
+
+    def _wants_twins(self, batch: int | None = None) -> bool:
+        """Whether twins (or one of them, at the end of a unit) have anything left to give."""
+        ends = self._ends is not None and self._ends.alpha > 0
+        return len(self._done) < len(self.targets) or (
+            ends and any(batch not in unit.dense for unit in self._units.values())
+        )
 
     def _needs(self, batches: Sequence[int]) -> bool:
         """Whether a layer is still to be pruned, a unit to end, or a promise of these batches to be
@@ -387,6 +395,8 @@ class Calibration:
             if self._twins is not None and self._twins.running:
                 out = forward(*args, **kwargs)
                 unit.dense.setdefault(batch, [t.clone() for t in floats_of(out)])
+                if not self._wants_twins(batch):
+                    raise TwinDone
                 return out
             if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
                 return forward(*args, **kwargs)  # not dense any more, or not its first call

@@ -7,7 +7,7 @@ at hand, and what single layers could not make up for, layers together can.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A parameter to train: where it is in the unit, and which of its values stay zero."""
+    """A parameter to train: its name in the unit, and a mask in float32, 0 where it stays zero."""
 
     name: str
     weight: Tensor
@@ -66,7 +66,7 @@ def reconstruct(
             be judged: batches are held out as if they were not there.
     """
     names = {id(p): name for name, p in unit.module.named_parameters()}
-    trained = [Trained(names[id(w)], w, keep) for w, keep in weights]
+    trained = [Trained(names[id(w)], w, keep.float()) for w, keep in weights]
     learning, judging = _parted(unit.calls, options.held_out, sampled)
     if not learning or not trained:
         return Gain(0.0, 0.0, 0)
@@ -74,7 +74,9 @@ def reconstruct(
         values = [t.weight.detach().float().clone().requires_grad_() for t in trained]
         whole = all(t.weight.dtype == torch.float32 for t in trained)
         mixed = options.mixed and whole and has_bfloat16(values[0].device)
-        run = _Run(unit, trained, values, mixed)
+        learns = {t.name for t in trained}
+        fixed = {n: p.detach() for n, p in unit.module.named_parameters() if n not in learns}
+        run = _Run(unit, trained, values, fixed, mixed)
         before = best = run.judge(judging)
         kept, at = run.copies(), 0
         steps = options.epochs * -(-len(learning) // options.batches)
@@ -110,11 +112,12 @@ def summary_of(gains: Sequence[Gain]) -> str:
 
 @dataclass(eq=False)
 class _Run:
-    """The unit with weights that learn."""
+    """The unit with weights that learn, and no others: `fixed` are those, by name."""
 
     unit: Unit
     trained: Sequence[Trained]
     values: list[Tensor]
+    fixed: Mapping[str, Tensor]
     mixed: bool
 
     def judge(self, calls: Sequence[Call]) -> float:
@@ -150,7 +153,8 @@ class _Run:
 
     def _error(self, call: Call) -> Tensor:
         pairs = zip(self.trained, self.values, strict=True)
-        given = {t.name: value.to(t.weight.dtype) for t, value in pairs}
+        learning = {t.name: value.to(t.weight.dtype) for t, value in pairs}
+        given = {**self.fixed, **learning}
         out = floats_of(functional_call(self.unit.module, given, call.args, call.kwargs))
         error = torch.zeros((), device=self.values[0].device)
         for one, wanted, counts in zip(out, call.wanted, call.counts, strict=True):

@@ -15,8 +15,9 @@ import greenlet
 from torchprune.reading import Read
 
 
-class _Stale(BaseException):
-    """A twin has come to a layer that is pruned already. Not an error of the model."""
+class TwinDone(BaseException):
+    """A twin has come to a layer that is pruned already, or past all that is asked of it. Not an
+    error of the model."""
 
 
 class Twins:
@@ -68,10 +69,10 @@ class Twins:
             self._places[read.batch] = index
             pause()
         elif index not in self._fresh:
-            raise _Stale
+            raise TwinDone
 
     def _run(self, batch: int) -> None:
         try:
             self._forward(batch)
-        except _Stale:  # it goes no further; the batch does without from here on
+        except TwinDone:  # it goes no further; the batch does without from here on
             return

@@ -25,8 +25,8 @@ def refit(linear: Tensor, start: Tensor, keep: Tensor, problem: Problem, steps: 
     Returns:
         (rows, cols) float32 scaled weights, zero off the mask.
     """
-    weight = start.clone()
-    residual = (linear - weight @ problem.matrix).mul_(keep)
+    weight, support = start.clone(), keep.to(start.dtype)  # once: a product with bools copies them
+    residual = (linear - weight @ problem.matrix).mul_(support)
     direction = residual.clone()
     length = residual.square().sum(1, keepdim=True)
     for _ in range(steps):
@@ -34,7 +34,7 @@ def refit(linear: Tensor, start: Tensor, keep: Tensor, problem: Problem, steps: 
         bend = (direction * image).sum(1, keepdim=True)
         step = torch.where(bend > 0, length / bend, 0)
         weight.addcmul_(direction, step)
-        residual.sub_(image.mul_(step).mul_(keep))
+        residual.sub_(image.mul_(step).mul_(support))
         longer = residual.square().sum(1, keepdim=True)
         direction.mul_(torch.where(length > 0, longer / length, 0)).add_(residual)
         length = longer

@@ -60,7 +60,7 @@ def specs(goal: dict[str, Any]) -> dict[str, Spec]:
         "SparseGPT, refit": (SparseGPTSpec, {"refine": PCG()}),
         "ADMM": (ADMMSpec, {}),
         "ADMM, alpha 0.5": (ADMMSpec, {"alpha": 0.5}),
-        "ADMM, trained": (ADMMSpec, {"reconstruct": Reconstruct()}),
+        "ADMM, alpha 0.25, trained": (ADMMSpec, {"alpha": 0.25, "reconstruct": Reconstruct()}),
         "Wanda, swaps": (WandaSpec, {"refine": "swaps"}),
         "ADMM, capped": (ADMMSpec, {"token_cap": 2.0}),
         "best, fast": (BestSpec, {"effort": "fast"}),
@@ -74,6 +74,7 @@ def specs(goal: dict[str, Any]) -> dict[str, Spec]:
         }
     else:
         kinds |= {f"ADMM, {a}": (ADMMSpec, {"allocation": a}) for a in ("owl", "error", "search")}
+        kinds |= {"best, search": (BestSpec, {"allocation": "search"})}
     return {name: kind(**goal, **options) for name, (kind, options) in kinds.items()}
 
 

@@ -41,7 +41,7 @@ SPECS: dict[str, Any] = {
     "--method ria": RIASpec(),
     "--method sparsegpt": SparseGPTSpec(),
     "--method admm": ADMMSpec(refine=PCG(15)),
-    "--method best": BestSpec(alpha=0.25, reconstruct=Reconstruct(epochs=4)),
+    "--method best": BestSpec(alpha=0.0, reconstruct=Reconstruct(epochs=4)),
     "--method best --effort fast": BestSpec(effort="fast", alpha=0.25, reconstruct=False),
     "--method best --effort balanced": BestSpec(),
     "--method best --effort max": BestSpec(effort="max", reconstruct=Reconstruct(epochs=4)),

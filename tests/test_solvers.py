@@ -440,7 +440,8 @@ def test_problems_leave_dead_inputs_alone() -> None:
 def test_effort_says_what_the_recommended_combination_is() -> None:
     fast, balanced = BestSpec(pattern="2:4", effort="fast"), BestSpec(0.6)
     assert (fast.alpha, fast.reconstruct, fast.refine) == (0.25, False, PCG(15))
-    assert (balanced.alpha, balanced.reconstruct) == (0.25, torchprune.Reconstruct())
+    assert (balanced.alpha, balanced.reconstruct) == (0.0, torchprune.Reconstruct())
+    assert BestSpec(effort="max").alpha == 0.25
     assert (BestSpec(effort="max").windows, BestSpec().windows) == (128, 0)
     assert BestSpec(effort="max").reconstruct == torchprune.Reconstruct()
     assert BestSpec(effort="max", reconstruct=torchprune.Reconstruct(2)).reconstruct.epochs == 2
@@ -455,7 +456,7 @@ def test_the_recommended_combination_is_what_its_parts_are() -> None:
     second = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8))
     second.load_state_dict(first.state_dict())
     data = list(correlated(0, 80, 16).split(20))
-    parts = ADMMSpec(0.5, alpha=0.25, reconstruct=torchprune.Reconstruct())
+    parts = ADMMSpec(0.5, reconstruct=torchprune.Reconstruct())
     torchprune.sparsify(first, BestSpec(0.5), data, progress=False)
     torchprune.sparsify(second, parts, data, progress=False)
     for key, tensor in first.state_dict().items():

@@ -162,8 +162,8 @@ def assert_same_weights(one: Any, other: Any) -> None:
         assert torch.equal(second[name], tensor), name
 
 
-def test_max_is_balanced_with_continuations_before_the_given_windows() -> None:
-    """And judged by what it would be judged by without them."""
+def test_max_puts_continuations_before_the_given_windows() -> None:
+    """And is judged by what it would be judged by without them."""
     model = FAMILIES["llama"].make()
     other = copy.deepcopy(model)
     data = tokens(count=8, rows=2)
@@ -171,13 +171,14 @@ def test_max_is_balanced_with_continuations_before_the_given_windows() -> None:
     own = continuations(other, [Batch((ids,), {}) for ids in data], 112, seed=4, progress=False)
     share = Reconstruct(held_out=1 / 64)
     assert round(share.held_out * 64) == round(Reconstruct().held_out * 8) == 1
-    prune(other, BestSpec(pattern="2:4", reconstruct=share), [*map(ids_of, own), *data])
+    spec = BestSpec(pattern="2:4", alpha=0.25, reconstruct=share)
+    prune(other, spec, [*map(ids_of, own), *data])
     assert_same_weights(model, other)
     notes = torchprune.report(model).notes
     assert "112 calibration windows more were sampled as continuations of 16" in notes
 
 
-def test_max_where_nothing_can_be_added_is_balanced() -> None:
+def test_max_where_nothing_can_be_added_uses_what_is_given() -> None:
     plenty = tokens(count=32, rows=4)
     cases = {"llama": plenty, "bert": None, "vit": None, "t5": None}
     for name, given_data in cases.items():
@@ -186,7 +187,7 @@ def test_max_where_nothing_can_be_added_is_balanced() -> None:
         other = copy.deepcopy(model)
         data = given_data or family.data(count=4)
         prune(model, BestSpec(effort="max"), data)
-        prune(other, BestSpec(), data)
+        prune(other, BestSpec(alpha=0.25), data)
         assert_same_weights(model, other)
         noted = any("no text was added" in note for note in torchprune.report(model).notes)
         assert noted == (given_data is None), name

@@ -77,7 +77,7 @@ EffortOption = Annotated[
     Effort | None,
     typer.Option(
         help="For --method best: fast takes about 3 times as long as sparsegpt; balanced trains "
-        "each block too, 8 times; max has the model write more text for that, 40 times. "
+        "each block, up to 8 times; max has the model write more text for that, 40 times. "
         "Default: balanced.",
         rich_help_panel=_BETTER,
         show_default=False,
@@ -96,7 +96,7 @@ AlphaOption = Annotated[
     float | None,
     typer.Option(
         help="For updated weights: how far, 0 to 1, they reach for the dense model's outputs; "
-        "every window also runs dense. Default: 0; 0.25 for best.",
+        "every window also runs dense. Default: 0; for best 0.25, or 0 if balanced.",
         rich_help_panel=_BETTER,
         show_default=False,
     ),

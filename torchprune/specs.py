@@ -291,16 +291,17 @@ class ADMMSpec(Spec):
 class BestSpec(ADMMSpec):
     """The recommended combination, for those who do not want to choose.
 
-    ADMM with dense-target calibration; more effort trains what each block keeps. What a level
-    reaches and costs is measured in the README. For other combinations use `ADMMSpec`.
+    ADMM toward what the dense model gives: each layer a little, or each block, whose kept weights
+    are trained for it, or both. What a level reaches and costs is measured in the README. For other
+    combinations use `ADMMSpec`.
 
     Args:
         effort: "fast": `ADMMSpec(alpha=0.25)`, about three times as long as SparseGPT on a CPU.
-            "balanced": and `reconstruct=Reconstruct()`, seven to nine times. "max": the same on
+            "balanced": `ADMMSpec(reconstruct=Reconstruct())`, up to eight times. "max": both, on
             more text, for 32 windows some forty times. A decoder-only transformers language model
             brings the calibration windows up to 128 by continuations of them that it samples; what
             trained weights are judged by stays the given ones. Other models, and 128 windows and
-            more, have it as "balanced".
+            more, make do with what is given.
     """
 
     effort: Literal["fast", "balanced", "max"] = "balanced"
@@ -313,7 +314,7 @@ class BestSpec(ADMMSpec):
                 f"BestSpec: effort {self.effort!r} is not understood; "
                 'accepted: "fast", "balanced", "max"'
             )
-        if not self.alpha:
+        if not self.alpha and self.effort != "balanced":
             _set(self, alpha=0.25)
         if self.effort != "fast" and isinstance(self.reconstruct, bool):
             _set(self, reconstruct=Reconstruct())

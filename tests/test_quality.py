@@ -22,7 +22,7 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
     for folder in ("benchmarks", "examples"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
     yield importlib.import_module("quality")
-    for name in ("quality", "prune", "peer"):  # names that another test may mean otherwise
+    for name in ("effort", "quality", "prune", "peer"):  # another test may mean others by them
         sys.modules.pop(name, None)
 
 
@@ -59,6 +59,22 @@ def test_a_run_that_failed_is_no_base(quality):
     rows = (failed, peer, row("ADMM | 2:4", "0", 20.0, 35.0))
     lines = quality.table(Comparison(rows, {"Wikipedia": 16.0, "news": 20.0})).splitlines()
     assert lines[-1] == "| ADMM | 2:4 | 20.00 | 4.322 | 0.50 | 35.00 | 5.129 | 0.50 | 1 | 1 |"
+
+
+def test_costs_are_compared_round_by_round(quality):
+    effort = importlib.import_module("effort")
+    runs = {"SparseGPT": [2.0, 4.0, 1.0], "ADMM": [4.0, 12.0, 2.0]}
+    assert effort.table({"2:4": runs}).splitlines()[2:] == [
+        "| SparseGPT | 2:4 | 2.0 | 1.00 |",
+        "| ADMM | 2:4 | 4.0 | 2.00 |",
+    ]
+
+
+def test_the_runs_on_a_gpu_are_of_specs_the_benchmark_has(quality):
+    text = (ROOT / "benchmarks" / "quality_cuda.json").read_text("utf-8")
+    for found in Comparison.from_json(text).rows:
+        name, goal = found.label.split(" | ")
+        assert found.spec == repr(quality.specs(quality.GOALS[goal])[name])
 
 
 def test_methods_can_be_asked_for_by_goal(quality):

@@ -77,7 +77,7 @@ EffortOption = Annotated[
     Effort | None,
     typer.Option(
         help="For --method best: fast takes about 3 times as long as sparsegpt; balanced trains "
-        "each block, up to 8 times; max has the model write more text for that, 40 times. "
+        "each block, about 8 times; max has the model write more text for that, 40 times. "
         "Default: balanced.",
         rich_help_panel=_BETTER,
         show_default=False,

@@ -297,7 +297,7 @@ class BestSpec(ADMMSpec):
 
     Args:
         effort: "fast": `ADMMSpec(alpha=0.25)`, about three times as long as SparseGPT on a CPU.
-            "balanced": `ADMMSpec(reconstruct=Reconstruct())`, up to eight times. "max": both, on
+            "balanced": `ADMMSpec(reconstruct=Reconstruct())`, about eight times. "max": both, on
             more text, for 32 windows some forty times. A decoder-only transformers language model
             brings the calibration windows up to 128 by continuations of them that it samples; what
             trained weights are judged by stays the given ones. Other models, and 128 windows and

@@ -63,10 +63,10 @@ def test_a_run_that_failed_is_no_base(quality):
 
 def test_costs_are_compared_round_by_round(quality):
     effort = importlib.import_module("effort")
-    runs = {"SparseGPT": [2.0, 4.0, 1.0], "ADMM": [4.0, 12.0, 2.0]}
+    runs = {"SparseGPT": [1.0, 2.0, 4.0], "ADMM": [4.0, 2.0, 4.0]}
     assert effort.table({"2:4": runs}).splitlines()[2:] == [
         "| SparseGPT | 2:4 | 2.0 | 1.00 |",
-        "| ADMM | 2:4 | 4.0 | 2.00 |",
+        "| ADMM | 2:4 | 4.0 | 1.00 |",  # of medians it would be 2
     ]
 
 

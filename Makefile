@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo 'make demo     prune a real model eight ways, compare, save, reload, generate (QUICK=1: shorter)'
-	@echo 'make test     lint, types and tests (TESTS=tests/test_cli.py: only some)'
+	@echo 'make test     lint, types and tests (TESTS=tests/cli/test_cli.py: only some)'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make bench    time and memory against a peer (BENCH="--quick": its options)'
 	@echo 'make clean    remove all that was installed and made'
@@ -44,7 +44,7 @@ lint: $(READY)
 	$(RUN) -m mypy
 
 bench: $(READY)
-	$(RUN) benchmarks/prune.py $(BENCH)
+	$(RUN) benchmarks/methods/prune.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) .venv-peer .cache artifacts build dist *.egg-info

@@ -35,8 +35,8 @@ from transformers.utils import logging
 
 import torchprune
 from torchprune import export
-from torchprune.evaluation import Perplexity
 from torchprune.structure.plan import ShrinkPlan
+from torchprune.study.evaluation import Perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 512

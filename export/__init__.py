@@ -4,7 +4,7 @@ from torchprune.export.executorch_program import to_executorch
 from torchprune.export.hf import to_hf
 from torchprune.export.onnx_model import to_onnx
 from torchprune.export.openvino_model import to_openvino
-from torchprune.export.program import load_pt2, to_pt2
+from torchprune.export.pt2 import load_pt2, to_pt2
 from torchprune.export.written import ExportReport
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torchprune.errors import ExportError
 from torchprune.export.cached import CachedModel
 from torchprune.export.hf import folded_copy
-from torchprune.lowering import lift
+from torchprune.lowering.lower import lift
 
 
 @dataclass(frozen=True)

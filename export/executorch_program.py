@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchprune.errors import ExportError, MissingExtraError
 from torchprune.export.call import dtype_of, file_bytes, folder_of, prepare, reason_of
-from torchprune.export.program import exported
+from torchprune.export.pt2 import exported
 from torchprune.export.written import ExportReport, compare, tensors_of
 
 _ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2}

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchprune.checkpoint.manifest import plain_file, read_json
+from torchprune.checkpoint.whole_files import staged
 from torchprune.errors import CheckpointError, MissingExtraError
-from torchprune.manifest import plain_file, read_json
-from torchprune.masking import detach, masked_layers
-from torchprune.report import report
-from torchprune.slots import slots_of, ties_of
-from torchprune.staging import staged
+from torchprune.masking.mask import detach, masked_layers
+from torchprune.masking.plain_state import slots_of, ties_of
+from torchprune.reports.report import report
 from torchprune.structure.config import is_accepted, is_native
 from torchprune.structure.pad import pad_to_widest
 

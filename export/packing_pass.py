@@ -1,7 +1,7 @@
 """Initialisers as bits and nonzeros, which stock ONNX operators unpack when a session loads.
 
 A weight W of n elements becomes `bits`, one a weight, least significant first as
-`torchprune.packing` orders them, and `values`, a zero and then its nonzeros, row-major:
+`torchprune.masking.packing` orders them, and `values`, a zero and then its nonzeros, row-major:
 
     before = CumSum(Gather(counts, bits))              one number a byte: nonzeros before its bits
     place  = Max(Gather(places, bits) + before, 0)     one a weight: where its value is, or 0

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import SparseGPTSpec, WandaSpec
+from torchprune.calibration.moments import Moments
+from torchprune.masking.projection import project
 from torchprune.methods.factor import factorise
 from torchprune.methods.sparsegpt import sparsegpt
 from torchprune.methods.wanda import wanda_score
-from torchprune.moments import Moments
-from torchprune.projection import project
 
 Spec = WandaSpec | SparseGPTSpec
 QUIET: dict[str, Any] = {"progress": False}

@@ -8,7 +8,7 @@ from pathlib import Path
 from tiny_lm import ARTICLES, save_tiny_lm
 from typer.testing import CliRunner, Result
 
-from torchprune.cli import app
+from torchprune.cli.app import app
 
 TEXT = "\n\n".join(ARTICLES)
 SMALL = ("--samples", "3", "--length", "16")

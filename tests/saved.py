@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec
-from torchprune.report import runs_of
+from torchprune.reports.report import runs_of
 
 QUIET: dict[str, Any] = {"progress": False}
 HUGGING = [f for f in FAMILIES.values() if f.name not in ("mlp", "torch_encoder")]
@@ -109,3 +110,22 @@ class Box(nn.Module):
                 self.register_parameter(f"p{i}", nn.Parameter(tensor))
             else:
                 self.register_buffer(f"b{i}", tensor)
+
+
+# -- what breaks -----------------------------------------------------------------------------------
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
+
+
+class Crash(BaseException):
+    """Not an Exception, as a keyboard interrupt is none."""
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torchprune
-from torchprune.selection import layers_of
-from torchprune.structure.groups import Group, Structure, structure_of
+from torchprune.graph.groups import Group, Structure, structure_of
+from torchprune.masking.selection import layers_of
 
 
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:

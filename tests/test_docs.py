@@ -21,7 +21,7 @@ from tiny_lm import ARTICLES, save_tiny_lm
 from typer.testing import CliRunner
 
 import torchprune
-from torchprune.cli import app
+from torchprune.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -30,7 +30,7 @@ MODULES = sorted(
     | {m.name for m in pkgutil.walk_packages(torchprune.__path__, "torchprune.")}
     | {f"torchprune.export.{m.name}" for m in pkgutil.iter_modules([str(ROOT / "export")])}
 )
-SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
+SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*/*.py")])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_commands_of_the_readme_run(stand_ins):
 
 
 def test_the_readme_shows_the_table_of_the_quality_benchmark():
-    lines = (ROOT / "benchmarks" / "quality.md").read_text("utf-8").splitlines()
+    lines = (ROOT / "benchmarks" / "methods" / "quality.md").read_text("utf-8").splitlines()
     table = "\n".join(line for line in lines if line.startswith("|"))
     assert table.count("\n") > 4
     assert f"\n\n{table}\n\n" in README.read_text("utf-8")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
-from torchprune.patterns import prune_count
-from torchprune.plan import make_plan
-from torchprune.specs import Spec
+from torchprune.masking.targets import make_plan
+from torchprune.specs.methods import Spec
+from torchprune.specs.patterns import prune_count
 from torchprune.testing import assert_sparsity, check_laws
 
 METHODS = {"wanda": WandaSpec, "sparsegpt": SparseGPTSpec}

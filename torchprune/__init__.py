@@ -8,19 +8,15 @@
 >>> model = torchprune.fold(model)
 """
 
-from torchprune.allocation import OWL, LeastError, Search
-from torchprune.checkpoint import load, load_into, save
-from torchprune.compare import compare
-from torchprune.comparison import Comparison
+from torchprune.checkpoint.save_load import load, load_into, save
 from torchprune.errors import TorchpruneError
-from torchprune.evaluation import perplexity
-from torchprune.lowering import lift, lower, plan_lowering
-from torchprune.masking import apply_masks, densify, fold, masks
-from torchprune.options import PCG, Reconstruct, Swaps
-from torchprune.patterns import NM, Block, Unstructured
-from torchprune.report import report
+from torchprune.lowering.kernels import operators as kernels  # noqa: F401  (kernels.native())
+from torchprune.lowering.lower import lift, lower, plan_lowering
+from torchprune.masking.mask import apply_masks, densify, fold, masks
+from torchprune.reports.report import report
 from torchprune.sparsify import sparsify
-from torchprune.specs import (
+from torchprune.specs.allocation import OWL, LeastError, Search
+from torchprune.specs.methods import (
     ADMMSpec,
     BestSpec,
     MagnitudeSpec,
@@ -28,9 +24,14 @@ from torchprune.specs import (
     SparseGPTSpec,
     WandaSpec,
 )
+from torchprune.specs.options import PCG, Reconstruct, Swaps
+from torchprune.specs.patterns import NM, Block, Unstructured
+from torchprune.specs.structured import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
 from torchprune.structure.plan import plan_shrink
 from torchprune.structure.shrink import shrink
-from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
+from torchprune.study.compare import compare
+from torchprune.study.evaluation import perplexity
+from torchprune.study.results import Comparison
 
 __version__ = "0.1.0"
 

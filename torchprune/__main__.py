@@ -1,6 +1,6 @@
 """`python -m torchprune`."""
 
-from torchprune.cli import main
+from torchprune.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -11,27 +11,27 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from torchprune import ambient
-from torchprune.allocate import allocated
-from torchprune.batches import ACCEPTED_DATA, Batch, read_batches
-from torchprune.changes import Changes, all_or_nothing
-from torchprune.decide import by_magnitude, decider_for
-from torchprune.errors import CalibrationError, SpecError
-from torchprune.lockstep import Calibration, Unforeseen
-from torchprune.options import Reconstruct
-from torchprune.plan import Plan, make_plan
-from torchprune.reconstruct import Gain, reconstruct, summary_of
-from torchprune.report import RunRecord, remember_run
-from torchprune.specs import Spec
-from torchprune.structure.specs import LayerSpec, StructuredSpec
-from torchprune.synthesis import (
+from torchprune import modes
+from torchprune.allocation.allocate import allocated
+from torchprune.calibration.batches import ACCEPTED_DATA, Batch, read_batches
+from torchprune.calibration.block_calls import Ends, Unit
+from torchprune.calibration.lockstep import Calibration, Unforeseen
+from torchprune.calibration.synthesis import (
     SEQUENCES,
     can_synthesise,
     continuations,
     synthesise,
     windows_of,
 )
-from torchprune.units import Ends, Unit
+from torchprune.errors import CalibrationError, SpecError
+from torchprune.masking.targets import Plan, make_plan
+from torchprune.masking.transaction import Changes, all_or_nothing
+from torchprune.methods.decide import by_magnitude, decider_for
+from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
+from torchprune.reports.report import RunRecord, remember_run
+from torchprune.specs.methods import Spec
+from torchprune.specs.options import Reconstruct
+from torchprune.specs.structured import LayerSpec, StructuredSpec
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -104,7 +104,7 @@ def sparsify(
     _check_weights(plan, finite=spec.changes_weights or spec.needs_gram)
     run = RunRecord(spec=spec, skipped=dict(plan.skipped))
     if not spec.needs_data:
-        with ambient.exact(), all_or_nothing(plan.targets, keep_dense=keep_dense) as changes:
+        with modes.exact(), all_or_nothing(plan.targets, keep_dense=keep_dense) as changes:
             for change in by_magnitude(plan.targets, spec):
                 changes.stage(change)
                 changes.settle()
@@ -145,7 +145,7 @@ def _permuted(
 ) -> AbstractContextManager[None]:
     if not spec.permute:
         return nullcontext()
-    from torchprune.structure.permute import permuted  # torch.export takes a while to import
+    from torchprune.structure.reorder import permuted  # torch.export takes a while to import
 
     return permuted(model, plan, spec, batches, run, hold=hold)
 
@@ -161,7 +161,9 @@ def _prune_structures(
     progress: bool,
 ) -> None:
     from torchprune.structure.blocks import prune_blocks
-    from torchprune.structure.prune import prune_structures  # torch.export takes a while to import
+    from torchprune.structure.prune_units import (
+        prune_structures,  # torch.export takes a while to import
+    )
 
     run = RunRecord(spec=spec)
     batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run)
@@ -184,7 +186,9 @@ def _pruned_program(
     progress: bool,
     options: bool,
 ) -> Any:
-    from torchprune.programs import prune_program  # torch.export takes a while to import
+    from torchprune.passes.prune_program import (
+        prune_program,  # torch.export takes a while to import
+    )
 
     if options:
         raise SpecError("keep_dense and hold are for modules; a program's own weights stay anyway")
@@ -253,13 +257,13 @@ def _calibrate(
         stops = iter([calibration.collect()]) if spec.sequential == "none" else calibration.stops()
         for stop in stops:
             changes.settle()
-            with ambient.exact():
+            with modes.exact():
                 for change in decider.changes(stop):
                     changes.stage(change)
                     del waiting[change.target.layer.key]
                     bar.update()
     changes.settle()
-    with ambient.exact():
+    with modes.exact():
         for target in waiting.values():
             changes.stage(decider.unreached(target))
     run.finish(batches=len(batches), usage=calibration.usage)

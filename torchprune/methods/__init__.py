@@ -1,1 +1,2 @@
-"""The pruning methods: pure functions on one layer's matrix and its statistics."""
+"""Scores and solvers, pure functions of tensors, and the files that choose among them; imports
+`reports`, `calibration` and what stands below them."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchprune.ambient import one_thread
+from torchprune.calibration.moments import panels
 from torchprune.errors import CalibrationError
-from torchprune.moments import panels
+from torchprune.modes import one_thread
 
 _INVERT_DIRECTLY = 192
 _ONE_THREAD_UP_TO = 768

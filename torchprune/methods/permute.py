@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchprune.patterns import NM
+from torchprune.specs.patterns import NM
 
 _FEW = 64
 _BAND = 512

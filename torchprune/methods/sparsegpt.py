@@ -20,11 +20,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from torchprune.ambient import one_thread
-from torchprune.methods.factor import Factor
-from torchprune.packing import masked
-from torchprune.patterns import NM, Block, Pattern, Unstructured, prune_count
-from torchprune.projection import (
+from torchprune.masking.packing import masked
+from torchprune.masking.projection import (
     BARRED,
     keep_largest,
     keep_largest_overall,
@@ -32,6 +29,9 @@ from torchprune.projection import (
     spread_tiles,
     tile_scores,
 )
+from torchprune.methods.factor import Factor
+from torchprune.modes import one_thread
+from torchprune.specs.patterns import NM, Block, Pattern, Unstructured, prune_count
 
 _LEAF = 32
 """Columns that are swept one by one before their errors reach the rest by a matrix product."""

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchprune.packing import masked
-from torchprune.patterns import NM, Unstructured
+from torchprune.masking.packing import masked
+from torchprune.specs.patterns import NM, Unstructured
 
 _CANDIDATES = 16
 """Places of a row that are tried together; every product with G serves so many exchanges."""

@@ -15,7 +15,7 @@ fold_masks: 1 changed (0.weight)
 
 from torchprune.passes.cleanup import strip_dead
 from torchprune.passes.masks import fold_masks, insert_masks
-from torchprune.passes.packing import pack_linears
+from torchprune.passes.pack_linears import pack_linears
 from torchprune.passes.program import Passed
 
 __all__ = ["Passed", "fold_masks", "insert_masks", "pack_linears", "strip_dead"]

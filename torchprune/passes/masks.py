@@ -12,8 +12,8 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
 
 from torchprune.errors import MaskError, did_you_mean
-from torchprune.masking import laid_out_like
-from torchprune.packing import masked
+from torchprune.masking.mask import laid_out_like
+from torchprune.masking.packing import masked
 from torchprune.passes.program import Draft, Passed, calls, tied
 
 _aten = torch.ops.aten

@@ -1,1 +1,2 @@
-"""Structures that can be removed whole: found in the graph, masked, and physically taken out."""
+"""Whole units scored, masked and physically removed; imports `passes`, `graph`, `methods` and what
+stands below them."""

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchprune import ambient
-from torchprune.batches import Batch
+from torchprune import modes
+from torchprune.calibration.batches import Batch
+from torchprune.calibration.lockstep import Usage
 from torchprune.errors import CalibrationError, ShrinkError, TargetError
-from torchprune.lockstep import Usage
-from torchprune.masking import Record, attach, obstacle, original_of
-from torchprune.report import RunRecord
-from torchprune.selection import (
+from torchprune.masking.mask import Record, attach, obstacle, original_of
+from torchprune.masking.selection import (
     Layer,
     as_selectors,
     check_used,
@@ -26,8 +25,9 @@ from torchprune.selection import (
     repeated_blocks,
     tied_to,
 )
+from torchprune.reports.report import RunRecord
+from torchprune.specs.structured import LayerSpec
 from torchprune.structure.scores import default_loss, loss_on
-from torchprune.structure.specs import LayerSpec
 
 
 def prune_blocks(
@@ -57,7 +57,7 @@ def prune_blocks(
     with tqdm(total=len(batches), desc="layers", unit="batch", disable=not progress) as bar:
         scores = choose(model, blocks, batches, spec, bar)
     run.finish(batches=len(batches), usage=Usage())
-    with ambient.exact():
+    with modes.exact():
         for name, note in scores.items():
             record = Record("layers", f"block dropped by {spec.score}", note=note)
             for layer in _inside(model, name):
@@ -131,7 +131,7 @@ def _passing(model: nn.Module, blocks: dict[str, nn.Module], example: Batch) -> 
         return run
 
     running: set[str] = set()
-    with ambient.calibration_mode(model), torch.no_grad(), ExitStack() as stack:
+    with modes.calibration_mode(model), torch.no_grad(), ExitStack() as stack:
         for name, block in blocks.items():
             handle = block.register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
@@ -188,7 +188,7 @@ def _by_cosine(
 
         return run
 
-    with ambient.calibration_mode(model), torch.no_grad(), ExitStack() as stack:
+    with modes.calibration_mode(model), torch.no_grad(), ExitStack() as stack:
         for name, block in blocks.items():
             handle = block.register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
@@ -227,7 +227,7 @@ def _by_loss(
     while len(chosen) < spec.drop:
         trials: dict[str, float] = {}
         for name in _droppable(model, blocks, chosen):
-            with _skipped([blocks[n] for n in (*chosen, name)]), ambient.calibration_mode(model):
+            with _skipped([blocks[n] for n in (*chosen, name)]), modes.calibration_mode(model):
                 trials[name] = _mean_loss(model, batches, loss)
             bar.update()
         best = min(trials, key=lambda name: trials[name])

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchprune.structure.groups import Group, Structure
-from torchprune.structure.trace import Trace
-from torchprune.weights import is_fused_experts, prunable_names
+from torchprune.graph.groups import Group, Structure
+from torchprune.graph.trace import Trace
+from torchprune.masking.matrices import is_fused_experts, prunable_names
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchprune.slots import slots_of
+from torchprune.masking.plain_state import slots_of
 from torchprune.structure.plan import Removal
 
 _HEADS = re.compile(r".*(heads?|n_head)$")

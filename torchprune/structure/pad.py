@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune.slots import Slot, slots_of
-from torchprune.structure.groups import Group, Member, structure_of
+from torchprune.graph.groups import Group, Member, structure_of
+from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.structure.resize import restate
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune import ambient
-from torchprune.batches import Batch
+from torchprune import modes
+from torchprune.calibration.batches import Batch
 from torchprune.errors import ShrinkError
-from torchprune.packing import masked
-from torchprune.selection import layers_of, repeated_blocks
-from torchprune.slots import Slot, slots_of
-from torchprune.structure.groups import Frozen, Group, Structure, read_groups, reasons_of
-from torchprune.structure.labels import axes_of
-from torchprune.structure.trace import as_batch, trace
+from torchprune.graph.groups import Frozen, Group, Structure, read_groups, reasons_of
+from torchprune.graph.labels import axes_of
+from torchprune.graph.trace import as_batch, trace
+from torchprune.masking.packing import masked
+from torchprune.masking.plain_state import Slot, slots_of
+from torchprune.masking.selection import layers_of, repeated_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +243,7 @@ def _idle_blocks(model: nn.Module, example: Batch) -> tuple[list[str], list[str]
     if not zero:
         return [], []
     same: dict[str, bool] = {}
-    with ambient.calibration_mode(model), torch.no_grad():
+    with modes.calibration_mode(model), torch.no_grad():
         handles = [
             block.register_forward_hook(_comparing(name, same), with_kwargs=True)
             for name, block in zero.items()

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from torchprune.masking import original_of
-from torchprune.weights import ConvNd, is_transposed_linear
+from torchprune.masking.mask import original_of
+from torchprune.masking.matrices import ConvNd, is_transposed_linear
 
 Attributes = dict[str, dict[str, int]]
 """Module path -> attribute -> value."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune import ambient
-from torchprune.batches import Batch
+from torchprune import modes
+from torchprune.calibration.batches import Batch
+from torchprune.calibration.moments import Moments
 from torchprune.errors import CalibrationError
-from torchprune.moments import Moments
-from torchprune.structure.groups import Group
+from torchprune.graph.groups import Group
 
 
 def read_scores(name: str, weight: Tensor, moments: Moments, group: int = 0) -> Tensor:
@@ -68,7 +68,7 @@ def taylor_scores(
         for key in keys:
             parameters[key].requires_grad_(True)
         for batch in batches:
-            with ambient.calibration_mode(model), torch.inference_mode(False), torch.enable_grad():
+            with modes.calibration_mode(model), torch.inference_mode(False), torch.enable_grad():
                 value = loss_on(model, batch, loss)
                 grads = torch.autograd.grad(
                     value, [parameters[key] for key in keys], allow_unused=True

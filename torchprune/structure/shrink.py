@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchprune import ambient
-from torchprune.batches import Batch
+from torchprune import modes
+from torchprune.calibration.batches import Batch
 from torchprune.errors import ShrinkError
-from torchprune.masking import detach, masked_layers
-from torchprune.resized import Resized, keep_resized, resized_of
-from torchprune.slots import Slot, slots_of
+from torchprune.masking.mask import detach, masked_layers
+from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.structure.config import (
     apply_settings,
     has_its_tensors,
@@ -32,6 +31,7 @@ from torchprune.structure.resize import (
     restate,
     set_attributes,
 )
+from torchprune.structure.size_record import Resized, keep_resized, resized_of
 from torchprune.structure.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,7 +84,7 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
 
 
 def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
-    with ambient.calibration_mode(model), torch.no_grad():
+    with modes.calibration_mode(model), torch.no_grad():
         leaves = pytree.tree_leaves(model(*example.args, **example.kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

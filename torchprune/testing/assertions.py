@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import SpecError, TargetError
-from torchprune.masking import masked_layers, original_of
-from torchprune.patterns import NM, Block, Pattern, check_shape, prune_count
-from torchprune.plan import make_plan
-from torchprune.specs import MagnitudeSpec
-from torchprune.weights import view_of
+from torchprune.masking.mask import masked_layers, original_of
+from torchprune.masking.matrices import view_of
+from torchprune.masking.targets import make_plan
+from torchprune.specs.methods import MagnitudeSpec
+from torchprune.specs.patterns import NM, Block, Pattern, check_shape, prune_count
 
 _SCOPES = (None, "row", "layer", "global")
 

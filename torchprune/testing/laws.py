@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import MaskError, TargetError
-from torchprune.masking import (
+from torchprune.masking.mask import (
     Mask,
     apply_masks,
     densify,
@@ -21,10 +21,10 @@ from torchprune.masking import (
     masks,
     original_of,
 )
-from torchprune.plan import make_plan
-from torchprune.selection import Layer
+from torchprune.masking.selection import Layer
+from torchprune.masking.targets import make_plan
 from torchprune.sparsify import sparsify
-from torchprune.specs import Spec
+from torchprune.specs.methods import Spec
 from torchprune.testing.assertions import assert_sparsity
 
 

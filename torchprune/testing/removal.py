@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchprune import ambient
-from torchprune.batches import Batch
+from torchprune import modes
+from torchprune.calibration.batches import Batch
+from torchprune.graph.trace import as_batch
 from torchprune.structure.plan import plan_shrink
 from torchprune.structure.shrink import shrink
-from torchprune.structure.trace import as_batch
 
 
 def assert_shrinks(
@@ -56,6 +56,6 @@ def assert_shrinks(
 
 
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
-    with ambient.calibration_mode(model), torch.no_grad():
+    with modes.calibration_mode(model), torch.no_grad():
         leaves = pytree.tree_leaves(model(*batch.args, **batch.kwargs))
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]

@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchprune.errors import MissingExtraError
-from torchprune.options import PCG, Swaps
-from torchprune.patterns import NM, Block, Pattern, Unstructured
-from torchprune.specs import ADMMSpec, MagnitudeSpec, RIASpec, SparseGPTSpec, Spec, WandaSpec
+from torchprune.specs.methods import (
+    ADMMSpec,
+    MagnitudeSpec,
+    RIASpec,
+    SparseGPTSpec,
+    Spec,
+    WandaSpec,
+)
+from torchprune.specs.options import PCG, Swaps
+from torchprune.specs.patterns import NM, Block, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy

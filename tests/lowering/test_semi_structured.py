@@ -1,0 +1,240 @@
+"""2:4 weights as semi-structured tensors, as far as a CPU can tell: packing, operator, refusals."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from by_hand import assert_as_it_was, fingerprint
+from families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
+
+import torchprune
+from torchprune import MagnitudeSpec, lowering
+from torchprune.errors import LoweringError
+from torchprune.lowering import semi_structured as two_of_four
+
+CUTLASS = SparseSemiStructuredTensorCUTLASS
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def weights(rows: int, cols: int, dtype: torch.dtype, seed: int, share: float = 0.0) -> Tensor:
+    """A random 2:4 matrix, of which a further share of groups is emptier still."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=generator)
+    order = torch.rand(rows, cols // 4, 4, generator=generator).argsort(-1)
+    weight.view(rows, -1, 4).scatter_(-1, order[..., :2], 0.0)
+    weight[torch.rand(rows, cols, generator=generator) < share] = -0.0
+    return weight.to(dtype)
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.integers(0, 2**31),
+)
+def test_packing_loses_no_bit(
+    rows: int, cols: int, dtype: torch.dtype, share: float, seed: int
+) -> None:
+    weight = weights(32 * rows, 64 * cols, dtype, seed, share)
+    assert two_of_four.obstacle(weight, CUTLASS) is None
+    packed = two_of_four.compress(weight, CUTLASS)
+    assert isinstance(packed, CUTLASS)
+    assert packed.packed.shape == (32 * rows, 32 * cols)
+    assert packed.packed.nbytes + packed.meta.nbytes == two_of_four.compressed_bytes(weight)
+    back = two_of_four.decompress(packed)
+    assert back.dtype == dtype
+    assert torch.equal(back, weight)
+    assert not back[weight == 0].signbit().any()
+
+
+@given(st.integers(0, 31), st.integers(0, 15), st.sampled_from([3, 4]), st.integers(0, 2**31))
+def test_one_crowded_group_is_seen(row: int, group: int, nonzeros: int, seed: int) -> None:
+    weight = weights(32, 64, torch.float16, seed)
+    weight.view(32, 16, 4)[row, group, :nonzeros] = 1.0
+    weight.view(32, 16, 4)[row, group, nonzeros:] = 0.0
+    why = two_of_four.obstacle(weight, CUTLASS)
+    assert why is not None
+    assert why.startswith("it is not 2:4: 1 groups of four")
+    assert why.endswith(f"in row {row} at column {4 * group}")
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind", "words"),
+    [
+        (torch.zeros(32, 64), CUTLASS, "float32"),
+        (torch.zeros(32, 32).half(), CUTLASS, "no multiple of 32x64, which CUTLASS needs"),
+        (
+            torch.zeros(8, 16).half(),
+            SparseSemiStructuredTensorCUSPARSELT,
+            "16x16, which CUSPARSELT",
+        ),
+        (torch.full((32, 64), torch.inf).half(), CUTLASS, "inf or NaN"),
+    ],
+)
+def test_what_cannot_be_compressed_says_why(weight: Tensor, kind: Any, words: str) -> None:
+    assert words in (two_of_four.obstacle(weight, kind) or "")
+
+
+# -- the operator, with a kernel of our own in place of the GPU's --------------------------------
+
+
+@pytest.fixture
+def reference_kernel() -> Iterator[None]:
+    """`semi_structured::cutlass_mm` on the CPU: unpack, multiply, lay out as the GPU's does."""
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
+    from torch.sparse.semi_structured import _ensure_cutlass_mm_registered
+
+    _ensure_cutlass_mm_registered()
+    library = torch.library.Library("semi_structured", "IMPL")
+
+    def multiply(
+        dense: Tensor, packed: Tensor, meta: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
+        weight = sparse_semi_structured_to_dense_cutlass(packed, meta)
+        transposed = rest[-1]
+        y = weight @ (dense.t() if transposed else dense)
+        y = y if bias is None else y + bias.unsqueeze(-1)
+        return y.t().contiguous() if transposed else y
+
+    library.impl("cutlass_mm", multiply, "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower CPU models as if they were on a GPU without cuSPARSELt."""
+    asked = lowering._hindrance
+    monkeypatch.setattr(lowering, "_hindrance", lambda layer, ties, _: asked(layer, ties, "cpu"))
+    monkeypatch.setattr(two_of_four, "backend", lambda: CUTLASS)
+
+
+def pruned() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32, bias=False), nn.Linear(32, 10)
+    )
+    model[2].weight.requires_grad_(False)
+    return torchprune.sparsify(model.half(), MagnitudeSpec(pattern="2:4"), progress=False)
+
+
+@pytest.mark.usefixtures("on_cpu", "reference_kernel")
+def test_lowered_layers_compute_the_same_and_come_back() -> None:
+    model = pruned()
+    folded = torchprune.fold(copy.deepcopy(model))
+    plan = torchprune.plan_lowering(model, "semi_structured")
+    assert [y.name for y in plan.layers] == ["0"]
+    assert plan.layers[0].after == round(0.5625 * plan.layers[0].before)
+    assert "no multiple of 32x64" in plan.left["2"]
+    torchprune.lower(model, "semi_structured")
+    assert isinstance(model[0], nn.Linear)
+    assert two_of_four.is_semi_structured(model[0].weight)
+    assert not model[0].weight.requires_grad
+    assert not torchprune.masks(model)
+    x = torch.randn(8, 64).half()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), folded(x), rtol=1e-2, atol=1e-2)
+    other = copy.deepcopy(model)
+    torchprune.lift(model)
+    for name, tensor in folded.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert [p.requires_grad for p in model.parameters()] == [
+        p.requires_grad for p in folded.parameters()
+    ]
+    assert torch.equal(torchprune.lift(other)[0].weight, folded[0].weight)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_weight_that_is_not_2_of_4_is_refused_and_stays() -> None:
+    model = torchprune.sparsify(
+        nn.Sequential(nn.Linear(64, 32).half()), MagnitudeSpec(), progress=False
+    )
+    before = fingerprint(model)
+    with pytest.raises(LoweringError, match="it is not 2:4"):
+        torchprune.lower(model, "semi_structured")
+    assert_as_it_was(model, before)
+
+
+def test_on_a_cpu_it_is_refused_with_the_reason() -> None:
+    model = FAMILIES["llama"].make(torch.float16)
+    before = fingerprint(model)
+    with pytest.raises(LoweringError, match="it is on cpu, and the product is for CUDA devices"):
+        torchprune.lower(model, "semi_structured")
+    with pytest.raises(LoweringError, match="keeps each weight's dtype"):
+        torchprune.lower(model, "semi_structured", dtype=torch.int8)
+    assert_as_it_was(model, before)
+
+
+def test_a_conv1d_of_transformers_is_left() -> None:
+    plan = torchprune.plan_lowering(FAMILIES["gpt2"].make(torch.float16), "semi_structured")
+    assert any("the other way round" in why for why in plan.left.values())
+
+
+def test_shapes_on_a_fake_gpu() -> None:
+    """What torch would launch on a GPU, traced without one."""
+    packed = two_of_four.compress(weights(64, 128, torch.float16, 1), CUTLASS)
+    with FakeTensorMode():
+        values = torch.empty(packed.packed.shape, dtype=torch.float16, device="cuda")
+        meta = torch.empty(packed.meta.shape, dtype=torch.int16, device="cuda")
+        fake = CUTLASS(
+            torch.Size([64, 128]),
+            packed=values,
+            meta=meta,
+            packed_t=None,
+            meta_t=None,
+            compressed_swizzled_bitmask=None,
+        )
+        x = torch.empty(3, 5, 128, dtype=torch.float16, device="cuda")
+        y = torch.nn.functional.linear(x, fake)
+        assert (y.shape, y.dtype, y.device.type) == ((3, 5, 64), torch.float16, "cuda")
+
+
+# -- the benchmark for GPUs, as far as it goes without one ----------------------------------------
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "lowering"))
+    return importlib.import_module("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where no GPU is")
+def test_the_gpu_benchmark_says_that_it_needs_one(
+    benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main([]) == 1
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_says_where_it_pays(benchmark: Any) -> None:
+    def row(rows: int, dense: float, sparse: float) -> dict[str, float]:
+        return {"rows": rows, "dense": dense, "sparse": sparse, "difference": 1e-3}
+
+    both = benchmark.table([row(1, 1.0, 2.0), row(4096, 3.0, 2.0)])
+    assert "| 4096 | 3.0000 | 2.0000 | 1.50 | 1.0e-03 |" in both
+    assert both.endswith("2:4 is faster at 4096 rows of input")
+    assert benchmark.table([row(1, 1.0, 1.0)]).endswith("not faster at any of these")
+    assert benchmark.table([row(8, 2.0, 1.0)]).endswith("faster at all of these")
+
+
+def test_torchs_own_switch_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    assert two_of_four.backend() is SparseSemiStructuredTensorCUSPARSELT
+    monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
+    assert two_of_four.backend() is CUTLASS

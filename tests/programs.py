@@ -1,0 +1,59 @@
+"""Exported programs, what they compute and hold, for the tests of passes and of `sparsify`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+
+def exported(model: nn.Module, batch: Any, *, dynamic: bool = True) -> ExportedProgram:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # routed experts as torch.export can see
+    args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
+    inputs = kwargs or args
+    shapes = pytree.tree_map(lambda _: {0: Dim.AUTO} if dynamic else None, inputs)
+    with torch.no_grad():
+        return torch.export.export(model.eval(), args, kwargs, dynamic_shapes=shapes)
+
+
+def outputs(program: ExportedProgram, batch: Any) -> list[Tensor]:
+    args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
+    with torch.no_grad():
+        y = program.module()(*args, **kwargs)
+    return [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
+
+
+def operators(program: ExportedProgram) -> Counter[str]:
+    return Counter(
+        str(n.target) for n in program.graph_module.graph.nodes if n.op == "call_function"
+    )
+
+
+def state_of(program: ExportedProgram) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in program.state_dict.items()}
+
+
+def assert_untouched(program: ExportedProgram, state: dict[str, Tensor], ops: Any) -> None:
+    assert program.state_dict.keys() == state.keys()
+    assert all(torch.equal(program.state_dict[name], t) for name, t in state.items())
+    assert operators(program) == ops
+    program.validate()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens))

@@ -1,0 +1,183 @@
+"""From a plan in which all layers are equally sparse to one whose zeros are shared unevenly.
+
+The statistics are taken in one pass of the dense model: sums of squares and sampled inputs, no
+second moments. The total is exactly the uniform plan's, see `budget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchprune import modes
+from torchprune.allocation.budget import Share, budget_of, cheapest, share_of, shifted, whole
+from torchprune.allocation.owl import outlier_ratio, owl_sparsities
+from torchprune.allocation.search import Place, search
+from torchprune.calibration.batches import Batch
+from torchprune.calibration.lockstep import Calibration
+from torchprune.calibration.moments import Moments
+from torchprune.errors import CalibrationError
+from torchprune.masking.selection import matches
+from torchprune.masking.targets import Plan, Target
+from torchprune.methods.decide import Decider, groups_of, sampled_error
+from torchprune.methods.wanda import wanda_score
+from torchprune.specs.allocation import OWL, LeastError, Search
+from torchprune.specs.goals import Goal
+from torchprune.specs.methods import Spec, WandaSpec
+from torchprune.specs.patterns import Block
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """A layer that takes part, its share of the budget, and the statistics of its inputs."""
+
+    target: Target
+    share: Share
+    moments: Moments
+
+    def at(self, count: int) -> Target:
+        """The layer with the goal of pruning so many counts."""
+        goal = Goal(self.target.goal.pattern, Fraction(count, self.share.total))
+        return replace(self.target, goal=goal)
+
+
+def allocated(
+    model: nn.Module, plan: Plan, spec: Spec, batches: Sequence[Batch], *, progress: bool
+) -> tuple[Plan, list[str]]:
+    """The plan with a sparsity of its own for every layer without an override, and notes on it.
+
+    Layers that no batch reaches keep the uniform one. The model is as it was afterwards.
+
+    Raises:
+        CalibrationError: statistics or a loss are not finite, or a loss is missing.
+        CheckpointError: the search's file is damaged, or of another search.
+    """
+    options = spec.uneven
+    if options is None:
+        return plan, []
+    free = {
+        t.layer.key: t
+        for t in plan.targets
+        if not any(matches(key, t.layer) for key in spec.overrides)
+    }
+    calibration = Calibration(
+        model, list(free.values()), batches, gram=False, blocks={}, cap=spec.token_cap
+    )
+    with calibration:
+        stop = calibration.collect()
+    measured = [
+        _Measured(target, _share(target, spec, options.spread), moments)
+        for target, moments in stop
+        if any(moments.rows)
+    ]
+    shares, notes = [one.share for one in measured], list[str]()
+    if not measured:
+        return plan, ["allocation: no calibration batch reached a layer that could take part"]
+    scorer = Decider(_scoring(spec), len(batches))
+    match options:
+        case OWL():
+            with modes.exact():
+                counts = whole(_by_outliers(measured, plan, spec, options), shares)
+        case LeastError():
+            bar = tqdm(measured, desc="allocation", unit="layer", disable=not progress)
+            with modes.exact(), bar:
+                curves = [_curve(one, scorer, options) for one in bar]
+            counts = whole(cheapest(curves, shares), shares)
+        case Search():
+            places = [_place(one, scorer) for one in measured]
+            counts, notes = search(model, places, batches, options, progress=progress)
+    assert sum(s.step * n for s, n in zip(shares, counts, strict=True)) == budget_of(shares)
+    changed = {
+        one.target.layer.key: one.at(count) for one, count in zip(measured, counts, strict=True)
+    }
+    found = [n / s.total for s, n in zip(shares, counts, strict=True)]
+    notes.insert(
+        0,
+        f"allocation by {type(options).__name__}: sparsities from {min(found):.4g} to "
+        f"{max(found):.4g}, in all {budget_of(shares):,} of {sum(s.size for s in shares):,} "
+        f"weights of {len(shares)} layers, as uniform allocation would prune",
+    )
+    targets = [changed.get(t.layer.key, t) for t in plan.targets]
+    return replace(plan, targets=targets), notes
+
+
+def _scoring(spec: Spec) -> Spec:
+    """The spec whose scores stand for the method's masks."""
+    if not spec.chooses_weights:
+        return spec
+    return WandaSpec(sparsity=spec.sparsity, pattern=spec.pattern, scope=spec.scope)
+
+
+def _share(target: Target, spec: Spec, spread: float) -> Share:
+    """A layer's share of the budget: its counts are those that its scope and pattern make."""
+    view, pattern = target.view, target.goal.pattern
+    tall, wide = (pattern.rows, pattern.cols) if isinstance(pattern, Block) else (1, 1)
+    rows, cols = view.rows // tall, view.cols // wide
+    by_row = spec.scope == "row"
+    step = view.groups * tall * wide * (rows if by_row else 1)
+    already = 0
+    if (mask := target.mask) is not None:
+        tiles = view.to_matrix(~mask.mask).unflatten(2, (cols, wide)).unflatten(1, (rows, tall))
+        gone = tiles.all(4).all(2).sum(2)  # (groups, rows of tiles)
+        already = int((gone if by_row else gone.sum(1)).max())
+    assert spec.sparsity is not None
+    return share_of(step, cols if by_row else rows * cols, spec.sparsity, spread, already)
+
+
+def _by_outliers(
+    measured: Sequence[_Measured], plan: Plan, spec: Spec, options: OWL
+) -> list[float]:
+    """Counts by OWL; a layer outside the repeated blocks is a block of its own."""
+    blocks: dict[str, list[_Measured]] = {}
+    owners = []
+    for one in measured:
+        key = one.target.layer.key
+        owners.append(next((b for b in plan.blocks if key.startswith(f"{b}.")), key))
+        blocks.setdefault(owners[-1], []).append(one)
+
+    def scores(members: Sequence[_Measured]) -> Iterator[Tensor]:
+        for one in members:
+            weights = groups_of(one.target)
+            for weight, square, rows in zip(
+                weights, one.moments.square, one.moments.rows, strict=True
+            ):
+                if rows:
+                    yield wanda_score(weight, square)
+
+    ratios = [outlier_ratio(partial(scores, some), options.outlier) for some in blocks.values()]
+    assert spec.sparsity is not None
+    wishes = dict(zip(blocks, owl_sparsities(ratios, spec.sparsity, options.spread), strict=True))
+    return shifted([wishes[owner] for owner in owners], [one.share for one in measured])
+
+
+def _curve(one: _Measured, scorer: Decider, options: LeastError) -> list[tuple[int, float]]:
+    """A layer's relative error at counts from the least to the greatest allowed."""
+    low, high = one.share.low, one.share.high
+    last = options.levels - 1
+    points = []
+    for count in sorted({low + round((high - low) * i / last) for i in range(options.levels)}):
+        target = one.at(count)
+        error = sampled_error(target, one.moments, scorer.keep(target, one.moments))
+        if error is None:  # its outputs are zero whatever is pruned
+            error = 0.0
+        elif not error < float("inf"):
+            raise CalibrationError(
+                f"{target.name}: its error at sparsity {count / one.share.total:.4g} is {error}"
+            )
+        points.append((count, error))
+    return points
+
+
+def _place(one: _Measured, scorer: Decider) -> Place:
+    """A layer as the search sees it."""
+
+    def keep(count: int) -> Tensor:
+        target = one.at(count)
+        return target.view.from_matrix(scorer.keep(target, one.moments), target.weight.shape)
+
+    return Place(one.target, one.share, keep)

@@ -1,0 +1,149 @@
+"""The statistics of layers' inputs while batches come to them, shared where they read the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from torchprune import modes
+from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration.sources import Gathered, Read
+from torchprune.errors import CalibrationError
+from torchprune.masking.matrices import geometry
+from torchprune.masking.targets import Target
+
+AtHand = Callable[[int, Read], AbstractContextManager[Read | None]]
+"""Makes a read of a layer (by its number) possible, and gives the dense model's in its place."""
+
+
+class Gathering:
+    """What was counted of each layer's inputs so far. Layers and batches go by their numbers.
+
+    Args:
+        targets: the layers.
+        batches: how many batches there are.
+        gram, total, cross, cap: which statistics, as for `Moments`.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        batches: int,
+        *,
+        gram: bool,
+        total: bool,
+        cross: bool,
+        cap: float | None,
+    ) -> None:
+        self._targets, self._gram = targets, gram
+        self._total, self._cross, self._cap = total, cross, cap
+        self._sample = 0 if gram else -(-SAMPLE_ROWS // batches)
+        self._reads: dict[int, list[Read]] = {}  # of the batches that wait at a layer
+        self._gathered: dict[int, Gathered] = {}  # of a layer, until it is taken
+        self._shareable: list[Gathered] = []
+
+    def wait(self, index: int, read: Read) -> None:
+        """Note what a batch that waits at a layer is about to read."""
+        self._reads.setdefault(index, []).append(read)
+
+    def run_through(self, index: int, read: Read) -> bool:
+        """Count a read at once: the batch will not wait here.
+
+        Returns:
+            whether the batch read something else at this layer before.
+
+        Raises:
+            CalibrationError: statistics were shared with a layer that now reads something else.
+        """
+        gathered, again = self._gathered.get(index), False
+        if gathered is None:
+            gathered = self._matching(index, [read], whole=False) or self._fresh(index)
+            self._gathered[index] = gathered
+        else:
+            again = read.batch in gathered.sources.batches()
+        if gathered.sources.holds(read.batch, read.x):
+            return False
+        borrowed = [i for i, g in self._gathered.items() if g is gathered and i != index]
+        if borrowed and read.batch in gathered.sources.batches():
+            raise CalibrationError(
+                f"{self._targets[index].name} reads the same tensor as "
+                f"{self._targets[borrowed[0]].name} in some batches and another in others; use "
+                'sequential="layer" for this model'
+            )
+        self._count(gathered, read)
+        return again
+
+    def reached(self) -> list[int]:
+        """The layers that something was counted of, or that a batch waits at."""
+        return sorted(self._reads.keys() | self._gathered.keys())
+
+    def waiters(self, index: int) -> set[int]:
+        """The batches that wait at a layer."""
+        return {read.batch for read in self._reads.get(index, [])}
+
+    def take(self, index: int, at_hand: AtHand) -> Gathered:
+        """The finished statistics of a layer, which are kept here only to be shared.
+
+        Raises:
+            CalibrationError: they are not finite.
+        """
+        reads = self._reads.pop(index, [])
+        if reads:
+            shared = self._matching(index, reads, whole=True)
+            self._gathered[index] = gathered = shared or self._fresh(index)
+            if shared is None:
+                for read in reads:
+                    with at_hand(index, read) as twin:
+                        self._count(gathered, read, twin)
+        gathered = self._gathered.pop(index)
+        with modes.exact():
+            gathered.moments.finish()
+        if not gathered.moments.is_finite():
+            raise CalibrationError(
+                f"{self._targets[index].name}: its inputs hold inf or NaN on the calibration data"
+            )
+        return gathered
+
+    def forget_dead(self) -> None:
+        """Let go of statistics of tensors that no layer can read any more."""
+        self._shareable = [g for g in self._shareable if g.sources.alive()]
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._reads, self._gathered, self._shareable = {}, {}, []
+
+    def _fresh(self, index: int) -> Gathered:
+        target = self._targets[index]
+        view, device = target.view, target.weight.device
+        with modes.exact():  # a forward in inference mode must not make them inference tensors
+            moments = Moments.empty(
+                view.groups,
+                view.cols,
+                device,
+                gram=self._gram,
+                total=self._total,
+                cross=self._cross,
+                cap=self._cap,
+            )
+        gathered = Gathered(moments, geometry(target.layer.module), index)
+        self._shareable.append(gathered)
+        return gathered
+
+    def _count(self, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
+        with modes.exact():
+            dense = None if twin is None else twin.rows()
+            gathered.moments.add(read.rows(), self._sample, dense)
+        if read.x is not None:
+            gathered.sources.add(read.batch, read.x)
+
+    def _matching(self, index: int, reads: Sequence[Read], *, whole: bool) -> Gathered | None:
+        """Statistics of another layer that were taken from exactly these tensors."""
+        shape = geometry(self._targets[index].layer.module)
+        for gathered in self._shareable:
+            if (
+                gathered.geometry == shape
+                and all(gathered.sources.holds(r.batch, r.x) for r in reads)
+                and (not whole or len(gathered.sources.batches()) == len(reads))
+            ):
+                return gathered
+        return None

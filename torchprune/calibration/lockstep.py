@@ -1,0 +1,458 @@
+"""Lockstep calibration: all batches wait at each layer while it is pruned.
+
+Every batch runs the model's own forward as a coroutine (greenlet) that stops where a layer to be
+pruned is about to read its input. The driver gathers that layer's statistics over all batches,
+yields them to be pruned, and lets the batches go on through the pruned layer. So each layer
+computes once per batch, sees inputs from all earlier pruned layers, and any Python forward works.
+
+Defined behaviour at the edges:
+- Where batches wait at different layers (routed experts in a ModuleList), the layer registered
+  first is pruned first, on the batches that wait at it. A batch that arrives later runs through.
+- A layer reached again in the same forward was pruned at its first use, on those inputs.
+- A layer no batch reaches is never yielded.
+- Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
+  then reads something else, or is not called, `Unforeseen` is raised: begin again without.
+- Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
+- An error in any batch ends the calibration; hooks are gone and the error is the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from torchprune import modes
+from torchprune.calibration import experts
+from torchprune.calibration.activations import Held
+from torchprune.calibration.batches import Batch
+from torchprune.calibration.block_calls import Call, Ends, Unit, floats_of, put_on
+from torchprune.calibration.foresight import Foresight
+from torchprune.calibration.gathering import Gathering
+from torchprune.calibration.moments import Moments
+from torchprune.calibration.sources import Gathered, Read, Sources
+from torchprune.calibration.twins import TwinDone, Twins
+from torchprune.masking.matrices import ConvNd, input_rows, is_fused_experts
+from torchprune.masking.targets import Target
+
+Stop = list[tuple[Target, Moments]]
+"""Layers to prune now. Layers that read the same tensors share one `Moments` object."""
+
+Place = tuple[int, int]
+"""(i, 0) is before layer i, (i, 1) the end of the unit whose last layer is i."""
+
+
+@dataclass
+class Usage:
+    """What calibration cost and met."""
+
+    peak_held_bytes: int = 0
+    revisited: set[str] = field(default_factory=set)
+
+
+class _AllReached(BaseException):
+    """Unwinds a block's dense pass once its last layer has been reached. Not an error."""
+
+
+class Unforeseen(BaseException):
+    """A layer pruned by foresight reads other tensors than foreseen. Not an error of the model."""
+
+
+class Calibration:
+    """One run of all batches through a model. Iterate `stops()` (or `collect()`) inside `with`.
+
+    Args:
+        model: put in eval mode and hooked while the context is open, restored after.
+        targets: the layers to stop at.
+        batches: one coroutine each.
+        gram: whether methods need the second moment, or only sums of squares.
+        total: whether they need the sums themselves.
+        blocks: the model's repeated blocks by name.
+        twice: prune a block's targets together, on what they read in its dense pass, and run the
+            block again.
+        foresee: prune layers of a block together that are expected to read the same tensors.
+        hold: 16-bit dtype in which waiting batches hold float32 activations, or None.
+        cross: whether methods need the cross moment with the dense model's inputs.
+        ends: what happens when all layers of a unit are pruned, or None.
+        cap: of the lengths of input rows (see `Moments`), or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        batches: Sequence[Batch],
+        *,
+        gram: bool,
+        blocks: Mapping[str, nn.Module],
+        twice: bool = False,
+        foresee: bool = True,
+        total: bool = False,
+        hold: torch.dtype | None = None,
+        cross: bool = False,
+        ends: Ends | None = None,
+        cap: float | None = None,
+    ) -> None:
+        self.model, self.targets, self.batches = model, list(targets), list(batches)
+        self.blocks = list(blocks.values()) if twice else []
+        self._gathering = Gathering(
+            self.targets, len(self.batches), gram=gram, total=total, cross=cross, cap=cap
+        )
+        self.usage = Usage()
+        self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
+        self._encoder_decoder = bool(
+            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        )
+        self._needs_twins = cross or (ends is not None and ends.alpha > 0)
+        self._ends = ends
+        self._current, self._place = 0, (0, 0)
+        self._pausing, self._surprised = True, False
+        self._passive = False  # whether what runs now is only run for its outputs
+        self._done: set[int] = set()
+        self._waiting: dict[Place, list[int]] = {}  # place -> batches
+        self._units: dict[int, Unit] = {}  # those still to end, by their last layer
+        self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
+        self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
+        self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
+        self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
+        self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
+        self._runs: list[greenlet.greenlet] = []
+        self._twins: Twins | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Calibration:
+        self._outer = modes.Modes.now()
+        self._driver = greenlet.getcurrent()
+        inside = {id(m): b for b, block in enumerate(self.blocks) for m in block.modules()}
+        members: dict[int, list[int]] = {}
+        self._members = {i: [i] for i in range(len(self.targets))}
+        with ExitStack() as stack:
+            stack.enter_context(modes.calibration_mode(self.model))
+            for index, target in enumerate(self.targets):
+                block = inside.get(id(target.layer.module))
+                if block is not None:
+                    members.setdefault(block, []).append(index)
+                self._observe(stack, index, target, pauses=block is None)
+            for number, indices in members.items():
+                self._members[indices[0]] = indices
+                self._run_twice(stack, self.blocks[number], indices[0])
+            if self._ends is not None:
+                for name, module in self._ends.units.items():
+                    self._stop_at_end(stack, name, module)
+            stack.callback(self._abandon)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def stops(self) -> Iterator[Stop]:
+        """Run the batches; yield whenever all wait. Whatever is yielded must be pruned at once."""
+        count = len(self.batches)
+        self._runs = [greenlet.greenlet(partial(self._forward, i)) for i in range(count)]
+        if self._needs_twins:
+            self._twins = Twins(count, self._forward, self._resume)
+        moving = list(range(count))
+        self._advance_twins(moving, -1)
+        while True:
+            self._held.new_round()
+            for index in moving:
+                self._resume(index, self._runs[index])
+                if self._surprised:
+                    raise Unforeseen
+            self._held.end_round()
+            self._gathering.forget_dead()
+            self._measure_held()
+            place = min(self._waiting, default=self._end)
+            if place == self._end:
+                break
+            moving = self._waiting.pop(place)
+            if place[1]:
+                self._end_unit(place[0], moving)
+            else:
+                yield from self._stop(place[0], moving)
+            if not self._needs(moving):
+                break
+        for index, sources in self._promised.items():
+            if self._counted[index] != sources.batches():
+                raise Unforeseen
+
+    def _stop(self, place: int, moving: Sequence[int]) -> Iterator[Stop]:
+        """Statistics of the layers at a place where batches wait."""
+        ready = set(self._gathering.reached()).intersection(self._members[place])
+        found = {i: self._complete(i) for i in sorted(ready)}
+        stop = [(self.targets[i], gathered.moments) for i, gathered in found.items()]
+        foreseen = self._foreseen(place, found)
+        stop += [(self.targets[i], found[place].moments) for i in foreseen]
+        fresh = {*self._members[place], *foreseen}
+        self._done.update(fresh)
+        self._advance_twins(moving, place, fresh)
+        self._measure_held(moving)
+        yield stop
+
+    def _end_unit(self, last: int, batches: Sequence[int]) -> None:
+        assert self._ends is not None
+        for batch in batches:
+            self._held.restore(batch)  # calls hold activations
+        unit, self._passive = self._units.pop(last), True
+        try:
+            self._ends.act(unit)
+        finally:
+            self._passive = False
+
+    def collect(self) -> Stop:
+        """Run every batch through the dense model, then give all statistics at once."""
+        self._pausing = False
+        for index in range(len(self.batches)):
+            self._current = index
+            self._forward(index)
+            self._gathering.forget_dead()
+        reached = self._gathering.reached()
+        return [(self.targets[i], self._complete(i).moments) for i in reached]
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def _forward(self, index: int) -> None:
+        batch = self.batches[index]
+        with ExitStack() as stack:
+            if self._ends is not None:  # what units read must be fit to learn from
+                stack.enter_context(torch.inference_mode(False))
+                batch = batch.out_of_inference()
+            stack.enter_context(torch.no_grad())  # innermost: leaving inference mode allows it
+            self.model(*batch.args, **batch.kwargs)
+
+    def _resume(self, index: int, run: greenlet.greenlet) -> None:
+        self._current, key = index, self._key(index, run)
+        torch.clear_autocast_cache()  # it may remember weights as they were before pruning
+        self._held.restore(key)
+        run.switch()
+        if not run.dead:
+            self._held.store(key, run, (self._place, key != index, self.batches[index].shapes))
+
+    def _key(self, index: int, run: greenlet.greenlet) -> int:
+        """What a coroutine's activations are held under: twins come after the batches."""
+        return index if run is self._runs[index] else index + len(self._runs)
+
+    def _advance_twins(self, moving: Sequence[int], place: int, fresh: Iterable[int] = ()) -> None:
+        if self._twins is not None:
+            if self._wants_twins():
+                self._held.new_round()
+                self._twins.advance(moving, place, fresh)
+                self._held.end_round()
+            for index in fresh:
+                self._twins.reads.pop(index, None)
+
+    def _wants_twins(self, batch: int | None = None) -> bool:
+        """Whether twins (or one of them, at the end of a unit) have anything left to give."""
+        ends = self._ends is not None and self._ends.alpha > 0
+        return len(self._done) < len(self.targets) or (
+            ends and any(batch not in unit.dense for unit in self._units.values())
+        )
+
+    def _needs(self, batches: Sequence[int]) -> bool:
+        """Whether a layer is still to be pruned, a unit to end, or a promise of these batches to be
+        kept."""
+        return (
+            len(self._done) < len(self.targets)
+            or bool(self._units)
+            or any(
+                batch in sources.batches() - self._counted[index]
+                for index, sources in self._promised.items()
+                for batch in batches
+            )
+        )
+
+    def _pause(self, place: Place) -> None:
+        """In a coroutine: wait until the driver has pruned this place."""
+        self._waiting.setdefault(place, []).append(self._current)
+        self._place = place
+        self._switch()
+
+    def _switch(self) -> None:
+        with modes.restored(self._outer):
+            self._driver.switch()
+
+    def _abandon(self) -> None:
+        runs = [*self._runs, *(self._twins.runs if self._twins is not None else [])]
+        for key, run in enumerate(runs):
+            if not run.dead:
+                self._held.restore(key)
+                run.throw()
+        self._runs, self._twins, self._units = [], None, {}
+        self._gathering.clear()
+
+    def _measure_held(self, moving: Iterable[int] = ()) -> None:
+        """Count what all batches hold, also those about to move on."""
+        count = len(self._runs)
+        waiting = [*moving, *(i for w in self._waiting.values() for i in w)]
+        if self._twins is not None:
+            waiting += [count + i for i, run in enumerate(self._twins.runs) if not run.dead]
+        held = sum(self._held.bytes.get(i, 0) for i in waiting)
+        for unit in self._units.values():
+            held += sum(t.nbytes for tensors in unit.dense.values() for t in tensors)
+        self.usage.peak_held_bytes = max(self.usage.peak_held_bytes, held)
+
+    # -- observing -------------------------------------------------------------------------------
+
+    def _observe(self, stack: ExitStack, index: int, target: Target, *, pauses: bool) -> None:
+        module = target.layer.module
+        if not is_fused_experts(module):
+
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+                if x is not None:
+                    keep = (
+                        None
+                        if isinstance(module, ConvNd)
+                        else self._token_mask(target.name, x.shape)
+                    )
+                    read = Read(self._current, x, lambda: input_rows(module, x, keep))
+                    self._reached(index, read, pauses)
+
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+            return
+
+        def reach(tensor: str, inputs: list[Tensor]) -> None:
+            for i, other in enumerate(self.targets):
+                if other.layer.module is module and other.layer.tensor == tensor:
+                    self._reached(i, Read(self._current, None, lambda: inputs), pauses)
+
+        if "forward" not in vars(module):  # once for all the weights of the module
+            keep_rows = lambda shape: self._token_mask(target.name, torch.Size((*shape, 0)))  # noqa: E731
+            stack.enter_context(experts.observed(module, reach, keep_rows))
+
+    def _token_mask(self, name: str, shape: torch.Size) -> Tensor | None:
+        batch = self.batches[self._current]
+        return batch.token_mask(shape[:-1], name, encoder_decoder=self._encoder_decoder)
+
+    def _reached(self, index: int, read: Read, pauses: bool) -> None:
+        """A batch is about to run a layer."""
+        if self._passive:
+            return
+        if self._twins is not None and self._twins.running:
+            self._place = (index, 0)
+            self._twins.reached(index, read, self._done, self._switch)
+            return
+        if index in self._done:
+            counted, promised = self._counted.get(index, set()), self._promised.get(index)
+            if read.batch in counted:
+                self.usage.revisited.add(self.targets[index].name)
+            elif promised is not None:
+                if not promised.holds(read.batch, read.x):
+                    self._surprised = True  # a model that catches everything cannot hide it
+                    raise Unforeseen
+                counted.add(read.batch)
+                if not self._needs([read.batch]):
+                    self._pause(self._end)
+            return
+        if pauses and self._pausing:
+            self._gathering.wait(index, read)
+            self._pause((index, 0))
+        else:
+            if self._gathering.run_through(index, read):
+                self.usage.revisited.add(self.targets[index].name)
+            missing = self._missing.get(read.batch)
+            if missing is not None:
+                missing.discard(index)
+                if not missing:  # what is left of the dense pass would be thrown away
+                    raise _AllReached
+
+    def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
+        """Let a block run dense to gather statistics, wait to be pruned, and run again."""
+        forward = block.forward
+
+        @put_on(stack, block)
+        def twice(*args: Any, **kwargs: Any) -> Any:
+            if place not in self._done and self._pausing:
+                self._missing[self._current] = set(self._members[place])
+                with suppress(_AllReached):
+                    forward(*args, **kwargs)
+                self._missing.pop(self._current, None)
+                self._pause((place, 0))
+            return forward(*args, **kwargs)
+
+    def _stop_at_end(self, stack: ExitStack, name: str, module: nn.Module) -> None:
+        """Let a unit's forward wait at its end, and then give what its final weights give."""
+        inside = {id(m) for m in module.modules()}
+        members = [i for i, t in enumerate(self.targets) if id(t.layer.module) in inside]
+        if not members:
+            return
+        assert self._ends is not None
+        last, alpha, forward = members[-1], self._ends.alpha, module.forward
+        self._units[last] = Unit(name, module, [self.targets[i] for i in members])
+
+        @put_on(stack, module)
+        def ended(*args: Any, **kwargs: Any) -> Any:
+            unit, batch = self._units.get(last), self._current
+            if self._passive or unit is None:
+                return forward(*args, **kwargs)
+            if self._twins is not None and self._twins.running:
+                out = forward(*args, **kwargs)
+                unit.dense.setdefault(batch, [t.clone() for t in floats_of(out)])
+                if not self._wants_twins(batch):
+                    raise TwinDone
+                return out
+            if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
+                return forward(*args, **kwargs)  # not dense any more, or not its first call
+            wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
+            forward(*args, **kwargs)
+            if alpha and batch in unit.dense:
+                dense = unit.dense.pop(batch)
+                pairs = zip(wanted, dense, strict=True)
+                wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
+            if wanted:
+                counts = [self._token_mask(name, t.shape) for t in wanted]
+                unit.calls.append(Call(args, kwargs, wanted, counts, batch))
+            self._pause((last, 1))
+            return passively(*args, **kwargs)
+
+        def passively(*args: Any, **kwargs: Any) -> Any:
+            self._passive = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._passive = False
+
+    # -- gathering -------------------------------------------------------------------------------
+
+    def _complete(self, index: int) -> Gathered:
+        """The finished statistics of a target whose batches all wait."""
+        if waiters := self._gathering.waiters(index):
+            self._counted[index] = waiters
+        gathered = self._gathering.take(index, self._at_hand)
+        if gathered.first != index:
+            self._foresight.learn(gathered.first, index)
+        return gathered
+
+    @contextmanager
+    def _at_hand(self, index: int, read: Read) -> Iterator[Read | None]:
+        """Have a waiting batch's activations at hand, and those of its twin if they match."""
+        twins = self._twins
+        with ExitStack() as stack:
+            stack.enter_context(self._held.at_hand(read.batch, self._runs[read.batch]))
+            twin = None if twins is None else twins.reads.get(index, {}).get(read.batch)
+            alike = read.x is not None and self.batches[read.batch].is_whole(read.x)
+            if twins is None or twin is None or not alike:
+                yield None
+                return
+            key = len(self._runs) + read.batch
+            stack.enter_context(self._held.at_hand(key, twins.runs[read.batch]))
+            yield twin
+
+    def _foreseen(self, place: int, found: Mapping[int, Gathered]) -> list[int]:
+        """The layers expected to read what the layer at this place reads."""
+        if place not in found:
+            return []
+        # those that are pruned, or that some batch has come to already
+        taken = self._done.union(found, self._gathering.reached())
+        siblings = [i for i in self._foresight.siblings(place) if i not in taken]
+        for index in siblings:
+            self._promised[index], self._counted[index] = found[place].sources, set()
+        return siblings

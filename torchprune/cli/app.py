@@ -1,0 +1,169 @@
+"""The command line: `torchprune prune`, `eval`, `inspect` and `export`.
+
+Results go to standard output; progress, and errors as one line, go to standard error. transformers
+and datasets are imported only when a command needs them. `prune` is in `cli_prune`, `export` in
+`cli_export`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torchprune
+from torchprune.calibration.text import InputError, read_documents, tokenise
+from torchprune.cli.console import (
+    ColumnOption,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    bars_wanted,
+    one_line,
+    typer,
+)
+from torchprune.cli.export import export
+from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
+from torchprune.cli.prune import prune
+from torchprune.study.evaluation import default_seqlen, perplexity
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"torchprune {torchprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Prune language models: exact masks by magnitude, Wanda, RIA, SparseGPT or ADMM.
+
+    [bold]Prune, look, measure:[/bold]
+
+      torchprune prune HuggingFaceTB/SmolLM2-135M --pattern 2:4 --output smol-2of4
+
+      torchprune inspect smol-2of4
+
+      torchprune eval smol-2of4 --text held-out.txt
+
+      torchprune export smol-2of4 --to onnx --output smol.onnx
+
+    Exit codes: 0 done, 1 something is wrong with the input (one line says what), 2 wrong usage.
+    """
+
+
+app.command()(prune)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelOption,
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="A text file, a .jsonl file, or a dataset as NAME:CONFIG:SPLIT.",
+            show_default=False,
+        ),
+    ],
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens per window. Default: the model's context, at most 2048.",
+            show_default=False,
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read only so many windows. Default: all.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
+    column: ColumnOption = "text",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the tokenizer is, if not with the model.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the perplexity of a pruned or a dense model.
+
+    The text's documents are joined by blank lines, tokenised once and cut into windows without
+    overlap; the tail is dropped. Compare only figures of the same text and --seqlen.
+
+    [bold]Examples[/bold]
+
+      torchprune eval smol-2of4 --text held-out.txt
+
+      torchprune eval ./model --text Salesforce/wikitext:wikitext-2-raw-v1:test
+    """
+    with one_line(debug):
+        bars = bars_wanted(quiet or as_json)
+        documents = read_documents(text, column, progress=bars)
+        transformers = import_transformers(bars)
+        net = load_model(transformers, model, dtype.to_torch(), device_of(device))
+        known = load_tokenizer(transformers, tokenizer or model, required=True)
+        ids = tokenise(known, documents)
+        if windows is not None:
+            ids = ids[: windows * (seqlen or default_seqlen(net))]
+        result = perplexity(net, ids, seqlen=seqlen, batch_size=batch_size, progress=bars)
+        if as_json:
+            figures = ("perplexity", "nats_per_token", "bits_per_token", "windows", "seqlen")
+            typer.echo(json.dumps({k: getattr(result, k) for k in (*figures, "tokens")}))
+        else:
+            typer.echo(str(result))
+
+
+@app.command()
+def inspect(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A torchprune directory.", show_default=False)
+    ],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what pruning did: each layer's pattern, its zeros as counted now, its error.
+
+    [bold]Examples[/bold]
+
+      torchprune inspect smol-2of4
+
+      torchprune inspect smol-2of4 --json | jq .total
+    """
+    with one_line(debug):
+        if not directory.is_dir():
+            raise InputError(f"no such directory: {directory}")
+        report = torchprune.report(torchprune.load(directory))
+        typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+
+
+app.command()(export)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="torchprune")

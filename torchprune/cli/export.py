@@ -1,0 +1,118 @@
+"""`torchprune export`: a pruned model for other runtimes."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+from torchprune.calibration.text import InputError
+from torchprune.cli.console import (
+    DebugOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    bars_wanted,
+    one_line,
+    typer,
+)
+from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
+
+
+class Format(StrEnum):
+    """What `torchprune export` writes."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+    hf = "hf"
+    openvino = "openvino"
+    executorch = "executorch"
+
+
+def export(
+    model: ModelOption,
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="ONNX, torch's archive of an exported program, a plain transformers directory, "
+            "OpenVINO, ExecuTorch."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="A file (.onnx, .pt2, OpenVINO's .xml, ExecuTorch's .pte), or for hf a directory.",
+            show_default=False,
+        ),
+    ],
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed/--dense", help="onnx, pt2: weights as bits and nonzeros, or as they are."
+        ),
+    ] = True,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="With the key-value cache in and out.")
+    ] = True,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="onnx: quantize products, weights and activations.")
+    ] = False,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help='With --int8: weights that stay float32, as "*.down_proj.*". May be repeated.',
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a pruned model for another runtime, masks folded, and compare it with torch.
+
+    ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
+    makes the file smaller, not the runtime faster. A packed pt2 is smaller and faster, and needs
+    torchprune where it runs. OpenVINO and ExecuTorch gain nothing from zeros.
+
+    [bold]Examples[/bold]
+
+      torchprune export smol-2of4 --to onnx --dtype float32 --output smol.onnx
+
+      torchprune export smol-2of4 --to pt2 --output smol.pt2
+
+      torchprune export smol-2of4 --to hf --output smol-folded
+    """
+    with one_line(debug):
+        if (int8 or keep_float) and to is not Format.onnx:
+            raise InputError("--int8 and --keep-float are for --to onnx")
+        transformers = import_transformers(bars_wanted(quiet or as_json))
+        net = load_model(transformers, model, dtype.to_torch(), device_of("cpu"))
+        writers = import_module("torchprune.export")
+        if to is Format.hf:
+            writers.to_hf(
+                net, output, tokenizer=load_tokenizer(transformers, model, required=False)
+            )
+            told, figures = f"wrote {output}", dict[str, Any](path=str(output))
+        else:
+            tokens = net.dummy_inputs["input_ids"][:2, :4] % net.config.vocab_size
+            options: dict[str, Any] = {"with_cache": cache}
+            if to in (Format.onnx, Format.pt2):
+                options["weights"] = "packed" if packed else "dense"
+            if int8:
+                options |= {"int8": True, "int8_ignore": keep_float or ()}
+            report = getattr(writers, f"to_{to.value}")(net, output, tokens, **options)
+            told = str(report)
+            figures = {k: str(v) if isinstance(v, Path) else v for k, v in vars(report).items()}
+        if as_json:
+            typer.echo(json.dumps(figures))
+        elif not quiet:
+            typer.echo(told)

@@ -1,0 +1,77 @@
+"""What a user names on the command line: a device, a model, its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchprune.calibration.text import InputError, first_line, looks_like_path
+from torchprune.checkpoint.manifest import is_saved
+from torchprune.checkpoint.save_load import load
+from torchprune.errors import MissingExtraError
+
+
+def device_of(name: str) -> torch.device:
+    """A device that can be used; "auto" is a GPU if there is one."""
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {first_line(error)}") from error
+    return device
+
+
+def load_model(
+    transformers: Any, name: str, dtype: torch.dtype | None, device: torch.device
+) -> Any:
+    """A torchprune directory, a transformers directory, or a model from the hub.
+
+    Args:
+        dtype: to load it in; None is the checkpoint's own.
+    """
+    if is_saved(Path(name)):
+        model: Any = load(name)
+        return model.to(device=device, dtype=dtype)
+    _check_name(name)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", trust_remote_code=False
+        )
+    except Exception as error:  # whatever is wrong, it is with what the user named
+        raise InputError(
+            f"cannot load {name} as a causal language model: {first_line(error)}"
+        ) from error
+    return model.eval().to(device)
+
+
+def load_tokenizer(transformers: Any, name: str, *, required: bool) -> Any:
+    """The tokenizer beside a model, or None where none is there and none is required."""
+    _check_name(name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if not required:
+            return None
+        raise InputError(
+            f"{name} holds no tokenizer that can be loaded ({first_line(error).rstrip(':')})"
+        ) from error
+
+
+def import_transformers(bars: bool) -> Any:
+    """The package, with its own progress bars or without."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "cli", "loading a language model") from None
+    switch = "enable_progress_bar" if bars else "disable_progress_bar"
+    getattr(transformers.utils.logging, switch)()
+    return transformers
+
+
+def _check_name(name: str) -> None:
+    if looks_like_path(name) and not Path(name).is_dir():
+        raise InputError(f"no such directory: {name}")

@@ -1,0 +1,185 @@
+"""Groups of units: what can be removed one by one, and where each of them lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchprune.graph.trace import Trace, as_batch, trace
+from torchprune.masking.matrices import ConvNd
+
+Kind = Literal["heads", "neurons", "channels"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Where the units of a group lie on one axis of one tensor.
+
+    Attributes:
+        key: the tensor's name in the plain model's `state_dict`.
+        axis: which of its axes.
+        units: (length of the axis,) int64, the unit of each index, or -1.
+        reads: whether a product sums over this axis: the tensor consumes what the units carry.
+    """
+
+    key: str
+    axis: int
+    units: Tensor
+    reads: bool
+
+    def indices(self, units: Tensor) -> Tensor:
+        """(length of the axis,) bool: the indices of some units, given as (count,) bool."""
+        lookup = torch.cat([units, units.new_zeros(1)])  # -1 reads the last
+        return lookup[self.units]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that are alike: the heads of one attention, the neurons of one MLP, channels.
+
+    Attributes:
+        name: the path of the modules it lives in.
+        kind: "heads" where attention keeps the units apart (with grouped queries a unit is one
+            key-value head and its query heads), "channels" where convolutions carry them, else
+            "neurons".
+        count: how many units there are.
+        members: where they live. Removing a unit removes its indices in all of them.
+    """
+
+    name: str
+    kind: Kind
+    count: int
+    members: tuple[Member, ...]
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"{m.key}[{m.axis}]" for m in self.members)
+        return f"{self.name}: {self.count} {self.kind} on {axes}"
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """An axis on which nothing can go, and why."""
+
+    key: str
+    axis: int
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What of a model can be removed.
+
+    Attributes:
+        groups: in the order of the model's tensors.
+        frozen: the axes that stay, with reasons.
+    """
+
+    groups: list[Group]
+    frozen: list[Frozen]
+    trace: Trace = field(repr=False)
+    classes: list[Tensor] = field(repr=False)
+    """For each group, the class of each of its units."""
+
+    def __str__(self) -> str:
+        lines = [str(group) for group in self.groups]
+        return "\n".join([*lines, *reasons_of(self.frozen)])
+
+
+def reasons_of(frozen: Iterable[Frozen]) -> list[str]:
+    """A line for each reason, with the first axes that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for f in frozen:
+        by_reason.setdefault(f.why, []).append(f"{f.key}[{f.axis}]")
+    lines = []
+    for why, axes in by_reason.items():
+        more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
+        lines.append(f"frozen by {why}: {', '.join(axes[:3])}{more}")
+    return lines
+
+
+def structure_of(model: nn.Module, example_inputs: Any) -> Structure:
+    """What can be removed from a model, read off its exported graph.
+
+    Args:
+        example_inputs: a tensor, a tuple (positional) or a mapping (keywords).
+
+    Raises:
+        ShrinkError: the model cannot be exported.
+    """
+    return read_groups(model, trace(model, as_batch(model, example_inputs)))
+
+
+def read_groups(model: nn.Module, traced: Trace) -> Structure:
+    """The groups of a followed graph. Units lie in one group if they live on the same axes."""
+    classes, frozen = traced.resolved.classes, traced.resolved.frozen
+    size = len(classes)
+    signature = torch.zeros(size, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    own: list[Tensor] = []
+    for axis in traced.axes:
+        here = classes[axis.labels]
+        own.append(here)
+        signature[here.unique()] += torch.randint(-(2**62), 2**62, (1,), generator=generator)
+    owners: dict[int, list[int]] = {}  # signature -> axes
+    units: dict[int, Tensor] = {}  # signature -> its classes, in order of first appearance
+    stays: list[Frozen] = []
+    modules = dict(model.named_modules())
+    for at, (axis, here) in enumerate(zip(traced.axes, own, strict=True)):
+        free = here[~frozen[here]]
+        if not len(free):
+            if axis.axis >= 2 and isinstance(modules.get(axis.key.rpartition(".")[0]), ConvNd):
+                continue  # a kernel's extent is nothing that anybody wants to remove
+            why = traced.resolved.reasons.get(int(here[0]), "a fixed size of the model's code")
+            stays.append(Frozen(axis.key, axis.axis, why))
+            continue
+        for mark in signature[free].unique().tolist():
+            owners.setdefault(mark, []).append(at)
+            if mark not in units:
+                units[mark] = _ordered(free[signature[free] == mark])
+    groups: list[Group] = []
+    names: list[Tensor] = []
+    for mark, some in units.items():
+        if len(some) < 2 or len(owners[mark]) < 2:  # an axis that nothing else touches is unused
+            continue
+        lookup = torch.full((size,), -1)
+        lookup[some] = torch.arange(len(some))
+        members = []
+        for at in owners[mark]:
+            axis = traced.axes[at]
+            reads = bool(traced.read[axis.labels[lookup[own[at]] >= 0]].any())
+            members.append(Member(axis.key, axis.axis, lookup[own[at]], reads))
+        kind = _kind(members, bool(traced.resolved.attended[some].any()), modules)
+        groups.append(Group(_name(members), kind, len(some), tuple(members)))
+        names.append(some)
+    return Structure(groups, stays, traced, names)
+
+
+def _ordered(classes: Tensor) -> Tensor:
+    """Unique values in order of their first appearance."""
+    values, inverse = classes.unique(return_inverse=True)
+    first = torch.full((len(values),), len(classes))
+    first = first.scatter_reduce(0, inverse, torch.arange(len(classes)), "amin")
+    ordered: Tensor = values[first.argsort()]
+    return ordered
+
+
+def _kind(members: list[Member], attended: bool, modules: Mapping[str, nn.Module]) -> Kind:
+    if attended:
+        return "heads"
+    owners = (modules.get(m.key.rpartition(".")[0]) for m in members)
+    return "channels" if any(isinstance(o, ConvNd) for o in owners) else "neurons"
+
+
+def _name(members: list[Member]) -> str:
+    """The longest path that all the modules share; the first module's own if it is none."""
+    paths = [m.key.split(".")[:-1] for m in members]
+    shared: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared or paths[0])

@@ -1,0 +1,238 @@
+"""Rules of products: contractions of every kind, and what multiplies by a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchprune.graph.context import Context, Product, unknown
+from torchprune.graph.labels import axes_of
+from torchprune.graph.values import (
+    Value,
+    expanded,
+    indexed,
+    met,
+    reduced_to_one,
+    squeezed,
+    turned,
+)
+
+
+def contract(ctx: Context, x: Value, y: Value, axes: Sequence[int] = (-1,)) -> Value:
+    """The sum over some axes of a pointwise product."""
+    product = met(ctx.labels, [x, y], ctx.why)
+    ctx.products.append(Product(product.shape, product.tags, ctx.module))
+    dim = product.dim
+    summed = sorted(axis % dim for axis in axes)
+    for factor in (x.widened(dim), y.widened(dim)):
+        if factor.weight:
+            ctx.labels.read += [tag for axis in summed if (tag := factor.on(axis)) is not None]
+    weighed = x.weight or y.weight
+    tags = []
+    for tag in product.tags:
+        if {*axes_of(tag)} <= {*summed}:
+            if not weighed:
+                ctx.labels.freeze(tag, ctx.why)
+            continue
+        tags.append(ctx.labels.united(tag, summed))
+        if not weighed:
+            ctx.labels.attend(tags[-1])
+    return squeezed(reduced_to_one(product, tags, summed), summed)
+
+
+def linear(ctx: Context, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    return _plus(ctx, contract(ctx, x.inserted(-2), weight), bias)
+
+
+def addmm(ctx: Context, bias: Value, x: Value, y: Value, **_: Any) -> Value:
+    return _plus(ctx, matmul(ctx, x, y), bias)
+
+
+def matmul(ctx: Context, x: Value, y: Value) -> Value:
+    if y.dim == 1:
+        return contract(ctx, x, y)
+    if x.dim == 1:
+        return contract(ctx, x, turned(y))
+    return contract(ctx, x.inserted(-2), turned(y).inserted(-3))
+
+
+def _plus(ctx: Context, value: Value, bias: Value | None) -> Value:
+    return value if bias is None else met(ctx.labels, [value, bias], ctx.why)
+
+
+def attention(
+    ctx: Context,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask: Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:
+    """Scores of queries and keys, a softmax that keeps heads apart, a sum of values."""
+    if enable_gqa:
+        key, value = (_repeated(ctx, v, query.shape[-3] // v.shape[-3]) for v in (key, value))
+    scores = contract(ctx, query.inserted(-2), key.inserted(-3))
+    if attn_mask is not None:
+        scores = met(ctx.labels, [scores, attn_mask], ctx.why)
+    scores = ctx.whole(scores, [-1])
+    return contract(ctx, scores.inserted(-2), turned(value).inserted(-3))
+
+
+def routed(ctx: Context, x: Value, weights: Value, *_: Any, **__: Any) -> Value:
+    """Every row times one expert's matrix: experts stay, their inputs and outputs are shared."""
+    kept = ctx.whole(weights, [0])
+    one = Value(weights.shape[1:], tuple(t.squeeze(0) for t in kept.tags), weights.weight)
+    return contract(ctx, x.inserted(-2), turned(one))
+
+
+def _repeated(ctx: Context, value: Value, times: int) -> Value:
+    if value.shape[-3] == 1:
+        return expanded(ctx.labels, value, (*value.shape[:-3], times, *value.shape[-2:]))
+    index = torch.arange(value.shape[-3]).repeat_interleave(times)
+    return indexed(value, -3, index)
+
+
+def einsum(ctx: Context, equation: str, operands: Sequence[Value], **__: Any) -> Any:
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if len(names) != 2 or "." in equation or not output or len(set(output)) != len(output):
+        return unknown(ctx, *operands)
+    summed = [c for c in dict.fromkeys(inputs.replace(",", "")) if c not in output]
+    order = [*output, *summed]
+    both: list[Value] = []
+    for letters, value in zip(names, operands, strict=True):
+        if len(set(letters)) != len(letters):
+            return unknown(ctx, *operands)
+        laid = value.permuted([letters.index(c) for c in order if c in letters])
+        for place, letter in enumerate(order):
+            if letter not in letters:
+                laid = laid.inserted(place)
+        both.append(laid)
+    if not summed:
+        return met(ctx.labels, both, ctx.why)
+    return contract(ctx, both[0], both[1], range(len(output), len(order)))
+
+
+def convolution(
+    ctx: Context,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    *options: Any,
+    **named: Any,
+) -> Value:
+    groups = named.get("groups", options[3] if len(options) > 3 else 1)
+    return _convolved(ctx, x, weight, bias, int(groups), swapped=False)
+
+
+def transposed_convolution(
+    ctx: Context,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    *options: Any,
+    **named: Any,
+) -> Value:
+    groups = named.get("groups", options[3] if len(options) > 3 else 1)
+    return _convolved(ctx, x, weight, bias, int(groups), swapped=True)
+
+
+def _convolved(
+    ctx: Context, x: Value, weight: Value, bias: Value | None, groups: int, *, swapped: bool
+) -> Value:
+    """Channels as in a matrix product; positions are no business of labels."""
+    space = weight.dim - 2
+    x = ctx.whole(x, range(x.dim - space, x.dim))
+    weight = ctx.whole(weight, range(2, weight.dim))
+    channels = x.dim - space - 1
+    inputs = Value(x.shape[: channels + 1], _flat(x.tags, space), x.weight)
+    filters = Value(weight.shape[:2], _flat(weight.tags, space), weight.weight)
+    if swapped:
+        filters = filters.permuted([1, 0])
+    positions = (x.shape if swapped else ctx.shape)[channels + 1 :]
+    whole = _extent(positions) * _extent(weight.shape[2:])
+    before = len(ctx.products)
+    if groups == 1:
+        out = contract(ctx, inputs.inserted(-2), filters)
+    elif filters.shape[1] == 1 and groups == inputs.shape[-1]:
+        out = _depthwise(ctx, inputs, filters)
+    else:
+        out = _grouped(ctx, inputs, weight, groups, swapped=swapped)
+    ctx.products[before:] = [_scaled(p, whole) for p in ctx.products[before:]]
+    out = _plus(ctx, out, bias)
+    tags = tuple(tag.reshape(*tag.shape, *(1,) * space) for tag in out.tags)
+    return Value(ctx.shape, tags, out.weight)
+
+
+def _depthwise(ctx: Context, x: Value, filters: Value) -> Value:
+    """Every input channel has its own filters."""
+    times = filters.shape[0] // x.shape[-1]
+    index = torch.arange(x.shape[-1]).repeat_interleave(times)
+    own = Value((filters.shape[0],), tuple(t.squeeze(1) for t in filters.tags), filters.weight)
+    out = met(ctx.labels, [indexed(x, -1, index), own], ctx.why)
+    ctx.products.append(Product(out.shape, out.tags, ctx.module))
+    return out
+
+
+def _grouped(ctx: Context, x: Value, weight: Value, groups: int, *, swapped: bool) -> Value:
+    """A group of input channels, and the filters that read it, go together or not at all."""
+    inner = 1 if not swapped else 0
+    shared = Value(weight.shape[:2], _flat(weight.tags, weight.dim - 2), weight.weight)
+    channels = x.shape[-1]
+    if (tag := x.on(x.dim - 1)) is not None and len(axes_of(tag)) > 1:
+        ctx.freeze(x, weight)
+        return Value((*x.shape[:-1], ctx.shape[x.dim - 1]))
+    count = ctx.shape[x.dim - 1]
+    per_in, per_out = channels // groups, count // groups
+    read = torch.zeros(channels, dtype=torch.long) if tag is None else tag.reshape(-1)
+    if swapped:
+        # Filters are laid out by input channel; output channels repeat in every group.
+        ctx.freeze(shared, x)
+        return Value((*x.shape[:-1], count))
+    rows = shared.on(0)
+    made = torch.zeros(count, dtype=torch.long) if rows is None else rows.reshape(-1)
+    if (cols := shared.on(inner)) is not None:
+        ctx.labels.freeze(cols, ctx.why)
+    reads, makes = read.view(groups, per_in), made.view(groups, per_out)
+    reads = ctx.labels.united(reads, [1])
+    makes = ctx.labels.united(makes, [1])
+    ctx.labels.join(reads, makes)
+    if tag is None:
+        return Value((*x.shape[:-1], count))
+    shape = (*x.shape[:-1], count, per_in)
+    ctx.products.append(Product(shape, (_last(made, x.dim + 1, -2),), ctx.module))
+    return Value((*x.shape[:-1], count), (_last(made, x.dim, -1),))
+
+
+def _last(tag: Tensor, dim: int, axis: int) -> Tensor:
+    shape = [1] * dim
+    shape[axis] = len(tag)
+    return tag.reshape(shape)
+
+
+def _flat(tags: Sequence[Tensor], space: int) -> tuple[Tensor, ...]:
+    return tuple(tag.reshape(tag.shape[: tag.dim() - space]) for tag in tags)
+
+
+def _extent(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _scaled(product: Product, times: int) -> Product:
+    tags = tuple(tag.unsqueeze(0) for tag in product.tags)
+    return Product((times, *product.shape), tags, product.module)
+
+
+def embedding(ctx: Context, weight: Value, indices: Value, *_: Any) -> Value:
+    """Rows are chosen by the input, so none of them can go; columns pass."""
+    ctx.freeze(indices)
+    kept = ctx.whole(weight, [0])
+    tags = (t.reshape((1,) * indices.dim + (t.shape[1],)) for t in kept.tags)
+    return Value((*indices.shape, weight.shape[1]), tuple(tags), weight.weight and indices.weight)

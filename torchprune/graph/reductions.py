@@ -1,0 +1,83 @@
+"""Rules of what reads along axes: norms, reductions, pools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchprune.graph.context import Context
+from torchprune.graph.labels import axes_of
+from torchprune.graph.values import Value, met, reduced_to_one, squeezed
+
+
+def layer_norm(
+    ctx: Context, x: Value, shape: Sequence[int], weight: Any = None, bias: Any = None, *_: Any
+) -> Value:
+    """Also rms_norm, which has no bias."""
+    out = ctx.whole(x, range(x.dim - len(shape), x.dim), keep=True)
+    parts = [v for v in (weight, bias) if isinstance(v, Value)]
+    return met(ctx.labels, [out, *parts], ctx.why)
+
+
+def batch_norm(ctx: Context, x: Value, *statistics: Any, **_: Any) -> Value:
+    """Weight, bias, mean and variance: one of each a channel. Also PReLU's slopes."""
+    parts = [
+        Value(
+            (v.shape[0], *(1,) * (x.dim - 2)),
+            tuple(t.reshape(-1, *(1,) * (x.dim - 2)) for t in v.tags),
+            v.weight,
+        )
+        for v in statistics
+        if isinstance(v, Value)
+    ]
+    return met(ctx.labels, [x, *parts], ctx.why)
+
+
+def group_norm(
+    ctx: Context, x: Value, groups: int, weight: Any = None, bias: Any = None, *_: Any
+) -> Value:
+    """The channels of one group go together."""
+    space = (1,) * (x.dim - 2)
+    parts = [
+        Value((v.shape[0], *space), tuple(t.reshape(-1, *space) for t in v.tags), v.weight)
+        for v in (weight, bias)
+        if isinstance(v, Value)
+    ]
+    out = met(ctx.labels, [ctx.whole(x, range(2, x.dim)), *parts], ctx.why)
+    if (tag := out.on(1)) is not None:
+        if axes_of(tag) != (1,):
+            ctx.freeze(out)
+            return Value(out.shape, weight=out.weight)
+        ctx.labels.united(tag.reshape(groups, -1), [1])
+    return out
+
+
+def normalised(ctx: Context, x: Value, dim: Any = None, *_: Any, **__: Any) -> Value:
+    """Softmax, cumulated sums and whatever else reads along an axis and keeps it."""
+    axes = range(x.dim) if dim is None else [dim] if isinstance(dim, int) else dim
+    return ctx.whole(x, axes, keep=True)
+
+
+def reduced(ctx: Context, x: Value, dim: Any = None, *_: Any, **__: Any) -> Any:
+    """Means, sums, extremes over some axes; `max` of two tensors is pointwise."""
+    if isinstance(dim, Value):
+        return met(ctx.labels, [x, dim], ctx.why)
+    whole = dim is None or dim == []
+    axes = range(x.dim) if whole else [dim] if isinstance(dim, int) else dim
+    axes = sorted(axis % x.dim for axis in axes)
+    out = reduced_to_one(x, ctx.whole(x, axes).tags, axes)
+    if len(ctx.shape) < x.dim:
+        out = squeezed(out, axes)
+    return out if len(ctx.shapes) == 1 else tuple(out for _ in ctx.shapes)
+
+
+def normed(ctx: Context, x: Value, _: Any = None, dim: Any = None, *__: Any, **___: Any) -> Any:
+    return reduced(ctx, x, dim)
+
+
+def pooled(ctx: Context, x: Value, *_: Any, **__: Any) -> Any:
+    """Pools and resampling over the last axes, which here all have fixed sizes."""
+    space = [axis for axis in range(x.dim) if axis > 1 or x.shape[axis] != ctx.shape[axis]]
+    out = ctx.whole(x, space)
+    made = Value(ctx.shape, out.tags, x.weight)
+    return made if len(ctx.shapes) == 1 else tuple(made for _ in ctx.shapes)

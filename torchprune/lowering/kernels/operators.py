@@ -1,0 +1,166 @@
+"""CPU products with weights that are a bitmask and their packed nonzeros, at any sparsity.
+
+Importing this file defines two operators that compile, export and autocast see through:
+
+    torchprune::bitmask_linear(x, bits, values, starts, scales, bias, cols) -> Tensor
+    torchprune::bitmask_unpack(bits, values, starts, cols) -> Tensor
+
+`torchprune.lowering.bitmask.Bitmask` makes and explains their arguments. On CPU tensors they run in
+C++ for AVX-512 (with VBMI2), AVX2 or any processor, whichever fits best, compiled when first used.
+Where that fails, and for other devices, they unpack and multiply in torch: correct, slower than
+dense.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchprune.lowering.kernels.build import BuildError, library
+from torchprune.masking.packing import unpack_bits, unpack_values
+
+_WORD = 64
+
+_lib = torch.library.Library("torchprune", "FRAGMENT")
+_lib.define(
+    "bitmask_linear(Tensor x, Tensor bits, Tensor values, Tensor starts, Tensor? scales, "
+    "Tensor? bias, int cols) -> Tensor",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+_lib.define(
+    "bitmask_unpack(Tensor bits, Tensor values, Tensor starts, int cols) -> Tensor",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+
+
+@dataclass(frozen=True)
+class Native:
+    """The kernels on this machine.
+
+    Attributes:
+        form: "AVX-512", "AVX2" or "portable"; None if the operators run in torch.
+        why: the reason for None, else empty.
+    """
+
+    form: str | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        if self.form is None:
+            return f"bitmask kernels: slower, in torch, because {self.why}"
+        slow = "; slow: this processor has neither AVX2 nor AVX-512 with VBMI2"
+        return f"bitmask kernels: C++ for {self.form}" + (slow if self.form == "portable" else "")
+
+
+def native() -> Native:
+    """What the operators run on for CPU tensors. The first call compiles the kernels."""
+    handle, why = _load()
+    return Native(None, why) if handle is None else Native(handle.torchprune_form().decode())
+
+
+def use_form(name: str) -> None:
+    """Use another form of the kernels ("AVX-512", "AVX2", "portable"), to test or compare.
+
+    Raises:
+        ValueError: it does not run here.
+    """
+    handle, _ = _load()
+    if handle is None or not handle.torchprune_use_form(name.encode()):
+        raise ValueError(f"the form {name!r} does not run here; {native()}")
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled kernels, whose operators then take CPU tensors, or why there are none."""
+    with _lock:
+        if not _loaded:
+            try:
+                path = str(library())
+                torch.ops.load_library(path)
+                handle = ctypes.CDLL(path)
+                handle.torchprune_form.restype = ctypes.c_char_p
+                _loaded.append((handle, ""))
+            except (BuildError, OSError, RuntimeError) as error:  # the last: no home directory
+                _loaded.append((None, str(error)))
+        return _loaded[0]
+
+
+_lock = threading.Lock()
+_loaded: list[tuple[ctypes.CDLL | None, str]] = []
+
+
+# -- the operators in torch: for other devices, without a compiler, and to compile on first use ----
+
+
+def _unpack(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
+    if bits.device.type == "cpu" and not _loaded and _load()[0]:
+        found: Tensor = torch.ops.torchprune.bitmask_unpack(bits, values, starts, cols)
+        return found
+    wide = unpack_bits(bits.view(torch.uint8).reshape(-1), (len(bits), _WORD * bits.shape[1]))
+    mask = wide[:, :cols].contiguous()
+    return unpack_values(values[: int(starts[-1])], mask)
+
+
+def _linear(
+    x: Tensor,
+    bits: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    cols: int,
+) -> Tensor:
+    if x.device.type == "cpu" and not _loaded and _load()[0]:
+        found: Tensor = torch.ops.torchprune.bitmask_linear(
+            x, bits, values, starts, scales, bias, cols
+        )
+        return found
+    weight = _unpack(bits, values, starts, cols)
+    if scales is not None:
+        weight = weight.float() * scales.float()[:, None]
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _fake_linear(
+    x: Tensor,
+    bits: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    cols: int,
+) -> Tensor:
+    torch._check(x.shape[-1] == cols, lambda: f"the input's last size must be {cols}")
+    return x.new_empty((*x.shape[:-1], bits.shape[0]))
+
+
+def _fake_unpack(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
+    return values.new_empty((bits.shape[0], cols))
+
+
+def _under_autocast(device: str) -> Callable[..., Tensor]:
+    """As autocast treats a linear layer: the input is cast, and so the output; weights stay."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+    keys = torch._C.DispatchKeySet(key)
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            if x.is_floating_point() and x.dtype != torch.float64:
+                x = x.to(torch.get_autocast_dtype(device))
+            return torch.ops.torchprune.bitmask_linear(x, *rest)  # type: ignore[no-any-return]
+
+    return run
+
+
+_lib.impl("bitmask_linear", _linear, "CompositeExplicitAutograd")
+_lib.impl("bitmask_unpack", _unpack, "CompositeExplicitAutograd")
+_lib._register_fake("bitmask_linear", _fake_linear)
+_lib._register_fake("bitmask_unpack", _fake_unpack)
+for _device in ("cpu", "cuda"):
+    _lib.impl("bitmask_linear", _under_autocast(_device), f"Autocast{_device.upper()}")

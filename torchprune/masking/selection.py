@@ -1,0 +1,171 @@
+"""Which layers: selectors matched against a model, its repeated blocks, its tied weights."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from torchprune.errors import TargetError, did_you_mean
+from torchprune.masking.matrices import prunable_names
+from torchprune.specs.methods import Selector, Selectors
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One prunable tensor of one module.
+
+    Attributes:
+        name: what selectors match: the module's name, or `module.tensor` for fused experts.
+        key: the tensor's name in the plain model's `state_dict`.
+        module, tensor: where it lives.
+    """
+
+    name: str
+    key: str
+    module: nn.Module
+    tensor: str
+
+
+def layers_of(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
+    """Every prunable tensor of a model, in registration order, each module once."""
+    for name, module in model.named_modules(prefix=prefix):
+        for tensor in prunable_names(module):
+            key = f"{name}.{tensor}" if name else tensor
+            yield Layer(name if tensor == "weight" and name else key, key, module, tensor)
+
+
+def maskable_of(model: nn.Module) -> Iterator[Layer]:
+    """Every tensor that may carry a mask: the prunable ones and the biases beside them."""
+    for name, module in model.named_modules():
+        names = prunable_names(module)
+        for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
+            key = f"{name}.{tensor}" if name else tensor
+            yield Layer(name if tensor == "weight" and name else key, key, module, tensor)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a layer adds a bias."""
+    return isinstance(getattr(module, "bias", None), Tensor)
+
+
+def as_selectors(selectors: Selectors | None) -> tuple[Selector, ...]:
+    """One selector or several, as a tuple."""
+    if selectors is None:
+        return ()
+    if isinstance(selectors, str | type) or callable(selectors):
+        return (selectors,)
+    if isinstance(selectors, Iterable):
+        return tuple(selectors)
+    raise TargetError(f"{selectors!r} is not a selector; {ACCEPTED_SELECTORS}")
+
+
+ACCEPTED_SELECTORS = (
+    'accepted: an exact name, a glob such as "*.q_proj", "re:" and a regular expression, a module '
+    "type, or a callable (module, name) -> bool"
+)
+
+
+def matches(selector: Selector, layer: Layer) -> bool:
+    """Whether a selector picks a layer. A name also picks everything inside the module it names."""
+    if isinstance(selector, str):
+        if selector.startswith("re:"):
+            return re.fullmatch(_regex(selector), layer.name) is not None
+        parts = layer.key.split(".")
+        inside = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        return any(fnmatch.fnmatchcase(name, selector) for name in (layer.name, *inside))
+    if isinstance(selector, type):
+        return isinstance(layer.module, selector)
+    if callable(selector):
+        return bool(selector(layer.module, layer.name))
+    raise TargetError(f"{selector!r} is not a selector; {ACCEPTED_SELECTORS}")
+
+
+def _regex(selector: str) -> str:
+    pattern = selector.removeprefix("re:")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise TargetError(f"{selector!r} is not a valid regular expression: {error}") from None
+    return pattern
+
+
+def is_exact(selector: Selector, layer: Layer) -> bool:
+    """Whether a selector is this layer's own full name."""
+    return isinstance(selector, str) and selector in (layer.name, layer.key)
+
+
+def check_used(what: str, selector: Selector, model: nn.Module, layers: list[Layer]) -> None:
+    """Raise TargetError if a selector matches none of the model's prunable layers."""
+    if any(matches(selector, layer) for layer in layers):
+        return
+    modules = dict(model.named_modules())
+    if isinstance(selector, str) and selector in modules:
+        kind = type(modules[selector]).__name__
+        raise TargetError(
+            f"{what}: {selector!r} is a {kind}, which holds nothing that can be pruned (Linear, "
+            "Conv1d/2d/3d, transformers' Conv1D and fused experts can)"
+        )
+    hint = did_you_mean(selector, [y.name for y in layers]) if isinstance(selector, str) else ""
+    raise TargetError(
+        f"{what}: {selector!r} matches none of the model's {len(layers)} prunable layers{hint}"
+    )
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's outermost repeated blocks, by name: what a depth of layers is made of.
+
+    The children of an `nn.ModuleList`, or of an `nn.Sequential` or `nn.ModuleDict` in which a type
+    occurs twice, provided they are themselves made of modules and hold prunable layers.
+    """
+    blocks: dict[str, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        children = {k: c for k, c in module.named_children() if any(c.children())}
+        kinds = [type(c) for c in children.values()]
+        repeats = isinstance(module, nn.ModuleList) or (
+            isinstance(module, nn.Sequential | nn.ModuleDict) and len(set(kinds)) < len(kinds)
+        )
+        found = {k for k, c in children.items() if any(layers_of(c))} if repeats else set()
+        for key, child in module.named_children():
+            path = f"{name}.{key}" if name else key
+            if key in found:
+                blocks[path] = child
+            else:
+                visit(path, child)
+
+    visit("", model)
+    return blocks
+
+
+def tied_to(model: nn.Module) -> dict[int, list[str]]:
+    """For every storage held by several parameters: its address and the parameters' names.
+
+    A module registered under two names is one module, not a tie.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                address = _address(parameter)
+                if address:
+                    holders.setdefault(address, []).append(f"{name}.{key}" if name else key)
+    return {address: names for address, names in holders.items() if len(names) > 1}
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's values begin; 0 for one that only wraps others (quantized, sparse)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output embedding of a transformers model, which stays dense unless named."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None

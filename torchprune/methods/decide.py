@@ -1,0 +1,296 @@
+"""From a layer's weights and statistics to its change: where patterns, scores and solvers meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchprune.calibration.moments import Moments
+from torchprune.errors import CalibrationError
+from torchprune.masking.mask import Record
+from torchprune.masking.packing import masked
+from torchprune.masking.projection import BARRED, project_each
+from torchprune.masking.targets import Target
+from torchprune.masking.transaction import Change
+from torchprune.methods.magnitude import magnitude_score
+from torchprune.methods.ria import ria_score
+from torchprune.methods.solve import Solver
+from torchprune.methods.sparsegpt import Solved
+from torchprune.methods.wanda import wanda_score
+from torchprune.modes import exact
+from torchprune.specs.goals import Goal
+from torchprune.specs.methods import MagnitudeSpec, RIASpec, Spec, WandaSpec
+
+_ROWS_MEASURED = 128
+
+
+def by_magnitude(
+    targets: Sequence[Target], spec: Spec, *, tokens: int | None = None, note: str = ""
+) -> Iterator[Change]:
+    """The changes that magnitude alone decides; with scope "global" all targets share a budget."""
+    together = [list(targets)] if spec.scope == "global" else [[t] for t in targets]
+    for some in together:
+        keeps = _masks(some, [[magnitude_score(w) for w in groups_of(t)] for t in some], spec)
+        for target, keep in zip(some, keeps, strict=True):
+            record = Record("magnitude", str(target.goal), tokens=tokens, note=note)
+            yield Change(target, target.view.from_matrix(keep, target.weight.shape), record)
+
+
+@dataclass
+class Decider:
+    """Turns the statistics that calibration yields into changes, layer by layer.
+
+    Attributes:
+        spec: the method and its options.
+        batches: how many batches calibrate, to tell which layers only some of them reach.
+        chosen: masks decided beforehand, (groups, rows, cols) by layer key: only the weights of
+            those layers are decided.
+        warnings: what the user must know, filled as layers pass.
+    """
+
+    spec: Spec
+    batches: int
+    chosen: dict[str, Tensor] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    _solver: Solver | None = None
+
+    def choose(self, targets: Sequence[Target], scores: Sequence[Sequence[Tensor]]) -> None:
+        """Decide masks that share one budget."""
+        keeps = _masks(targets, scores, self.spec)
+        self.chosen = {t.layer.key: k for t, k in zip(targets, keeps, strict=True)}
+
+    def changes(self, stop: Sequence[tuple[Target, Moments]]) -> Iterator[Change]:
+        """The changes of the layers of one stop."""
+        if self.spec.scope == "global" and not self.chosen:
+            self.choose([t for t, _ in stop], [self._scores(t, m) for t, m in stop])
+        for targets, moments in _solved_together(stop):
+            if self.spec.needs_gram:
+                yield from self._solved(targets, moments)
+                continue
+            for target in targets:
+                yield self._change(target, moments, self.keep(target, moments))
+
+    def unreached(self, target: Target) -> Change:
+        """The change of a layer that no batch reached: by magnitude, and said so."""
+        note = "no calibration batch reached it: pruned by magnitude"
+        self.warnings.append(f"{target.name}: {note}")
+        if (keep := self.chosen.get(target.layer.key)) is not None:
+            record = Record("magnitude", str(target.goal), tokens=0, note=note)
+            return Change(target, target.view.from_matrix(keep, target.weight.shape), record)
+        local = MagnitudeSpec(scope="layer" if self.spec.scope == "global" else self.spec.scope)
+        return next(by_magnitude([target], local, tokens=0, note=note))
+
+    def keep(self, target: Target, moments: Moments) -> Tensor:
+        """The mask of a layer by its scores alone."""
+        keep = self.chosen.get(target.layer.key)
+        if keep is None:
+            keep = _masks([target], [self._scores(target, moments)], self.spec)[0]
+        return keep
+
+    def _scores(self, target: Target, moments: Moments) -> list[Tensor]:
+        """The method's score of each group, magnitude's where no token reached the group."""
+        return [
+            self._score(w, square) if rows else magnitude_score(w)
+            for w, square, rows in zip(groups_of(target), moments.square, moments.rows, strict=True)
+        ]
+
+    def _score(self, weight: Tensor, square: Tensor) -> Tensor:
+        match self.spec:
+            case WandaSpec():
+                return wanda_score(weight, square)
+            case RIASpec(power=power):
+                return ria_score(weight, square, power)
+            case _:
+                return magnitude_score(weight)
+
+    def _solved(self, targets: Sequence[Target], moments: Moments) -> Iterator[Change]:
+        """What the second moment decides, group by group: new weights, or only better masks.
+
+        Where no token reached a group magnitude decides, and weights stay.
+
+        The layers read the same inputs and have the same goal.
+        """
+        spec, goal = self.spec, targets[0].goal
+        if self._solver is None or self._solver.moments is not moments:
+            self._solver = Solver(spec, moments, targets[0].name)
+        solver = self._solver
+        weights, barred = [groups_of(t) for t in targets], [_barred(t) for t in targets]
+        keeps = None if spec.chooses_weights else [self.keep(t, moments) for t in targets]
+        found: list[list[Solved]] = [[] for _ in targets]
+        notes: list[str] = []
+        for group, rows in enumerate(moments.rows):
+            here = [weight[group] for weight in weights]
+            if rows:
+                solved = solver.solve(
+                    group,
+                    here,
+                    goal,
+                    [None if bar is None else bar[group] for bar in barred],
+                    [None if keeps is None else keeps[i][group] for i in range(len(targets))],
+                )
+                damping = solver.damping(group)
+                if damping is not None and damping != getattr(spec, "damping", None):
+                    notes.append(f"damping raised to {damping:g} to factorise")
+            else:
+                solved = [
+                    Solved(w.float(), self._by_magnitude(t, w, group), 0.0)
+                    if keeps is None
+                    else Solved(w.float(), keeps[i][group], 0.0)
+                    for i, (t, w) in enumerate(zip(targets, here, strict=True))
+                ]
+            for own, one in zip(found, solved, strict=True):
+                own.append(one)
+        for target, weight, own in zip(targets, weights, found, strict=True):
+            new = None
+            if spec.fits_weights:
+                fitted = torch.stack([one.weight for one in own]).to(target.weight.dtype)
+                new = target.view.from_matrix(fitted, target.weight.shape)
+            yield self._change(
+                target,
+                moments,
+                torch.stack([one.keep for one in own]),
+                new,
+                _relative(weight, own, moments),
+                notes,
+            )
+
+    def _by_magnitude(self, target: Target, weight: Tensor, group: int) -> Tensor:
+        return _masks([target], [[magnitude_score(weight)]], self.spec, groups=[group])[0][0]
+
+    def _change(
+        self,
+        target: Target,
+        moments: Moments,
+        keep: Tensor,
+        new: Tensor | None = None,
+        error: float | None = None,
+        notes: Sequence[str] = (),
+    ) -> Change:
+        notes = [*dict.fromkeys(notes)]
+        if idle := [g for g, rows in enumerate(moments.rows) if not rows]:
+            kind = "experts" if target.view.kind.startswith("experts") else "groups"
+            which = f"{kind} {_few(idle)}" if len(moments.rows) > 1 else "it"
+            notes.append(f"no tokens reached {which}: pruned by magnitude")
+            self.warnings.append(f"{target.name}: {notes[-1]}")
+        if moments.batches < self.batches:
+            notes.append(f"reached by {moments.batches} of {self.batches} batches")
+        if new is None:
+            if moments.gram is None:
+                error = sampled_error(target, moments, keep)
+            if self.spec.reconstruct:  # the block's training will change what is kept
+                new = target.view.from_matrix(groups_of(target), target.weight.shape)
+        record = Record(
+            self.spec.method,
+            str(target.goal),
+            updates_weights=new is not None,
+            error=error,
+            tokens=sum(moments.rows),
+            note="; ".join(notes),
+        )
+        mask = target.view.from_matrix(keep, target.weight.shape)
+        return Change(target, mask, record, new)
+
+
+def decider_for(spec: Spec, targets: Sequence[Target], batches: int) -> Decider:
+    """A decider; masks that need no statistics and share one budget are chosen at once."""
+    decider = Decider(spec, batches)
+    if isinstance(spec, MagnitudeSpec) and spec.scope == "global":
+        with exact():
+            decider.choose(targets, [[magnitude_score(w) for w in groups_of(t)] for t in targets])
+    return decider
+
+
+def _relative(weight: Tensor, solved: Sequence[Solved], moments: Moments) -> float | None:
+    """||X (W - W')^T||^2 / ||X W^T||^2 over all groups that tokens reached."""
+    assert moments.gram is not None
+    lost = sum(one.squared for one in solved)
+    total = sum(
+        _output_square(weight[group].float(), moments.gram[group])
+        for group, rows in enumerate(moments.rows)
+        if rows
+    )
+    return lost / total if total > 0 else None
+
+
+def _solved_together(
+    stop: Sequence[tuple[Target, Moments]],
+) -> Iterator[tuple[list[Target], Moments]]:
+    """The layers of a stop in order, those of the same inputs and the same goal together."""
+    together: dict[tuple[int, Goal], tuple[list[Target], Moments]] = {}
+    for target, moments in stop:
+        together.setdefault((id(moments), target.goal), ([], moments))[0].append(target)
+    yield from together.values()
+
+
+def groups_of(target: Target) -> Tensor:
+    """(groups, rows, cols): a target's weights as they act now, zero where already masked."""
+    weight, mask = target.weight.detach(), target.mask
+    return target.view.to_matrix(weight if mask is None else masked(weight, mask.mask))
+
+
+def _barred(target: Target) -> Tensor | None:
+    """(groups, rows, cols) bool: weights that an earlier mask pruned. They stay pruned."""
+    return None if target.mask is None else target.view.to_matrix(~target.mask.mask)
+
+
+def _masks(
+    targets: Sequence[Target],
+    scores: Sequence[Sequence[Tensor]],
+    spec: Spec,
+    groups: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """One (groups, rows, cols) mask a target, from a score a group; earlier zeros stay zeros.
+
+    Raises:
+        CalibrationError: naming the layer, if a score is NaN.
+    """
+    flat, free = [], []
+    for target, own in zip(targets, scores, strict=True):
+        barred = _barred(target)
+        for group, score in zip(groups or range(len(own)), own, strict=True):
+            if bool(score.isnan().any()):
+                raise CalibrationError(
+                    f"{target.name}: its scores hold NaN (an infinite weight on an input that is "
+                    "always zero); repair the weights or ignore the layer"
+                )
+            flat.append(score if barred is None else score.masked_fill(barred[group], BARRED))
+            free.append(None if barred is None else ~barred[group])
+    goal = targets[0].goal
+    keeps = project_each(flat, goal.pattern, goal.sparsity, spec.scope or "layer")
+    kept = iter(k if f is None else k & f for k, f in zip(keeps, free, strict=True))
+    return [torch.stack([next(kept) for _ in own]) for own in scores]
+
+
+def sampled_error(target: Target, moments: Moments, keep: Tensor) -> float | None:
+    """||X (W - W')^T||^2 / ||X W^T||^2 on sampled inputs, of weights that were only masked.
+
+    Of many output rows, an evenly spaced part stands for all.
+    """
+    lost = total = 0.0
+    for group, weight in enumerate(groups_of(target)):
+        x = moments.samples(group)
+        if x is not None:
+            w, kept = _spread(weight).float(), _spread(keep[group])
+            share = len(weight) / len(w)
+            lost += share * float((x @ w.masked_fill(kept, 0).T).square().sum())
+            total += share * float((x @ w.T).square().sum())
+    return lost / total if total > 0 else None
+
+
+def _output_square(weight: Tensor, gram: Tensor) -> float:
+    """||X W^T||^2 = tr(W G W^T); of many rows, an evenly spaced part stands for all."""
+    part = _spread(weight)
+    return float((part @ gram).mul_(part).sum()) * len(weight) / len(part)
+
+
+def _spread(matrix: Tensor) -> Tensor:
+    """Evenly spaced rows of a matrix, fewer than twice _ROWS_MEASURED."""
+    return matrix[:: max(1, len(matrix) // _ROWS_MEASURED)]
+
+
+def _few(items: Sequence[int]) -> str:
+    shown = ", ".join(map(str, items[:8]))
+    return shown if len(items) <= 8 else f"{shown} and {len(items) - 8} more"

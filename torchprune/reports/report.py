@@ -1,0 +1,211 @@
+"""What pruning did to a model: counted from its tensors now, beside how it came about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchprune.calibration.lockstep import Usage
+from torchprune.masking.mask import masked_layers, original_of
+from torchprune.reports.tables import Column, by_rich
+from torchprune.specs.options import Checked
+
+_RUNS = "_torchprune_runs"
+
+_COLUMNS = [
+    Column("layer", fold=True),
+    *(Column(head) for head in ("shape", "dtype", "method", "pattern")),
+    *(Column(head, right=True) for head in ("zeros", "sparsity", "error")),
+    Column("note", fold=True),
+]
+
+
+@dataclass
+class RunRecord:
+    """One call of `sparsify`: its spec, what it left dense and why, what calibration cost."""
+
+    spec: Checked
+    skipped: dict[str, str] = field(default_factory=dict)
+    batches: int = 0
+    peak_held_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def finish(self, batches: int, usage: Usage) -> None:
+        """Note what calibration used."""
+        self.batches, self.peak_held_bytes = batches, usage.peak_held_bytes
+        for name in sorted(usage.revisited):
+            self.notes.append(
+                f"{name} is used more than once in a forward pass: its statistics are from "
+                + ("every use" if getattr(self.spec, "sequential", "") != "layer" else "the first")
+            )
+
+
+def remember_run(model: nn.Module, run: RunRecord) -> None:
+    """Keep a run's record on the model; a deepcopy takes it along."""
+    keep_runs(model, [*runs_of(model), run])
+
+
+def keep_runs(model: nn.Module, runs: list[RunRecord]) -> None:
+    """Put a model's whole history of runs on it."""
+    setattr(model, _RUNS, runs)
+
+
+def runs_of(model: nn.Module) -> list[RunRecord]:
+    """The records of every `sparsify` call on this model."""
+    return list(getattr(model, _RUNS, []))
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One masked layer.
+
+    Attributes:
+        zeros, size: exact zeros among the effective weights, and how many weights there are.
+        error: relative squared error of the layer's output on calibration inputs, or None.
+        tokens: calibration rows that reached it, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    method: str
+    pattern: str
+    zeros: int
+    size: int
+    error: float | None
+    tokens: int | None
+    note: str
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.size
+
+
+@dataclass(frozen=True)
+class Report:
+    """The layers with masks, the layers left dense with reasons, and calibration's notes.
+
+    `print(report)` shows a table (with the `cli` extra's rich; a short text without it).
+    """
+
+    layers: Sequence[LayerReport]
+    skipped: dict[str, str]
+    parameters: int
+    peak_held_bytes: int
+    notes: Sequence[str]
+    warnings: Sequence[str]
+
+    @property
+    def zeros(self) -> int:
+        """Exact zeros in all masked layers."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """Weights in all masked layers."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all masked layers; 0.0 if there are none."""
+        return self.zeros / self.size if self.size else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, lists and dicts (JSON-ready)."""
+        total = {"zeros": self.zeros, "size": self.size, "sparsity": self.sparsity}
+        total["parameters"] = self.parameters
+        return {
+            "layers": [
+                {**asdict(y), "shape": list(y.shape), "sparsity": y.sparsity} for y in self.layers
+            ],
+            "total": total,
+            "skipped": dict(self.skipped),
+            "peak_held_bytes": self.peak_held_bytes,
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                y.name,
+                "x".join(map(str, y.shape)),
+                y.dtype,
+                y.method,
+                y.pattern,
+                f"{y.zeros:,}",
+                f"{y.sparsity:.2%}",
+                "" if y.error is None else f"{y.error:.3g}",
+                y.note,
+            )
+            for y in self.layers
+        ]
+        total = ("total", "", "", "", "", f"{self.zeros:,}", f"{self.sparsity:.2%}", "", "")
+        table = by_rich(_COLUMNS, rows, total)
+        return self._plain() if table is None else table + "\n".join(self._remarks())
+
+    def _remarks(self) -> list[str]:
+        lines = [
+            f"{self.zeros:,} of {self.size:,} weights in {len(self.layers)} masked layers are zero "
+            f"({self.parameters:,} parameters in the model)"
+        ]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            lines.append(f"dense: {shown}: {reason}")
+        if self.peak_held_bytes:
+            lines.append(f"waiting batches held at most {self.peak_held_bytes / 2**20:,.1f} MiB")
+        lines += self.notes
+        lines += [f"warning: {w}" for w in self.warnings]
+        return lines
+
+    def _plain(self) -> str:
+        layers = [f"{y.name}: {y.method} {y.pattern}, {y.sparsity:.2%} zero" for y in self.layers]
+        hint = "(a table with pip install 'torchprune[cli]')"
+        return "\n".join([*layers, *self._remarks(), hint, json.dumps(self.to_dict()["total"])])
+
+
+def report(model: nn.Module) -> Report:
+    """Count the zeros of every masked layer and tell how they came about.
+
+    Counts are of the effective weights as they are now, not of what was asked for.
+    """
+    layers = []
+    for layer, mask in masked_layers(model):
+        original = original_of(layer.module, layer.tensor)
+        with torch.no_grad():
+            effective = mask(original)
+        record = mask.record
+        layers.append(
+            LayerReport(
+                name=layer.name,
+                shape=tuple(original.shape),
+                dtype=str(original.dtype).removeprefix("torch."),
+                method=record.method,
+                pattern=record.pattern,
+                zeros=effective.numel() - int(torch.count_nonzero(effective)),
+                size=effective.numel(),
+                error=record.error,
+                tokens=record.tokens,
+                note=record.note,
+            )
+        )
+    runs = runs_of(model)
+    masked = {y.name for y in layers}
+    skipped = dict(runs[-1].skipped) if runs else {}
+    return Report(
+        layers=layers,
+        skipped={k: why for k, why in skipped.items() if k not in masked},
+        parameters=sum(p.numel() for p in model.parameters()),
+        peak_held_bytes=max((run.peak_held_bytes for run in runs), default=0),
+        notes=[note for run in runs for note in run.notes],
+        warnings=[warning for run in runs for warning in run.warnings],
+    )

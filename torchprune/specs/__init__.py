@@ -1,0 +1,1 @@
+"""What a user asks for, as frozen values without tensors; imports the errors alone."""

@@ -1,0 +1,63 @@
+"""Parameters changed in place while batches pass: for good, or only until they have passed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchprune import modes
+from torchprune.masking.mask import original_of
+from torchprune.masking.selection import Layer
+from torchprune.masking.targets import Target
+from torchprune.masking.undo_file import Spool
+
+
+class Edits:
+    """Weights written while batches pass; all are put back unless the block ends well."""
+
+    def __init__(self, *, keep_dense: bool) -> None:
+        self._spool, self._keep_dense = Spool(), keep_dense
+        self._places: list[tuple[Tensor, int, bool]] = []
+        self.dense: dict[int, Tensor] = {}
+        """What a changed parameter held before, by its id, where that is kept."""
+        self.biases: list[Layer] = []
+
+    def __enter__(self) -> Edits:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        with self._spool, modes.exact():
+            if kind is not None:
+                for tensor, place, _ in reversed(self._places):
+                    self._spool.fetch(place, tensor.data)
+
+    def write(self, target: Target, matrices: Tensor, *, kept: bool = False) -> None:
+        """Give a layer other values; unless they are `kept`, only until `settle`."""
+        new = target.view.from_matrix(matrices, target.weight.shape)
+        self._put(target.weight, new, kept=kept)
+
+    def shift(self, layer: Layer, shift: Tensor) -> None:
+        """Add to a layer's bias."""
+        bias = original_of(layer.module, "bias")
+        self._put(bias, (bias.detach().float() + shift).to(bias.dtype), kept=True)
+        key = f"{layer.key.removesuffix(layer.tensor)}bias"
+        self.biases.append(Layer(key, key, layer.module, "bias"))
+
+    def touch(self, tensor: Tensor) -> None:
+        """A tensor is about to be changed, for good."""
+        self._remember(tensor, kept=True)
+
+    def _put(self, tensor: Tensor, new: Tensor, *, kept: bool) -> None:
+        self._remember(tensor, kept=kept)
+        tensor.data.copy_(new)
+
+    def _remember(self, tensor: Tensor, *, kept: bool) -> None:
+        self._places.append((tensor, self._spool.put(tensor.data), kept))
+        if kept and self._keep_dense and id(tensor) not in self.dense:
+            self.dense[id(tensor)] = tensor.data.clone()
+
+    def settle(self) -> None:
+        """The batches have passed: what was written for them alone gets its own values again."""
+        for tensor, place, kept in reversed(self._places):
+            if not kept:
+                self._spool.fetch(place, tensor.data)
+        self._places = [(t, p, k) for t, p, k in self._places if k]

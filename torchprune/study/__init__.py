@@ -1,0 +1,1 @@
+"""Models compared and evaluated; imports `sparsify` and what stands below it."""

@@ -1,0 +1,360 @@
+"""What `compare` found: a row for each spec and draw, as text, Markdown, JSON and a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchprune.errors import TorchpruneError, did_you_mean
+from torchprune.reports.figure import SUFFIXES, Point, Series, draw
+from torchprune.reports.tables import Column, by_rich, markdown, plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "torchprune comparison 1"
+
+_TEXTS = ("label", "method", "options", "pattern", "draw", "spec", "data")
+_NUMBERS = ("sparsity", "share", "seconds")
+_X_LABELS = {"sparsity": "sparsity of the pruned layers", "share": "zeros of all parameters"}
+
+
+class ComparisonError(TorchpruneError, ValueError):
+    """A comparison cannot be made, resumed or read, or holds not what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One spec on one draw of calibration data.
+
+    Attributes:
+        label: the spec's name in the comparison.
+        method: how weights were chosen; for whole units, the score.
+        options: the spec's other options that are not its defaults.
+        pattern: which weights are zero together: a pattern, or "heads", "neurons", "channels",
+            "layers".
+        draw: the draw's name, "" where there is only one.
+        sparsity: zeros of all weights in the layers with masks, counted by `report`; None if the
+            run failed.
+        share: these zeros of all the model's parameters, pruned layers and others; None likewise.
+        metrics: what `eval_fn` gave, by name; empty if the run failed.
+        seconds: wall time of `sparsify`, informative: one run, on a machine that may be busy.
+        peak_held_bytes: the most that waiting calibration batches held; 0 without calibration.
+        notes: the report's notes and warnings.
+        error: why the run failed, or None.
+        spec: the spec's `repr`.
+        data: a digest of the calibration batches, "" without data.
+    """
+
+    label: str
+    method: str
+    options: str
+    pattern: str
+    draw: str
+    spec: str
+    data: str = ""
+    sparsity: float | None = None
+    share: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    peak_held_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the draws: its mean, and its least and greatest value."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.low == self.high or math.isnan(self.mean):
+            return f"{self.mean:.4g}"
+        return f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows in the order of the specs, each spec's draws together.
+
+    `print(comparison)` shows a line for each label, with the mean and the range over its draws.
+
+    Attributes:
+        dense: the unpruned model's metrics, or None where it was not measured.
+    """
+
+    rows: Sequence[Row]
+    dense: Mapping[str, float] | None
+
+    @property
+    def labels(self) -> list[str]:
+        """The specs' names, in order."""
+        return list(dict.fromkeys(row.label for row in self.rows))
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics, in the order in which they came."""
+        measured = [self.dense or {}, *(row.metrics for row in self.rows)]
+        return list(dict.fromkeys(name for metrics in measured for name in metrics))
+
+    def spread(self, metric: str) -> dict[str, Spread]:
+        """A metric over each label's draws; labels without a result are left out.
+
+        Raises:
+            ComparisonError: there is no such metric.
+        """
+        self._check(metric)
+        found = {label: self._values(label, metric) for label in self.labels}
+        return {label: _spread(y.values()) for label, y in found.items() if y}
+
+    def ratio(self, metric: str, baseline_label: str) -> dict[str, Spread]:
+        """r = (value - dense) / (baseline - dense) for each label: its damage beside a baseline's.
+
+        Below 1 is better than the baseline, 0 is the dense model. Values and baselines of the same
+        draw are paired; labels without such a pair are left out.
+
+        Raises:
+            ComparisonError: no such metric or label, the dense model was not measured, or the
+                baseline failed, is not finite or equals the dense model.
+        """
+        self._check(metric)
+        if self.dense is None or metric not in self.dense:
+            raise ComparisonError(
+                f"a ratio of {metric!r} needs the dense model's: compare(..., dense=True)"
+            )
+        if baseline_label not in self.labels:
+            raise ComparisonError(
+                f"no row is labelled {baseline_label!r}{did_you_mean(baseline_label, self.labels)};"
+                f" there are {', '.join(map(repr, self.labels))}"
+            )
+        dense, baseline = self.dense[metric], self._values(baseline_label, metric)
+        if not baseline:
+            errors = (row.error for row in self.rows if row.label == baseline_label and row.error)
+            why = next(errors, "it was not measured")
+            raise ComparisonError(f"the baseline {baseline_label!r} has no {metric!r}: {why}")
+        for value in baseline.values():
+            if value == dense or not math.isfinite(value - dense):
+                raise ComparisonError(
+                    f"no ratio to the baseline {baseline_label!r}: its {metric!r} is {value:g}, "
+                    f"the dense model's {dense:g}; they must differ and be finite"
+                )
+        found = {}
+        for label in self.labels:
+            values = self._values(label, metric)
+            pairs = [(values[d], baseline[d]) for d in baseline if d in values]
+            if pairs:
+                found[label] = _spread([(v - dense) / (b - dense) for v, b in pairs])
+        return found
+
+    def __str__(self) -> str:
+        columns, rows = self._columns(), self._cells()
+        table = by_rich(columns, rows) or plain(columns, rows)
+        notes = ((label, self._notes(label)) for label in self.labels)
+        return "\n".join([table.rstrip(), *(f"{label}: {note}" for label, note in notes if note)])
+
+    def to_markdown(self) -> str:
+        """The table as GitHub's Markdown, with a column of notes."""
+        notes = [*([""] if self.dense is not None else []), *map(self._notes, self.labels)]
+        rows = [[*line, note] for line, note in zip(self._cells(), notes, strict=True)]
+        return markdown([*self._columns(), Column("note")], rows)
+
+    def to_json(self) -> str:
+        """Everything, as `from_json` reads it; inf and nan as strings."""
+        record = {
+            "format": FORMAT,
+            "dense": None if self.dense is None else _plain_metrics(self.dense),
+            "rows": [{**asdict(y), "metrics": _plain_metrics(y.metrics)} for y in self.rows],
+        }
+        return json.dumps(record, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """The comparison that `to_json` wrote.
+
+        Raises:
+            ComparisonError: it is damaged, or something else.
+        """
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ComparisonError(f"not JSON ({error}): damaged, or no comparison") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            got = found.get("format") if isinstance(found, dict) else type(found).__name__
+            raise ComparisonError(f"no comparison: expected the format {FORMAT!r}, got {got!r}")
+        try:
+            dense = None if found["dense"] is None else _read_metrics(found["dense"])
+            return cls(tuple(_read_row(item) for item in _as(list, found["rows"])), dense)
+        except KeyError as error:
+            raise ComparisonError(f"a damaged comparison: {error} is absent") from None
+        except (TypeError, ValueError) as error:
+            raise ComparisonError(f"a damaged comparison: {error}") from None
+
+    def figure(
+        self,
+        metric: str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        x: Literal["sparsity", "share"] = "sparsity",
+    ) -> Figure:
+        """A metric against sparsity: a line for each method, n:m patterns as markers alone.
+
+        Means over the draws, with bars for their range; the dense model is a dashed line. Runs
+        that failed and values that are not finite are left out.
+
+        Args:
+            path: where to save it, as .png, .svg or .pdf.
+            x: "sparsity", of the layers with masks, or "share", zeros of all parameters, which is
+                the one to compare where some specs mask whole units.
+
+        Returns:
+            a `matplotlib.figure.Figure`.
+
+        Raises:
+            ComparisonError: no such metric, nothing to draw, or another suffix.
+            MissingExtraError: the extra "figure" is absent.
+        """
+        if x not in _X_LABELS:
+            raise ComparisonError(f'x must be "sparsity" or "share", got {x!r}')
+        if path is not None and Path(path).suffix.lower() not in SUFFIXES:
+            raise ComparisonError(f"{path}: a figure is saved as one of {', '.join(SUFFIXES)}")
+        spreads = {k: s for k, s in self.spread(metric).items() if math.isfinite(s.high - s.low)}
+        series: dict[tuple[str, str], list[Point]] = {}
+        for label, y in spreads.items():
+            good = [row for row in self.rows if row.label == label and metric in row.metrics]
+            where = _spread(getattr(row, x) for row in good).mean
+            method = " ".join(filter(None, (good[0].method, good[0].options)))
+            points = series.setdefault((method, good[0].pattern), [])
+            points.append(Point(where, y.mean, y.low, y.high))
+        if not series:
+            raise ComparisonError(f"no row has a finite {metric!r} to draw")
+        dense = (self.dense or {}).get(metric)
+        return draw(
+            [
+                Series(method, pattern, re.fullmatch(r"\d+:\d+", pattern) is None, points)
+                for (method, pattern), points in series.items()
+            ],
+            x_label=_X_LABELS[x],
+            y_label=metric,
+            dense=dense if dense is not None and math.isfinite(dense) else None,
+            path=path,
+        )
+
+    def _check(self, metric: str) -> None:
+        if metric not in self.metrics:
+            raise ComparisonError(
+                f"there is no metric {metric!r}{did_you_mean(metric, self.metrics)}; "
+                f"measured: {', '.join(map(repr, self.metrics)) or 'none'}"
+            )
+
+    def _values(self, label: str, metric: str) -> dict[str, float]:
+        """By draw."""
+        rows = (row for row in self.rows if row.label == label and metric in row.metrics)
+        return {row.draw: row.metrics[metric] for row in rows}
+
+    def _columns(self) -> list[Column]:
+        return [
+            Column("", fold=True),
+            Column("method"),
+            Column("pattern"),
+            Column("sparsity", right=True),
+            Column("of model", right=True),
+            *(Column(name, right=True) for name in self.metrics),
+            Column("seconds", right=True),
+            Column("MiB held", right=True),
+        ]
+
+    def _cells(self) -> list[list[str]]:
+        dense = self.dense or {}
+        lines = [self._line(label) for label in self.labels]
+        if self.dense is not None:
+            figures = [f"{dense[m]:.4g}" if m in dense else "" for m in self.metrics]
+            lines.insert(0, ["dense", "", "", "", "", *figures, "", ""])
+        return lines
+
+    def _line(self, label: str) -> list[str]:
+        rows = [row for row in self.rows if row.label == label]
+        good = [row for row in rows if row.error is None]
+        values = [self._values(label, metric) for metric in self.metrics]
+        return [
+            label,
+            rows[0].method,
+            rows[0].pattern,
+            _mean((row.sparsity for row in good), ".2%"),
+            _mean((row.share for row in good), ".2%"),
+            *(str(_spread(v.values())) if v else "" for v in values),
+            _mean((row.seconds for row in good), ".1f"),
+            f"{max(row.peak_held_bytes for row in good) / 2**20:.1f}" if good else "",
+        ]
+
+    def _notes(self, label: str) -> str:
+        """The notes of all draws, and which of them failed of what."""
+        rows = [row for row in self.rows if row.label == label]
+        failed: dict[str, list[str]] = {}
+        for row in rows:
+            if row.error is not None:
+                failed.setdefault(row.error, []).append(row.draw)
+        errors = [
+            f"failed: {error}" if len(on) == len(rows) else f"failed on {', '.join(on)}: {error}"
+            for error, on in failed.items()
+        ]
+        return "; ".join(dict.fromkeys([*(n for row in rows for n in row.notes), *errors]))
+
+
+def _spread(values: Iterable[float]) -> Spread:
+    some = list(values)
+    low, high = min(some), max(some)
+    return Spread(min(max(sum(some) / len(some), low), high), low, high)  # however it rounds
+
+
+def _mean(values: Iterable[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(sum(known) / len(known), form) if known else ""
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    return {name: v if math.isfinite(v) else str(v) for name, v in metrics.items()}
+
+
+def _read_metrics(found: Any) -> dict[str, float]:
+    return {
+        name: float(value) if value in ("inf", "-inf", "nan") else _number(value)
+        for name, value in _as(dict, found).items()
+    }
+
+
+def _read_row(found: Any) -> Row:
+    item = _as(dict, found)
+    texts: dict[str, Any] = {name: _as(str, item[name]) for name in _TEXTS}
+    numbers: dict[str, Any] = {
+        name: None if item[name] is None else _number(item[name]) for name in _NUMBERS
+    }
+    return Row(
+        **texts,
+        **numbers,
+        metrics=_read_metrics(item["metrics"]),
+        peak_held_bytes=_as(int, item["peak_held_bytes"]),
+        notes=tuple(_as(str, note) for note in _as(list, item["notes"])),
+        error=None if item["error"] is None else _as(str, item["error"]),
+    )
+
+
+def _number(value: Any) -> float:
+    return float(value if type(value) is int else _as(float, value))
+
+
+def _as(kind: type[Any], value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {value!r:.60}")
+    return value

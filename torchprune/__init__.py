@@ -26,9 +26,9 @@ from torchprune.specs.methods import (
 )
 from torchprune.specs.options import PCG, Reconstruct, Swaps
 from torchprune.specs.patterns import NM, Block, Unstructured
-from torchprune.specs.structured import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
 from torchprune.structure.plan import plan_shrink
 from torchprune.structure.shrink import shrink
+from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
 from torchprune.study.compare import compare
 from torchprune.study.evaluation import perplexity
 from torchprune.study.results import Comparison

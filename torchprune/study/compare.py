@@ -23,7 +23,7 @@ from torchprune.reports.report import report
 from torchprune.sparsify import sparsify
 from torchprune.specs.methods import Spec
 from torchprune.specs.patterns import NM
-from torchprune.specs.structured import LayerSpec, StructuredSpec
+from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.study.evaluation import Perplexity
 from torchprune.study.results import Comparison, ComparisonError, Row
 

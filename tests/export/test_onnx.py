@@ -66,6 +66,15 @@ def run(path: Path, *inputs: Tensor) -> list[Any]:
     return made.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
 
 
+def places_in(path: Path) -> list[str]:
+    """Folders of this machine that a file names: of the tests, the libraries, the file itself."""
+    packages = [sys.modules[name] for name in ("torch", "torchprune", "transformers")]
+    folders = [Path(str(package.__file__)).parent for package in packages]
+    held = path.read_bytes()
+    named = [str(f) for f in (*folders, Path(__file__).parents[1], path.parent)]
+    return [f for f in named if f.encode() in held]
+
+
 # -- the packing pass -----------------------------------------------------------------------------
 
 
@@ -128,7 +137,7 @@ def test_families_compute_the_same_in_the_runtime(name: str, tmp_path: Path) -> 
     assert report.packed
     assert report.bytes == path.stat().st_size < report.dense_bytes
     assert operators(path) >= CHAIN
-    assert b"/torchprune/" not in path.read_bytes()  # no path of this machine
+    assert not places_in(path)
     session(path, tmp_path / "optimized.onnx")
     assert not operators(tmp_path / "optimized.onnx") & {"BitShift", "BitwiseAnd"}  # all folded
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []

@@ -44,6 +44,7 @@ def sparsify(
     keep_dense: bool = False,
     hold: torch.dtype | None = None,
     seed: int = 0,
+    tokenizer: Any = None,
 ) -> Model:
     """Prune a model in place: every chosen layer gets a mask as a parametrization.
 
@@ -57,14 +58,17 @@ def sparsify(
         data: calibration batches: any iterable whose items are tensors (passed positionally),
             tuples or lists (positional) or mappings (keywords). Tokens that a batch's
             `attention_mask` excludes do not count. Without data, a generative transformers model
-            calibrates on text sampled from itself; `MagnitudeSpec` needs none.
+            calibrates on text sampled from itself; `MagnitudeSpec` needs none. Texts, with a
+            `tokenizer`: what `text_batches` takes.
         progress: show a progress bar over the layers.
         max_batches: read at most so many batches; all of them wait at each layer together, so
             memory grows with their number and size.
         keep_dense: keep the dense weights beside changed ones, so that `densify` can go back.
         hold: `torch.bfloat16` or `torch.float16` to hold the float32 activations of waiting batches
             in half the memory; statistics then come from rounded inputs.
-        seed: for the sampled text.
+        seed: for the sampled text, or the windows of given texts.
+        tokenizer: the model's own, for data that are texts: they become `max_batches` windows of
+            as many tokens as the model's context holds, at most 2048.
 
     Returns:
         the same model; for an `ExportedProgram` a new one.
@@ -75,7 +79,7 @@ def sparsify(
         Exception: whatever the model raises. After any error the model is as it was.
     """
     _check_request(spec, hold)
-    calibration = Data(data, max_batches, seed, progress)
+    calibration = Data(data, tokenizer, max_batches, seed, progress)
     if type(model).__name__ == "ExportedProgram":
         for_modules = keep_dense or hold is not None
         return cast(Model, _prune_program(model, spec, calibration, for_modules))
@@ -126,7 +130,7 @@ class _Weights:
         if not spec.needs_data:
             self._by_weights_alone(plan)
             return
-        batches, notes = self.data.read(model, type(spec).__name__, windows=spec.windows)
+        batches, notes = self.data.read(model, type(spec).__name__, at_least=spec.windows)
         run.notes += notes
         plan, notes = allocated(model, plan, spec, batches, progress=self.data.progress)
         run.notes += notes
@@ -286,6 +290,11 @@ def _prune_program(
         )
     if for_modules:
         raise SpecError("keep_dense and hold are for modules; a program's own weights stay anyway")
+    if data.tokenizer is not None:
+        raise CalibrationError(
+            "tokenizer is for modules, whose context is known; give a program batches: "
+            "text_batches(tokenizer, texts, length=...)"
+        )
     batches: list[Batch] = []
     if spec.needs_data:
         if data.given is None:

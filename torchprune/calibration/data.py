@@ -16,6 +16,7 @@ from torchprune.calibration.synthesis import (
     synthesise,
     windows_of,
 )
+from torchprune.calibration.text import LONGEST, context_of, longest_of, text_batches
 from torchprune.errors import CalibrationError
 
 
@@ -24,25 +25,27 @@ class Data:
     """What a user gave to calibrate on, not read yet.
 
     Attributes:
-        given: an iterable of batches, or None for the model's own text.
+        given: an iterable of batches, texts with a tokenizer, or None for the model's own text.
+        tokenizer: the model's, where the data are texts, else None.
         max_batches: how many of them are read at most.
         seed: of sampled text.
         progress: whether sampling shows a bar.
     """
 
     given: Iterable[Any] | None
+    tokenizer: Any
     max_batches: int
     seed: int
     progress: bool
 
     def read(
-        self, model: nn.Module, asker: str, *, windows: int = 0
+        self, model: nn.Module, asker: str, *, at_least: int = 0
     ) -> tuple[list[Batch], list[str]]:
         """The batches on the model's device, and what the report should say of them.
 
         Args:
             asker: whose data they are, for errors.
-            windows: without data, at least so many are sampled.
+            at_least: so many windows are sampled, where there are no data.
 
         Raises:
             CalibrationError: no data and a model that writes none, or no usable batches.
@@ -56,9 +59,19 @@ class Data:
                     "transformers language models can calibrate on text of their own; "
                     "MagnitudeSpec needs no data.)"
                 )
-            sequences = max(SEQUENCES, windows)
+            sequences = max(SEQUENCES, at_least)
             given = synthesise(model, sequences=sequences, seed=self.seed, progress=self.progress)
             notes.append("calibrated on text sampled from the model itself")
+        elif self.tokenizer is not None:
+            length = min(LONGEST, context_of(model) or LONGEST, longest_of(self.tokenizer))
+            windows = text_batches(
+                self.tokenizer, given, samples=self.max_batches, length=length, seed=self.seed
+            )
+            size = windows[0]["input_ids"].shape[1]
+            notes.append(
+                f"calibrated on {len(windows)} windows of {size} tokens of the given texts"
+            )
+            given = windows
         batches, more = read_batches(given, model, self.max_batches)
         if more:
             notes.append(

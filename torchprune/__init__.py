@@ -16,7 +16,7 @@ from torchprune.masking.mask import apply_masks, densify, fold, masks
 from torchprune.reports.report import report
 from torchprune.sparsify import sparsify
 from torchprune.specs.allocation import OWL, LeastError, Search
-from torchprune.specs.methods import (
+from torchprune.specs.spec import (
     ADMMSpec,
     BestSpec,
     MagnitudeSpec,

@@ -29,7 +29,7 @@ from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import by_magnitude, decider_for
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord, remember_run
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.specs.options import Reconstruct
 from torchprune.specs.structured import LayerSpec, StructuredSpec
 

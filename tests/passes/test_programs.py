@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec, passes
 from torchprune.errors import CalibrationError, SpecError, TargetError
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.export
 QUIET: dict[str, Any] = {"progress": False}

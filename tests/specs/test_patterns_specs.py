@@ -16,7 +16,7 @@ import torchprune
 from torchprune import NM, Block, MagnitudeSpec, SparseGPTSpec, Unstructured, WandaSpec
 from torchprune.errors import SpecError, TorchpruneError
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.specs.patterns import check_shape, parse_pattern, prune_count
 
 SPECS = [MagnitudeSpec, WandaSpec, SparseGPTSpec]

@@ -28,7 +28,7 @@ from torchprune.methods.decide import Decider, groups_of, sampled_error
 from torchprune.methods.wanda import wanda_score
 from torchprune.specs.allocation import OWL, LeastError, Search
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import Spec, WandaSpec
+from torchprune.specs.spec import Spec, WandaSpec
 from torchprune.specs.patterns import Block
 
 

@@ -50,7 +50,7 @@ from torchprune.cli.spec import (
     override_of,
 )
 from torchprune.reports.report import runs_of
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.study.evaluation import context_of
 
 CHARACTERS_PER_TOKEN = 64

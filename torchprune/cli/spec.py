@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from torchprune.cli.console import typer
 from torchprune.specs.goals import Override
-from torchprune.specs.methods import (
+from torchprune.specs.spec import (
     ADMMSpec,
     BestSpec,
     MagnitudeSpec,

@@ -22,7 +22,7 @@ from torchprune.masking.selection import (
     tied_to,
 )
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.specs.patterns import NM, check_shape, prune_count
 
 

@@ -22,7 +22,7 @@ from torchprune.methods.sparsegpt import Solved
 from torchprune.methods.wanda import wanda_score
 from torchprune.modes import exact
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import MagnitudeSpec, RIASpec, Spec, WandaSpec
+from torchprune.specs.spec import MagnitudeSpec, RIASpec, Spec, WandaSpec
 
 _ROWS_MEASURED = 128
 

@@ -21,7 +21,7 @@ from torchprune.methods.refit import refit
 from torchprune.methods.sparsegpt import Solved, sparsegpt
 from torchprune.methods.swaps import swap
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import ADMMSpec, SparseGPTSpec, Spec
+from torchprune.specs.spec import ADMMSpec, SparseGPTSpec, Spec
 from torchprune.specs.options import PCG, Swaps
 from torchprune.specs.patterns import Block
 

@@ -31,7 +31,7 @@ from torchprune.methods.decide import Decider, by_magnitude, decider_for
 from torchprune.passes.linears import product_of
 from torchprune.passes.masks import insert_masks
 from torchprune.passes.program import Draft, tied
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 _aten = torch.ops.aten
 _CONVS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprune.errors import SpecError
 from torchprune.specs.allocation import Loss
-from torchprune.specs.methods import Selectors
+from torchprune.specs.spec import Selectors
 from torchprune.specs.options import Checked, Reconstruct, as_reconstruct
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from torchprune.methods.permute import best_order, retained
 from torchprune.methods.ria import ria_score
 from torchprune.methods.wanda import wanda_score
 from torchprune.reports.report import RunRecord
-from torchprune.specs.methods import MagnitudeSpec, RIASpec, Spec
+from torchprune.specs.spec import MagnitudeSpec, RIASpec, Spec
 from torchprune.specs.patterns import NM
 from torchprune.structure.channels import Channels, Place, neurons
 from torchprune.structure.head_values import head_values

@@ -21,7 +21,7 @@ from torchprune.checkpoint.whole_files import write_whole
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.reports.report import report
 from torchprune.sparsify import sparsify
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.specs.patterns import NM
 from torchprune.specs.structured import LayerSpec, StructuredSpec
 from torchprune.study.evaluation import Perplexity

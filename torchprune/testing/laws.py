@@ -24,7 +24,7 @@ from torchprune.masking.mask import (
 from torchprune.masking.selection import Layer
 from torchprune.masking.targets import make_plan
 from torchprune.sparsify import sparsify
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.testing.assertions import assert_sparsity
 
 

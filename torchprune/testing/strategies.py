@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchprune.errors import MissingExtraError
-from torchprune.specs.methods import (
+from torchprune.specs.spec import (
     ADMMSpec,
     MagnitudeSpec,
     RIASpec,

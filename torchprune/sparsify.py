@@ -26,11 +26,11 @@ from torchprune.calibration.synthesis import (
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
-from torchprune.methods.decide import by_magnitude, decider_for
+from torchprune.methods.decide import decider_for, without_data
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord, remember_run
-from torchprune.specs.spec import Spec
 from torchprune.specs.options import Reconstruct
+from torchprune.specs.spec import Spec
 from torchprune.specs.structured import LayerSpec, StructuredSpec
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def sparsify(
     run = RunRecord(spec=spec, skipped=dict(plan.skipped))
     if not spec.needs_data:
         with modes.exact(), all_or_nothing(plan.targets, keep_dense=keep_dense) as changes:
-            for change in by_magnitude(plan.targets, spec):
+            for change in without_data(plan.targets, spec):
                 changes.stage(change)
                 changes.settle()
     else:
@@ -243,6 +243,7 @@ def _calibrate(
         plan.targets,
         batches,
         gram=spec.needs_gram,
+        total=spec.needs_mean,
         blocks=plan.blocks,
         twice=spec.sequential == "block",
         foresee=foresee,

@@ -72,7 +72,7 @@ class ScoreSpec(Spec):
 
     def __post_init__(self) -> None:
         check_function("ScoreSpec", "score", self.score, "(weight, moments) -> scores")
-        if self.needs not in _TOLD:
+        if not isinstance(self.needs, str) or self.needs not in _TOLD:
             raise SpecError(
                 f"ScoreSpec: needs {self.needs!r} is not understood"
                 f"{did_you_mean(str(self.needs), _TOLD)}; accepted: "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from torchprune.masking.projection import project
 from torchprune.methods.custom import plain_share
 from torchprune.reports.report import runs_of
 from torchprune.specs.functions import FunctionName, described, function_name
+from torchprune.specs.method import GroupMoments
 from torchprune.specs.patterns import prune_count
 from torchprune.specs.spec import Spec
 from torchprune.testing import check_laws
@@ -83,6 +85,58 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
     first, second = one.state_dict(), two.state_dict()
     assert first.keys() == second.keys()
     assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+# -- a method is one file -------------------------------------------------------------------------
+
+
+def test_no_file_but_its_own_knows_a_method_by_its_class() -> None:
+    root = Path(torchprune.__file__).parent
+    public = [getattr(torchprune, name) for name in torchprune.__all__]
+    methods = [k for k in public if isinstance(k, type) and issubclass(k, Spec)]
+    assert len(methods) >= 8
+    for kind in methods:
+        home = root.joinpath(*kind.__module__.split(".")[1:]).with_suffix(".py")
+        assert home.parent == root / "methods"
+        allowed = {home, root / "__init__.py", root / "testing" / "strategies.py"}
+        allowed |= {root / "testing" / "assertions.py"} if kind is MagnitudeSpec else set()
+        allowed |= {root / "methods" / "best.py"} if kind is ADMMSpec else set()
+        for path in set(root.rglob("*.py")) - allowed:
+            tree = ast.parse(path.read_text("utf-8"))
+            names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+            assert kind.__name__ not in names, f"{path} knows {kind.__name__}"
+
+
+def test_the_command_line_offers_every_method_that_has_a_word_for_it() -> None:
+    from torchprune.cli.spec import Method, spec_of
+
+    public = [getattr(torchprune, name) for name in torchprune.__all__]
+    kinds = {k.method: k for k in public if isinstance(k, type) and issubclass(k, Spec)}
+    del kinds["score"], kinds["solver"]  # these take functions
+    assert {method.value: spec_of(method) for method in Method} == kinds
+
+
+@dataclass(frozen=True)
+class ColumnSpec(Spec):
+    """What a new file would hold: whole inputs go, the quietest first."""
+
+    method: ClassVar[str] = "columns of a test"
+    scopes: ClassVar[tuple[str, ...]] = ("row",)
+
+    def scores(self, weight: Tensor, moments: GroupMoments) -> Tensor:
+        return moments.square.sqrt().expand(weight.shape)
+
+
+def test_a_class_of_its_own_is_all_that_a_method_needs(tmp_path: Path) -> None:
+    spec = ColumnSpec(sparsity=0.25)
+    check_laws(FAMILIES["mlp"].make, spec, FAMILIES["mlp"].data())
+    model = pruned("llama", spec)
+    mask = next(iter(torchprune.masks(model).values()))
+    assert torch.equal(mask, mask[:1].expand(mask.shape))
+    torchprune.save(model, tmp_path)
+    loaded = torchprune.load(tmp_path)
+    assert [run.spec for run in runs_of(loaded)] == [spec]
+    assert torchprune.report(loaded).layers[0].method == "columns of a test"
 
 
 # -- the same bits as ours ------------------------------------------------------------------------

@@ -14,17 +14,16 @@ from torchprune.errors import TorchpruneError
 from torchprune.lowering.kernels import operators as kernels  # noqa: F401  (kernels.native())
 from torchprune.lowering.lower import lift, lower, plan_lowering
 from torchprune.masking.mask import apply_masks, densify, fold, masks
+from torchprune.methods.admm import ADMMSpec
+from torchprune.methods.best import BestSpec
+from torchprune.methods.custom import ScoreSpec, SolverSpec
+from torchprune.methods.magnitude import MagnitudeSpec
+from torchprune.methods.ria import RIASpec
+from torchprune.methods.sparsegpt import SparseGPTSpec
+from torchprune.methods.wanda import WandaSpec
 from torchprune.reports.report import report
 from torchprune.sparsify import sparsify
 from torchprune.specs.allocation import OWL, LeastError, Search
-from torchprune.specs.methods import (
-    ADMMSpec,
-    BestSpec,
-    MagnitudeSpec,
-    RIASpec,
-    SparseGPTSpec,
-    WandaSpec,
-)
 from torchprune.specs.options import PCG, Reconstruct, Swaps
 from torchprune.specs.patterns import NM, Block, Unstructured
 from torchprune.structure.plan import plan_shrink
@@ -52,7 +51,9 @@ __all__ = [
     "NeuronSpec",
     "RIASpec",
     "Reconstruct",
+    "ScoreSpec",
     "Search",
+    "SolverSpec",
     "SparseGPTSpec",
     "Swaps",
     "TorchpruneError",

@@ -21,11 +21,11 @@ from torchprune.calibration.lockstep import Calibration, Unforeseen
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
-from torchprune.methods.decide import by_magnitude, decider_for
+from torchprune.methods.decide import decider_for, without_data
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord, remember_run
-from torchprune.specs.methods import Spec
 from torchprune.specs.options import Reconstruct
+from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _check_request(spec: object, hold: object) -> None:
         got = f"the class {spec.__name__}" if isinstance(spec, type) else repr(spec)
         raise SpecError(
             "spec must be a MagnitudeSpec, WandaSpec, RIASpec, SparseGPTSpec, ADMMSpec, BestSpec, "
-            f"HeadSpec, NeuronSpec, ChannelSpec or LayerSpec, got {got}"
+            f"ScoreSpec, SolverSpec, HeadSpec, NeuronSpec, ChannelSpec or LayerSpec, got {got}"
         )
     if hold not in (None, torch.bfloat16, torch.float16):
         raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")
@@ -141,7 +141,7 @@ class _Weights:
 
     def _by_weights_alone(self, plan: Plan) -> None:
         with modes.exact(), all_or_nothing(plan.targets, keep_dense=self.keep_dense) as changes:
-            for change in by_magnitude(plan.targets, self.spec):
+            for change in without_data(plan.targets, self.spec):
                 changes.stage(change)
                 changes.settle()
 
@@ -185,6 +185,7 @@ class _Weights:
             plan.targets,
             batches,
             gram=spec.needs_gram,
+            total=spec.needs_mean,
             blocks=plan.blocks,
             twice=spec.sequential == "block",
             foresee=foresee,

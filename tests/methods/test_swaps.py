@@ -35,7 +35,7 @@ from torchprune.masking.projection import project
 from torchprune.methods import swaps
 from torchprune.methods.swaps import swap
 from torchprune.methods.wanda import wanda_score
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.testing import assert_sparsity, specs, weights
 
 # -- oracles --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec, passes
 from torchprune.errors import CalibrationError, SpecError, TargetError
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.export
 QUIET: dict[str, Any] = {"progress": False}

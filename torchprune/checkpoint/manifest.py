@@ -24,6 +24,7 @@ from torchprune.masking.mask import Record
 from torchprune.masking.plain_state import Kind
 from torchprune.masking.selection import as_selectors, layers_of, matches
 from torchprune.reports.report import RunRecord
+from torchprune.specs.functions import FunctionName, function_name
 from torchprune.specs.options import Checked
 from torchprune.specs.patterns import NM, Block, Unstructured
 from torchprune.structure.size_record import Resized
@@ -35,6 +36,9 @@ VERSION = 1
 
 MAX_JSON = 32 << 20
 """Bytes of the largest JSON file that is read."""
+
+_FUNCTION = re.compile(r"<.{1,200} at 0x[0-9a-fA-F]+>")
+"""How earlier versions wrote down a function."""
 
 ENCODINGS = ("dense", "packed", "masked", "tied")
 
@@ -173,7 +177,7 @@ def _selector_data(selectors: Any, model: nn.Module) -> Any:
 
 def _plain(value: Any) -> Any:
     """A spec's value as JSON has it: patterns as the strings that name them, values made of options
-    as an object of one key, the class's name."""
+    as an object of one key, the class's name; functions as their names alone."""
     if isinstance(value, Unstructured | NM | Block):
         return str(value)
     if isinstance(value, Mapping):
@@ -183,6 +187,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Checked):
         saved = [f.name for f in fields(cast(Any, value)) if f.metadata.get("saved", True)]
         return {type(value).__name__: {name: _plain(getattr(value, name)) for name in saved}}
+    if callable(value) and not isinstance(value, type):
+        return {"function": function_name(value)}
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
@@ -334,7 +340,10 @@ def _run(data: object, where: str) -> RunRecord:
 
 
 def _spec(data: object, where: str) -> Checked:
-    known = {kind.method: kind for kind in _spec_classes(Checked) if hasattr(kind, "method")}
+    known = dict[str, Any]()
+    for kind in _spec_classes(Checked):
+        if "method" in vars(kind):  # says so itself: a user's subclass of it does not stand for it
+            known.setdefault(kind.method, kind)
     method = data.get("method") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(method, str) or method not in known:
         raise CheckpointError(f"{where}: expected an object with a method: {', '.join(known)}")
@@ -353,14 +362,19 @@ def _spec(data: object, where: str) -> Checked:
         for name, value in options.items():
             if name != "overrides" and isinstance(value, dict):
                 options[name] = _option(value)
+            elif isinstance(value, str) and _FUNCTION.fullmatch(value):
+                options[name] = FunctionName(value)
         spec: Checked = known[method](**options)
         return spec
     except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error!s:.300}") from None
 
 
-def _option(data: dict[str, Any]) -> Checked:
-    """A value such as PCG(...) or OWL(...), from {"OWL": {...}}."""
+def _option(data: dict[str, Any]) -> Checked | FunctionName:
+    """A value such as PCG(...) or OWL(...), from {"OWL": {...}}; a function's name, as no more than
+    that, from {"function": "..."}."""
+    if list(data) == ["function"] and isinstance(data["function"], str):
+        return FunctionName(data["function"])
     known = {kind.__name__: kind for kind in _spec_classes(Checked)[1:] if not _is_spec(kind)}
     (name, values), *more = data.items() or [("", None)]
     if more or name not in known or not isinstance(values, dict):

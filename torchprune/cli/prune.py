@@ -37,7 +37,6 @@ from torchprune.cli.console import (
 from torchprune.cli.documents import read_documents
 from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.cli.spec import (
-    SPECS,
     Allocation,
     AllocationOption,
     AlphaOption,
@@ -49,10 +48,11 @@ from torchprune.cli.spec import (
     RefineOption,
     better_options,
     override_of,
+    spec_of,
 )
 from torchprune.errors import InputError
 from torchprune.reports.report import runs_of
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 
 def prune(
@@ -165,7 +165,7 @@ def prune(
     with one_line(debug):
         say = speaker(quiet)
         better = better_options(method, effort, refine, alpha, reconstruct, permute, allocation)
-        spec = SPECS[method](
+        spec = spec_of(method)(
             sparsity=sparsity,
             pattern=pattern,
             scope=scope,

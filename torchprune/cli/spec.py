@@ -5,17 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any
 
+import torchprune
 from torchprune.cli.console import typer
 from torchprune.specs.goals import Override
-from torchprune.specs.methods import (
-    ADMMSpec,
-    BestSpec,
-    MagnitudeSpec,
-    RIASpec,
-    SparseGPTSpec,
-    Spec,
-    WandaSpec,
-)
+from torchprune.specs.spec import Spec
 
 _BETTER = "Better quality"
 
@@ -31,14 +24,14 @@ class Method(StrEnum):
     best = "best"
 
 
-SPECS: dict[Method, type[Spec]] = {
-    Method.magnitude: MagnitudeSpec,
-    Method.wanda: WandaSpec,
-    Method.ria: RIASpec,
-    Method.sparsegpt: SparseGPTSpec,
-    Method.admm: ADMMSpec,
-    Method.best: BestSpec,
-}
+def spec_of(method: Method) -> type[Spec]:
+    """The spec that says of itself that it is this method's."""
+    public = (getattr(torchprune, name) for name in torchprune.__all__)
+    return next(
+        kind
+        for kind in public
+        if isinstance(kind, type) and issubclass(kind, Spec) and kind.method == method.value
+    )
 
 
 class Effort(StrEnum):

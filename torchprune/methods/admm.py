@@ -28,7 +28,7 @@ def admm(
 
     Args:
         dense: (rows, cols) float32 scaled weights W0.
-        linear: (rows, cols) float32, `dense @ problem.pull`.
+        linear: (rows, cols) float32, `problem.wanted` of the dense weights.
         project: the mask (rows, cols) of a score (rows, cols), at a share in (0, 1] of the asked
             sparsity.
         steps: rounds; in the first `ramp` the share grows with the cube of the round.

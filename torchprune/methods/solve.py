@@ -115,8 +115,8 @@ class Solver:
         """The dense weights that would best give what is to be reached, from the present inputs."""
         problem = self._problem(group, ridge)
         lower = torch.linalg.cholesky(problem.matrix)
-        scaled = problem.scaled(torch.cat(list(weights)))
-        best = torch.cholesky_solve((scaled @ problem.pull).T, lower).T
+        wanted = problem.wanted(torch.cat(list(weights)))
+        best = torch.cholesky_solve(wanted.T, lower).T
         split = best.split([len(weight) for weight in weights])
         return [problem.unscaled(b, w) for b, w in zip(split, weights, strict=True)]
 
@@ -130,7 +130,7 @@ class Solver:
     ) -> list[Solved]:
         problem = self._problem(group, spec.ridge)
         heights = [len(weight) for weight in weights]
-        dense = problem.scaled(torch.cat(list(weights)))
+        dense = torch.cat(list(weights))
         scope = spec.scope or "row"
 
         def project(score: Tensor, share: float) -> Tensor:
@@ -141,9 +141,8 @@ class Solver:
                 masks.append(mask if bar is None else mask & ~bar)
             return torch.cat(masks)
 
-        sparse, keep = admm(
-            dense, dense @ problem.pull, problem, project, steps=spec.steps, ramp=spec.ramp
-        )
+        scaled, wanted = problem.scaled(dense), problem.wanted(dense)
+        sparse, keep = admm(scaled, wanted, problem, project, steps=spec.steps, ramp=spec.ramp)
         return self._split(problem, sparse, keep, weights)
 
     def _swapped(
@@ -157,16 +156,19 @@ class Solver:
     ) -> list[Tensor]:
         assert not isinstance(goal.pattern, Block)
         problem = self._problem(group, ridge=0.0)
-        return [
-            swap(problem.scaled(weight), problem.matrix, keep, goal.pattern, refine.rounds, bar)
-            for weight, keep, bar in zip(weights, keeps, barred, strict=True)
-        ]
+        matrix, pattern, rounds = problem.matrix, goal.pattern, refine.rounds
+        swapped = []
+        for weight, keep, bar in zip(weights, keeps, barred, strict=True):
+            # What is pruned of dead inputs stays so: to restore it would gain nothing by itself.
+            fixed = problem.dead.expand_as(keep) if bar is None else bar | problem.dead
+            swapped.append(swap(problem.scaled(weight), matrix, keep, pattern, rounds, fixed))
+        return swapped
 
     def _refined(
         self, refine: PCG, group: int, weights: Sequence[Tensor], solved: Sequence[Solved]
     ) -> list[Solved]:
         problem = self._problem(group, refine.ridge)
-        linear = problem.scaled(torch.cat(list(weights))) @ problem.pull
+        linear = problem.wanted(torch.cat(list(weights)))
         start = problem.scaled(torch.cat([s.weight for s in solved]))
         keep = torch.cat([s.keep for s in solved])
         fitted = refit(linear, start, keep, problem, refine.steps)

@@ -37,7 +37,7 @@ def admm(
 
     Args:
         dense: (rows, cols) float32 scaled weights W0.
-        linear: (rows, cols) float32, `dense @ problem.pull`.
+        linear: (rows, cols) float32, `problem.wanted` of the dense weights.
         project: the mask (rows, cols) of a score (rows, cols), at a share in (0, 1] of the asked
             sparsity.
         steps: rounds; in the first `ramp` the share grows with the cube of the round.
@@ -106,7 +106,8 @@ class ADMMSpec(Spec):
         goal, scope = task.goal, self.scope or "row"
         problem = posed(task, self.ridge, self.alpha)
         heights = [len(weight) for weight in task.weights]
-        dense = problem.scaled(torch.cat(list(task.weights)))
+        dense = torch.cat(list(task.weights))
+        scaled, wanted = problem.scaled(dense), problem.wanted(dense)
 
         def project(score: Tensor, share: float) -> Tensor:
             masks = []
@@ -116,7 +117,5 @@ class ADMMSpec(Spec):
                 masks.append(mask if bar is None else mask & ~bar)
             return torch.cat(masks)
 
-        sparse, keep = admm(
-            dense, dense @ problem.pull, problem, project, steps=self.steps, ramp=self.ramp
-        )
+        sparse, keep = admm(scaled, wanted, problem, project, steps=self.steps, ramp=self.ramp)
         return apart(problem, sparse, keep, task.weights)

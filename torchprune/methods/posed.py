@@ -26,8 +26,8 @@ def retargeted(task: Task, ridge: float, alpha: float) -> list[Tensor]:
     """The dense weights that would best give what is to be reached, from the present inputs."""
     problem = posed(task, ridge, alpha)
     lower = torch.linalg.cholesky(problem.matrix)
-    scaled = problem.scaled(torch.cat(list(task.weights)))
-    best = torch.cholesky_solve((scaled @ problem.pull).T, lower).T
+    wanted = problem.wanted(torch.cat(list(task.weights)))
+    best = torch.cholesky_solve(wanted.T, lower).T
     split = best.split([len(weight) for weight in task.weights])
     return [problem.unscaled(b, w) for b, w in zip(split, task.weights, strict=True)]
 

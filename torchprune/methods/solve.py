@@ -93,14 +93,17 @@ class Solver:
         pattern = task.goal.pattern
         assert not isinstance(pattern, Block)
         problem = posed(task, ridge=0.0, alpha=self.spec.alpha)
-        return [
-            swap(problem.scaled(weight), problem.matrix, keep, pattern, refine.rounds, bar)
-            for weight, keep, bar in zip(task.weights, keeps, task.barred, strict=True)
-        ]
+        swapped = []
+        for weight, keep, bar in zip(task.weights, keeps, task.barred, strict=True):
+            # What is pruned of dead inputs stays so: to restore it would gain nothing by itself.
+            fixed = problem.dead.expand_as(keep) if bar is None else bar | problem.dead
+            scaled = problem.scaled(weight)
+            swapped.append(swap(scaled, problem.matrix, keep, pattern, refine.rounds, fixed))
+        return swapped
 
     def _refined(self, refine: PCG, task: Task, solved: Sequence[Solution]) -> list[Solution]:
         problem = posed(task, refine.ridge, self.spec.alpha)
-        linear = problem.scaled(torch.cat(list(task.weights))) @ problem.pull
+        linear = problem.wanted(torch.cat(list(task.weights)))
         start = problem.scaled(torch.cat([s.weight for s in solved]))
         keep = torch.cat([s.keep for s in solved])
         fitted = refit(linear, start, keep, problem, refine.steps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchprune.checkpoint.manifest import CODES, MAX_JSON, Entry
+from torchprune.checkpoint.checksums import checksum, of_tensors
+from torchprune.checkpoint.manifest import CODES, MAX_JSON, SKIP, Entry
 from torchprune.errors import CheckpointError
 from torchprune.masking.packing import (
     can_pack,
@@ -72,11 +73,13 @@ def encode(slots: dict[str, Slot]) -> tuple[dict[str, Entry], dict[str, Tensor]]
             _check_tie(slot, kept[ties[key]])
             entries[key] = _entry(slot, "tied", to=ties[key])
         else:
-            entries[key], parts = _encode(slot)
-            for suffix, tensor in parts.items():
+            entry, parts = _encode(slot)
+            for suffix in parts:
                 if f"{key}{suffix}" in blobs or (suffix and f"{key}{suffix}" in kept):
                     raise CheckpointError(f"two tensors would be stored as {key + suffix!r}")
-                blobs[f"{key}{suffix}"] = tensor.cpu().contiguous()
+            written = {f"{key}{suffix}": t.cpu().contiguous() for suffix, t in parts.items()}
+            entries[key] = replace(entry, checksum=of_tensors(written.values()))
+            blobs |= written
     return entries, blobs
 
 
@@ -133,8 +136,11 @@ def _check_tie(slot: Slot, owner: Slot) -> None:
         )
 
 
-def write_blobs(path: Path, blobs: dict[str, Tensor]) -> None:
+def write_blobs(path: Path, blobs: dict[str, Tensor]) -> str:
     """Write the weights file.
+
+    Returns:
+        the checksum of its header.
 
     Raises:
         CheckpointError: it could not be written.
@@ -143,6 +149,7 @@ def write_blobs(path: Path, blobs: dict[str, Tensor]) -> None:
         save_file(blobs, str(path))
     except SafetensorError as error:
         raise CheckpointError(f"{path}: could not be written ({error})") from error
+    return checksum([_header_of(path)])
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -151,17 +158,25 @@ def write_blobs(path: Path, blobs: dict[str, Tensor]) -> None:
 class WeightsFile:
     """An open weights file whose header agrees with the manifest's entries."""
 
-    def __init__(self, path: Path, file: Any, entries: dict[str, Entry]) -> None:
-        self._path, self._file, self._entries = path, file, entries
+    def __init__(self, path: Path, file: Any, entries: dict[str, Entry], verify: bool) -> None:
+        self._path, self._file, self._entries, self._verify = path, file, entries, verify
         self._check()
 
     def decode(self, key: str) -> Decoded:
         """Read a tensor that is not tied. What is allocated is bounded by what the file holds.
 
         Raises:
-            CheckpointError: its bits and values disagree.
+            CheckpointError: its blobs do not have its checksum, or its bits and values disagree.
         """
         entry = self._entries[key]
+        if self._verify and entry.checksum is not None:
+            blobs = [blob for blob, _ in _expected({key: entry})]
+            found = of_tensors(self._file.get_tensor(blob) for blob in blobs)
+            if found != entry.checksum:
+                raise CheckpointError(
+                    f"{self._path}: {key} is damaged: it has the checksum {found}, "
+                    f"but was written with {entry.checksum} ({SKIP})"
+                )
         if entry.encoding == "dense":
             return Decoded(self._read(key))
         bits, values = self._read(f"{key}.bits"), self._read(f"{key}.values")
@@ -216,22 +231,43 @@ def _expected(entries: dict[str, Entry]) -> Iterator[tuple[str, Form]]:
             yield f"{key}.dense" if entry.dense else key, (code, entry.shape)
 
 
+def _header_of(path: Path) -> bytes:
+    """The first bytes of a safetensors file, up to its tensors.
+
+    Raises:
+        CheckpointError: the file is too short for the header it claims, or that is too long.
+    """
+    with path.open("rb") as file:
+        first = file.read(8)
+        length, size = int.from_bytes(first, "little"), path.stat().st_size
+        if len(first) < 8 or length > size - 8:
+            raise CheckpointError(f"{path}: truncated, or no safetensors file")
+        if length > MAX_JSON:
+            raise CheckpointError(f"{path}: its header claims {length} bytes, which no header has")
+        return first + file.read(length)
+
+
 @contextmanager
-def open_weights(path: Path, entries: dict[str, Entry]) -> Iterator[WeightsFile]:
+def open_weights(
+    path: Path, entries: dict[str, Entry], header: str | None, *, verify: bool
+) -> Iterator[WeightsFile]:
     """Open a weights file and compare its header with the manifest's entries.
+
+    Args:
+        header: the header's checksum, or None where there are no checksums.
+        verify: compare checksums.
 
     Raises:
         CheckpointError: the file is damaged, or holds other tensors than the manifest says.
     """
-    with path.open("rb") as file:
-        first = file.read(8)
-    header, size = int.from_bytes(first, "little"), path.stat().st_size
-    if len(first) < 8 or header > size - 8:
-        raise CheckpointError(f"{path}: truncated, or no safetensors file")
-    if header > MAX_JSON:
-        raise CheckpointError(f"{path}: its header claims {header} bytes, which no header has")
+    found = checksum([_header_of(path)])
+    if verify and header is not None and found != header:
+        raise CheckpointError(
+            f"{path}: its header is damaged: it has the checksum {found}, but was written with "
+            f"{header} ({SKIP})"
+        )
     try:
         with safe_open(str(path), framework="pt", device="cpu") as opened:
-            yield WeightsFile(path, opened, entries)
+            yield WeightsFile(path, opened, entries, verify)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged or truncated ({error!s:.200})") from None

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
+from torchprune.checkpoint.checksums import of_content
 from torchprune.errors import CheckpointError, TorchpruneError
 from torchprune.masking.mask import Record
 from torchprune.masking.plain_state import Kind
@@ -31,10 +32,14 @@ from torchprune.structure.size_record import Resized
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT = "torchprune"
-VERSION = 1
+VERSION = 2
+"""What is written. Version 1, which is read too, is the same without checksums."""
 
 MAX_JSON = 32 << 20
 """Bytes of the largest JSON file that is read."""
+
+SKIP = "verify=False reads it without looking at checksums"
+"""What every error about a checksum adds."""
 
 ENCODINGS = ("dense", "packed", "masked", "tied")
 
@@ -74,6 +79,7 @@ class Entry:
         to: the key of the tensor it is tied to.
         dense: whether the weights from before the pruning are there too (masked tensors only).
         record: how the mask came about (masked tensors only).
+        checksum: of its blobs in the order bits, values, dense; None if tied, or in version 1.
     """
 
     dtype: str
@@ -83,6 +89,7 @@ class Entry:
     to: str | None = None
     dense: bool = False
     record: Record | None = None
+    checksum: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -108,6 +115,8 @@ class Manifest:
         weights: the file with the tensors.
         made_with: versions of torchprune, torch and transformers.
         resized: how a shrunk model differs from what its class and config make, or None.
+        header: checksum of the weights file's header; None in version 1, which has no checksums.
+        settings: checksums of the config's and the generation settings' files, by name.
     """
 
     tensors: dict[str, Entry]
@@ -118,6 +127,8 @@ class Manifest:
     weights: str = WEIGHTS
     made_with: dict[str, str] = field(default_factory=dict)
     resized: Resized | None = None
+    header: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -133,11 +144,14 @@ def write_manifest(directory: Path, manifest: Manifest, model: nn.Module) -> Non
         "weights": manifest.weights,
         "config": manifest.config,
         "generation": manifest.generation,
+        "header": manifest.header,
+        "settings": manifest.settings,
         **({} if manifest.resized is None else {"resized": asdict(manifest.resized)}),
         "runs": [_run_data(run, model) for run in manifest.runs],
         "tensors": {key: _entry_data(entry) for key, entry in manifest.tensors.items()},
     }
-    text = json.dumps(data, indent=1)
+    as_read = json.loads(json.dumps(data))
+    text = json.dumps({**data, "checksum": of_content(as_read)}, indent=1)
     if len(text) > MAX_JSON:
         raise CheckpointError(f"the manifest would have {len(text)} bytes, limit {MAX_JSON}")
     (directory / MANIFEST).write_text(text, "utf-8")
@@ -234,8 +248,11 @@ def is_saved(directory: Path) -> bool:
         return False
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, *, verify: bool = True) -> Manifest:
     """Read and check `manifest.json`.
+
+    Args:
+        verify: compare its checksum with its content.
 
     Raises:
         CheckpointError: it is absent, damaged, of another format or version, or malformed.
@@ -247,18 +264,23 @@ def read_manifest(directory: Path) -> Manifest:
     path = plain_file(directory, MANIFEST)
     data = read_json(path)
     try:
-        return _manifest(data)
+        return _manifest(data, verify)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _manifest(data: dict[str, Any]) -> Manifest:
+def _manifest(data: dict[str, Any], verify: bool) -> Manifest:
+    claimed, found = data.pop("checksum", None), of_content(data)
     if data.pop("format", None) != FORMAT:
         raise CheckpointError(f'not of torchprune (its "format" is not {FORMAT!r})')
     version = data.pop("version", None)
-    if version != VERSION or isinstance(version, bool):
+    if version not in (1, VERSION) or isinstance(version, bool):
         raise CheckpointError(
-            f"format version {version!r:.40}, but this torchprune reads version {VERSION}"
+            f"format version {version!r:.40}, but this torchprune reads versions 1 to {VERSION}"
+        )
+    if verify and version == VERSION and claimed != found:
+        raise CheckpointError(
+            f"damaged: its content has the checksum {found}, but it claims {claimed!r:.80} ({SKIP})"
         )
     tensors, runs = data.get("tensors"), data.get("runs")
     if not isinstance(tensors, dict) or not isinstance(runs, list):
@@ -266,6 +288,9 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     entries = {key: _entry(entry, f"tensors[{key!r:.200}]") for key, entry in tensors.items()}
     for key, entry in entries.items():
         _check_tie(key, entry, entries)
+        _check_sum(key, entry, version)
+    if (data.get("header") is None) != (version == 1):
+        raise CheckpointError("a checksum of the weights' header belongs to version 2")
     data["tensors"], data["runs"] = entries, [_run(run, f"runs[{i}]") for i, run in enumerate(runs)]
     if data.get("resized") is not None:
         data["resized"] = _typed(Resized, data["resized"], "resized")
@@ -319,6 +344,13 @@ def _check_tie(key: str, entry: Entry, entries: dict[str, Entry]) -> None:
     if (owner.dtype, owner.shape, owner.kind) != (entry.dtype, entry.shape, entry.kind):
         raise CheckpointError(
             f"tensors[{key!r:.200}]: tied to {entry.to!r:.200} of another dtype, shape or kind"
+        )
+
+
+def _check_sum(key: str, entry: Entry, version: int) -> None:
+    if (entry.checksum is None) != (version == 1 or entry.encoding == "tied"):
+        raise CheckpointError(
+            f"tensors[{key!r:.200}]: a checksum belongs to each tensor of version 2 that is not tied"
         )
 
 

@@ -1,4 +1,4 @@
-"""Damage that leaves a file well formed: every flipped bit is refused by name, or changes nothing."""
+"""Damage that leaves a file well formed: each flipped bit is refused by name, or changes nothing."""
 
 from __future__ import annotations
 
@@ -69,6 +69,15 @@ def load_into(directory: Path, **options: Any) -> nn.Module:
     return torchprune.load_into(layers(), directory, **options)
 
 
+def refusal(model: nn.Module, directory: Path) -> str | None:
+    """What `load_into` says against a directory, or None."""
+    try:
+        torchprune.load_into(model, directory)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 FILES = ["manifest.json", "weights.safetensors"]
 
 
@@ -83,13 +92,12 @@ def test_no_flipped_bit_loads_as_something_else(saved: Path, data: st.DataObject
         flip(copy / name, at)
         fresh = prune(layers(), MagnitudeSpec(0.25, targets="0"))
         before = raw(fresh)
-        try:
-            torchprune.load_into(fresh, copy)
-        except CheckpointError as error:
-            assert name in str(error), error
-            assert raw(fresh) == before
-        else:
+        error = refusal(fresh, copy)
+        if error is None:
             assert state(fresh) == expected
+        else:
+            assert name in error
+            assert raw(fresh) == before
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,7 @@ def _check_tie(key: str, entry: Entry, entries: dict[str, Entry]) -> None:
 def _check_sum(key: str, entry: Entry, version: int) -> None:
     if (entry.checksum is None) != (version == 1 or entry.encoding == "tied"):
         raise CheckpointError(
-            f"tensors[{key!r:.200}]: a checksum belongs to each tensor of version 2 that is not tied"
+            f"tensors[{key!r:.200}]: a checksum belongs to what is not tied, in version 2"
         )
 
 

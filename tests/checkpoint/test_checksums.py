@@ -1,4 +1,4 @@
-"""Damage that leaves a file well formed: each flipped bit is refused by name, or changes nothing."""
+"""Damage that leaves files well formed: each flipped bit is refused by name, or changes nothing."""
 
 from __future__ import annotations
 

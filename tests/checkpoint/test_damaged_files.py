@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec
-from torchprune.checkpoint.manifest import MAX_JSON, read_manifest
+from torchprune.checkpoint.checked_files import MAX_JSON
+from torchprune.checkpoint.manifest import read_manifest
 from torchprune.errors import CheckpointError, MissingExtraError
 
 # -- what cannot be loaded -------------------------------------------------------------------------

@@ -8,9 +8,11 @@ weights, which are stored then.
 
 from __future__ import annotations
 
+import copy
 import os
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,20 +20,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torchprune.checkpoint.beside import PlainFiles, opened
+from torchprune.checkpoint.checked_files import MAX_JSON, plain_file
 from torchprune.checkpoint.checksums import checksum
-from torchprune.checkpoint.encoding import Decoded, WeightsFile, encode, open_weights, write_blobs
+from torchprune.checkpoint.encoding import Decoded, WeightsFile, encode, write_blobs
 from torchprune.checkpoint.manifest import (
-    MAX_JSON,
     SKIP,
     WEIGHTS,
     Entry,
     Manifest,
     is_saved,
-    plain_file,
     read_manifest,
     write_manifest,
 )
-from torchprune.checkpoint.skeleton import Skeleton, write_config
+from torchprune.checkpoint.skeleton import Skeleton, converted_by, write_config
 from torchprune.checkpoint.whole_files import staged
 from torchprune.errors import CheckpointError, ShrinkError
 from torchprune.lowering.modules import BitmaskLinear
@@ -88,7 +90,7 @@ def save(model: nn.Module, directory: Directory, *, tokenizer: Any = None) -> No
             resized=resized_of(model),
             config=config,
             generation=generation,
-            made_with=_versions(),
+            made_with=versions(),
             header=header,
             settings={name: checksum([(partial / name).read_bytes()]) for name in written},
         )
@@ -120,7 +122,7 @@ def load(directory: Directory, *, verify: bool = True) -> nn.Module:
             "the model and use torchprune.load_into(model, directory)"
         )
     entries = manifest.tensors
-    with _weights(home, manifest, verify) as file:
+    with opened(home, manifest, verify, lambda *some: skeleton.converted(*some)) as file:
         skeleton = _skeleton(home, manifest, verify)
         outline = skeleton.on_meta()
         _check_fit(entries, slots_of(outline), outline, any_float=True)
@@ -179,14 +181,9 @@ def _resize(model: nn.Module, manifest: Manifest) -> None:
             raise CheckpointError(f"the manifest's sizes do not fit: {error}") from None
 
 
-def _weights(home: Path, manifest: Manifest, verify: bool) -> AbstractContextManager[WeightsFile]:
-    path = plain_file(home, manifest.weights)
-    return open_weights(path, manifest.tensors, manifest.header, verify=verify)
-
-
 def _fill(model: nn.Module, home: Path, manifest: Manifest, verify: bool) -> None:
     entries, slots = manifest.tensors, slots_of(model)
-    with _weights(home, manifest, verify) as file:
+    with opened(home, manifest, verify, partial(_converted, model)) as file:
         _check_fit(entries, slots, model, any_float=False)
         _check_ready(entries, slots)
         decoded = _decode(file, entries, slots)
@@ -204,6 +201,17 @@ def _fill(model: nn.Module, home: Path, manifest: Manifest, verify: bool) -> Non
             held[key].data = read.value
     _place(entries, slots, held)
     _dress(model, manifest, decoded)
+
+
+def _converted(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    if not hasattr(type(model), "from_pretrained"):
+        raise CheckpointError(
+            f"the checkpoint's tensors are not those of the {type(model).__name__}"
+        )
+    try:
+        return converted_by(type(model), copy.deepcopy(model.config), tensors, dtype)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{type(model).__name__}: {error!s:.300}") from error
 
 
 # -- comparing -------------------------------------------------------------------------------------
@@ -260,7 +268,7 @@ def _check_ready(entries: dict[str, Entry], slots: dict[str, Slot]) -> None:
 
 
 def _decode(
-    file: WeightsFile, entries: dict[str, Entry], slots: dict[str, Slot]
+    file: WeightsFile | PlainFiles, entries: dict[str, Entry], slots: dict[str, Slot]
 ) -> dict[str, Decoded]:
     """Every stored tensor that the model has a place for, on the place's device in its layout."""
     decoded = {}
@@ -307,7 +315,8 @@ def _dress(model: nn.Module, manifest: Manifest, decoded: dict[str, Decoded]) ->
         attach(layer.module, layer.tensor, read.mask, entry.record, read.dense)
         mask = mask_of(layer.module, layer.tensor)
         assert mask is not None
-        mask.reversible, mask.dense = False, read.dense  # pruned values were not stored
+        mask.dense = read.dense
+        mask.reversible = entry.hidden and entry.reversible  # else pruned values were not stored
     keep_runs(model, manifest.runs)
     remember_source(model, None if manifest.header is not None else _UNCHECKED)
 
@@ -322,13 +331,14 @@ def _skeleton(home: Path, manifest: Manifest, verify: bool) -> Skeleton:
         largest=max((max(e.shape, default=1) for e in entries), default=1),
         held=sum(e.numel * e.torch_dtype.itemsize for e in entries),
         adjust=lambda model: _resize(model, manifest),
+        settings={} if manifest.resized is None else dict(manifest.resized.original),
     )
 
 
 def _settings_file(home: Path, manifest: Manifest, name: str, verify: bool) -> Path:
     path = plain_file(home, name)
     written = manifest.settings.get(name)
-    if verify and manifest.header is not None:
+    if verify and manifest.header is not None and not manifest.beside:
         with path.open("rb") as file:
             found = checksum([file.read(MAX_JSON + 1)])
         if found != written:
@@ -339,7 +349,8 @@ def _settings_file(home: Path, manifest: Manifest, name: str, verify: bool) -> P
     return path
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a file is made with."""
     found = {}
     for package in ("torchprune", "torch", "transformers"):
         with suppress(PackageNotFoundError):

@@ -9,6 +9,7 @@
 """
 
 from torchprune.calibration.text import text_batches
+from torchprune.checkpoint.ordinary_saves import teach as _teach
 from torchprune.checkpoint.save_load import load, load_into, save
 from torchprune.errors import TorchpruneError
 from torchprune.lowering.kernels import operators as kernels  # noqa: F401  (kernels.native())
@@ -32,6 +33,8 @@ from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronS
 from torchprune.study.compare import compare
 from torchprune.study.evaluation import perplexity
 from torchprune.study.results import Comparison
+
+_teach()  # transformers' own saves keep masks
 
 __version__ = "0.1.0"
 

@@ -111,4 +111,3 @@ def test_a_prepared_weight_is_never_taken_for_an_inference_tensor() -> None:
                 t.mul_(2)
         second = run(*args)[0]
     assert not torch.equal(first, second)
-

@@ -139,6 +139,50 @@ def test_a_layer_used_twice_is_pruned_on_its_first_use() -> None:
         assert torch.equal(found[key], mask), key
 
 
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two((x + self.one(x)) * torch.arange(16.0))
+
+
+class InPlace(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        x += self.one(x)
+        return self.two(x.mul_(torch.arange(16.0)))
+
+
+class Blocks(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("sequential", ["layer", "block", "none"])
+def test_writes_in_place_happen_once(sequential: str) -> None:
+    model, other = Blocks(InPlace), Blocks(Functional)
+    other.load_state_dict(model.state_dict())
+    data, spec = list(torch.randn(3, 40, 16)), WandaSpec(sequential=sequential)
+    program = exported(model, data[0])
+    state, ops = state_of(program), operators(program)
+    pruned = torchprune.sparsify(program, spec, data, **QUIET)
+    assert_untouched(program, state, ops)
+    torchprune.sparsify(other, spec, data, **QUIET)
+    found = masks_of(pruned)
+    for key, mask in torchprune.masks(other).items():
+        assert torch.equal(found[key], mask), key
+
+
 def test_tied_weights_stay_dense() -> None:
     program = exported(Tied(), torch.randint(0, 10, (2, 3)))
     with pytest.raises(TargetError, match="nothing to prune"):

@@ -103,7 +103,8 @@ def prune_program(
             f"{type(spec).__name__}: permute reorders a module's own weights, and a program's are "
             "left as they are: sparsify the model, then export it"
         )
-    layers, places = _layers_of(program)
+    running = _functional(program)
+    layers, places = _layers_of(running)
     plan = make_plan(layers, spec)
     changes: list[Change] = []
     warnings: list[str] = []
@@ -115,7 +116,7 @@ def prune_program(
             decider = decider_for(spec, plan.targets, len(batches))
             found = [_Use(t, places[t.layer.key]) for t in plan.targets]
             blocks = [tuple(name.split(".")) for name in plan.blocks]
-            run = _Run(program, found, batches, decider, blocks)
+            run = _Run(running, found, batches, decider, blocks)
             with tqdm(
                 total=len(found), desc=spec.method, unit="layer", disable=not progress
             ) as bar:
@@ -129,6 +130,15 @@ def prune_program(
             draft.replace(change.target.layer.key, masked(change.values, change.mask))
     masks = {change.target.layer.key: change.mask for change in changes}
     return insert_masks(draft.finish(), masks).program, warnings
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """The program without writes in place: some of its nodes run twice on the same tensors."""
+    writes = any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in program.graph_module.graph.nodes
+    )
+    return program.run_decompositions({}) if writes else program
 
 
 # -- layers of a graph ----------------------------------------------------------------------------

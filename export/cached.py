@@ -50,7 +50,7 @@ class CachedModel(nn.Module):
             model.generation_config = GenerationConfig()
         self.layers, self.empty = _layers_of(model)
         self.count = max(self.layers) + 1
-        first, second = (self._prepared(*self._text(None, *step), step[1]) for step in _STEPS)
+        first, second = (self._prepared(*self._text(None, *step), step[1])[0] for step in _STEPS)
         self.prepared = {
             name: _roles(first[name].shape, second[name].shape, name) for name in first
         }
@@ -79,11 +79,10 @@ class CachedModel(nn.Module):
             batch, past, new: sizes.
         """
         ids, mask = self._text(tokens, batch, past, new)
-        prepared = self._prepared(ids, mask, past)
+        prepared, cache = self._prepared(ids, mask, past)
         missing = [name for name in self.prepared if name not in prepared]
         if missing:
             raise ExportError(f"with_cache: generate gives {missing[0]} only to some steps")
-        cache = self._past(ids[:, :past], mask[:, :past])
         return ids[:, past:], mask, [prepared[name] for name in self.prepared], cache
 
     def names(self) -> tuple[list[str], list[str]]:
@@ -149,11 +148,15 @@ class CachedModel(nn.Module):
         rows, columns = (torch.arange(n) % s for n, s in zip(mask.shape, tokens.shape, strict=True))
         return tokens.cpu()[rows][:, columns], mask
 
-    def _prepared(self, ids: Tensor, mask: Tensor, past: int) -> dict[str, Tensor]:
-        """What `generate` calls the model with after the past, beside ids, mask and cache."""
+    def _prepared(
+        self, ids: Tensor, mask: Tensor, past: int
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What `generate` gives the model after the past, beside ids and mask; and the past."""
         cache, seen = self._cache(), dict[str, Any]()
+        parts = [torch.zeros(len(ids), *shape, dtype=dtype) for shape, dtype in self.empty]
         if past:
             self._step(ids[:, :past], mask[:, :past], cache)
+            parts = self._flat(cache)
 
         def stop(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             seen.update(kwargs)
@@ -167,15 +170,8 @@ class CachedModel(nn.Module):
         finally:
             handle.remove()
         known = ("input_ids", "attention_mask")
-        return {k: v for k, v in seen.items() if isinstance(v, Tensor) and k not in known}
-
-    def _past(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """The cache after some tokens."""
-        if not ids.shape[1]:
-            return [torch.zeros(len(ids), *shape, dtype=dtype) for shape, dtype in self.empty]
-        cache = self._cache()
-        self._step(ids, mask, cache)
-        return self._flat(cache)
+        tensors = {k: v for k, v in seen.items() if isinstance(v, Tensor) and k not in known}
+        return tensors, parts
 
     def _step(self, ids: Tensor, mask: Tensor, cache: Any) -> None:
         """Let `generate` read what is new, as it does before its first token."""

@@ -93,13 +93,13 @@ def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> Expor
     sizes = sizes_of(program, call.inputs, call.wanted)
     packed: list[str] = []
     dense = _bytes_of(program)
-    if weights == "packed":
-        passed = passes.pack_linears(program, min_sparsity=min_sparsity)
-        program, packed = passed.program, passed.modified
-    saved = dense - _bytes_of(program)
-    program.example_inputs = None
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export's own making
+        if weights == "packed":
+            passed = passes.pack_linears(program, min_sparsity=min_sparsity)
+            program, packed = passed.program, passed.modified
+        saved = dense - _bytes_of(program)
+        program.example_inputs = None
         partial = Path(home) / target.name
         torch.export.save(program, partial)
         start = time.perf_counter()

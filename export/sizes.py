@@ -20,8 +20,8 @@ Shapes = list[dict[int, Any]]
 """For every input, flat, what is asked of its axes: a `torch.export.Dim`, a hint or a name."""
 
 _UNUSUAL = (5, 7, 11, 13, 3, 2)
-_CHECKED = ((1, 2, 3), (3, 9, 4, 6, 2))
-"""Sizes to check at, twice: the first at which the model runs."""
+_CHECKED = ((1, 2, 3), (3, 9, 4, 6, 2), (2, 4, 6, 9))
+"""Sizes to check at, each time the first at which the model runs; two checks, none the example."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,15 @@ def _checks(
         other, outputs = dict(now), None
         for group, made in now.items():
             for number in (*numbers, max(group.low, 1)):
-                if number in (made, group.example) or not group.allows(number):
+                if number == made or not group.allows(number):
                     continue
                 given = works({**other, group: number})
                 if given is not None:
                     other[group], outputs = number, given
                     break
-        if outputs is not None:
+        if outputs is not None and any(n != group.example for group, n in other.items()):
             found.append(Inputs(_resized(leaves, other), outputs))
-    return found
+    return found[:2]
 
 
 def _resized(leaves: Sequence[Any], values: Mapping[_Group, int]) -> list[Any]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import torchprune
-from torchprune.calibration.text import draw_windows, read_documents, tokenise
+from torchprune.calibration.text import draw_windows, tokenise
+from torchprune.cli.documents import read_documents
 from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
 
 METHODS = {

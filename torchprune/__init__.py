@@ -8,6 +8,7 @@
 >>> model = torchprune.fold(model)
 """
 
+from torchprune.calibration.text import text_batches
 from torchprune.checkpoint.save_load import load, load_into, save
 from torchprune.errors import TorchpruneError
 from torchprune.lowering.kernels import operators as kernels  # noqa: F401  (kernels.native())
@@ -73,4 +74,5 @@ __all__ = [
     "save",
     "shrink",
     "sparsify",
+    "text_batches",
 ]

@@ -42,6 +42,10 @@ class CheckpointError(TorchpruneError, ValueError):
     """A saved directory is damaged, hostile, of another version, or does not fit the model."""
 
 
+class InputError(TorchpruneError, ValueError):
+    """A text, file, directory, dataset or model that the user named cannot be used."""
+
+
 class MissingExtraError(TorchpruneError, ImportError):
     """An optional dependency is absent; the message names the extra that brings it."""
 

@@ -23,6 +23,7 @@ from torchprune.calibration.synthesis import (
     synthesise,
     windows_of,
 )
+from torchprune.calibration.text import LONGEST, context_of, longest_of, text_batches
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
@@ -49,6 +50,7 @@ def sparsify(
     keep_dense: bool = False,
     hold: torch.dtype | None = None,
     seed: int = 0,
+    tokenizer: Any = None,
 ) -> Model:
     """Prune a model in place: every chosen layer gets a mask as a parametrization.
 
@@ -62,14 +64,17 @@ def sparsify(
         data: calibration batches: any iterable whose items are tensors (passed positionally),
             tuples or lists (positional) or mappings (keywords). Tokens that a batch's
             `attention_mask` excludes do not count. Without data, a generative transformers model
-            calibrates on text sampled from itself; `MagnitudeSpec` needs none.
+            calibrates on text sampled from itself; `MagnitudeSpec` needs none. Texts, with a
+            `tokenizer`: what `text_batches` takes.
         progress: show a progress bar over the layers.
         max_batches: read at most so many batches; all of them wait at each layer together, so
             memory grows with their number and size.
         keep_dense: keep the dense weights beside changed ones, so that `densify` can go back.
         hold: `torch.bfloat16` or `torch.float16` to hold the float32 activations of waiting batches
             in half the memory; statistics then come from rounded inputs.
-        seed: for the sampled text.
+        seed: for the sampled text, or the windows of given texts.
+        tokenizer: the model's own, for data that are texts: they become `max_batches` windows of
+            as many tokens as the model's context holds, at most 2048.
 
     Returns:
         the same model; for an `ExportedProgram` a new one.
@@ -93,12 +98,19 @@ def sparsify(
                 f"{type(spec).__name__} prunes modules, since a program's sizes are constants: "
                 "sparsify and shrink the model, then export it"
             )
+        if tokenizer is not None:
+            raise CalibrationError(
+                "tokenizer is for modules, whose context is known; give a program batches: "
+                "text_batches(tokenizer, texts, length=...)"
+            )
         options = keep_dense or hold is not None
         return cast(Model, _pruned_program(model, spec, data, max_batches, progress, options))
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a Module or an ExportedProgram, got {type(model).__name__}")
     if not isinstance(spec, Spec):
-        _prune_structures(model, spec, data, max_batches, seed, keep_dense, hold, progress)
+        _prune_structures(
+            model, spec, data, max_batches, seed, keep_dense, hold, progress, tokenizer
+        )
         return model
     plan = make_plan(model, spec)
     _check_weights(plan, finite=spec.changes_weights or spec.needs_gram)
@@ -109,7 +121,9 @@ def sparsify(
                 changes.stage(change)
                 changes.settle()
     else:
-        batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run)
+        batches = _calibration_batches(
+            model, spec, data, max_batches, seed, progress, run, tokenizer
+        )
         plan, notes = allocated(model, plan, spec, batches, progress=progress)
         run.notes += notes
         own = _own_text(model, spec, batches, seed, progress, run)
@@ -159,6 +173,7 @@ def _prune_structures(
     keep_dense: bool,
     hold: torch.dtype | None,
     progress: bool,
+    tokenizer: Any,
 ) -> None:
     from torchprune.structure.blocks import prune_blocks
     from torchprune.structure.prune_units import (
@@ -166,7 +181,7 @@ def _prune_structures(
     )
 
     run = RunRecord(spec=spec)
-    batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run)
+    batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run, tokenizer)
     if isinstance(spec, LayerSpec):
         prune_blocks(model, spec, batches, run, progress=progress)
     else:
@@ -280,6 +295,7 @@ def _calibration_batches(
     seed: int,
     progress: bool,
     run: RunRecord,
+    tokenizer: Any,
 ) -> list[Batch]:
     if data is None:
         if not can_synthesise(model):
@@ -291,6 +307,11 @@ def _calibration_batches(
         sequences = max(SEQUENCES, spec.windows if isinstance(spec, Spec) else 0)
         data = synthesise(model, sequences=sequences, seed=seed, progress=progress)
         run.notes.append("calibrated on text sampled from the model itself")
+    elif tokenizer is not None:
+        length = min(LONGEST, context_of(model) or LONGEST, longest_of(tokenizer))
+        data = text_batches(tokenizer, data, samples=max_batches, length=length, seed=seed)
+        size = data[0]["input_ids"].shape[1]
+        run.notes.append(f"calibrated on {len(data)} windows of {size} tokens of the given texts")
     batches, more = read_batches(data, model, max_batches)
     if more:
         run.notes.append(f"used the first {max_batches} batches; more were offered (max_batches)")

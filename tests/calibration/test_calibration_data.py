@@ -100,12 +100,15 @@ def test_a_loader_of_tokenised_text() -> None:
     ("data", "message"),
     [
         (torch.ones(2, 16), r"one tensor \(2, 16\).*for one batch: \[data\]"),
-        ("some text", "data is a str; data must be an iterable of batches"),
+        ("some text", "data is a str; texts need the model's tokenizer"),
         ({"input_ids": torch.ones(2, 16)}, "data is a dict; data must be an iterable of batches"),
         (7, "data is a int; data must be an iterable of batches"),
         ([], "holds no batches"),
         (iter(()), "holds no batches"),
-        (["text", "more text"], "a batch is a str"),
+        (
+            ["text", "more text"],
+            r"a batch is text \(str\); .*tokenizer=tokenizer\), or .*text_batches",
+        ),
         ([None], "a batch is a NoneType"),
     ],
     ids=["tensor", "str", "dict", "int", "empty", "exhausted", "strings", "none"],

@@ -15,12 +15,8 @@ from tiny_lm import WORDS
 from transformers import AutoModelForCausalLM
 
 import torchprune
-from torchprune.calibration.text import (
-    draw_windows,
-    looks_like_path,
-    read_documents,
-    some_documents,
-)
+from torchprune.calibration.text import draw_windows, some_documents
+from torchprune.cli.documents import looks_like_path, read_documents
 
 
 @pytest.fixture(scope="module")

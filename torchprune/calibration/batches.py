@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from os import PathLike
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from torchprune.errors import CalibrationError
 ACCEPTED_DATA = (
     "data must be an iterable of batches, each a tensor (passed positionally), a tuple or list "
     "(positional) or a mapping (keywords): a DataLoader, a list of token tensors, a generator"
+)
+
+TEXTS_NEED_A_TOKENIZER = (
+    "texts need the model's tokenizer: sparsify(model, spec, texts, tokenizer=tokenizer), or make "
+    "batches of them first: torchprune.text_batches(tokenizer, texts)"
 )
 
 
@@ -102,7 +108,9 @@ def read_batches(
         raise CalibrationError(
             f"data is one tensor {tuple(data.shape)}; {ACCEPTED_DATA} (for one batch: [data])"
         )
-    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, str | PathLike):
+        raise CalibrationError(f"data is a {type(data).__name__}; {TEXTS_NEED_A_TOKENIZER}")
+    if isinstance(data, bytes | Mapping) or not isinstance(data, Iterable):
         raise CalibrationError(f"data is a {type(data).__name__}; {ACCEPTED_DATA}")
     if max_batches < 1:
         raise CalibrationError(f"max_batches must be at least 1, got {max_batches}")
@@ -119,6 +127,8 @@ def read_batches(
 
 
 def _as_batch(item: Any, device: torch.device) -> Batch:
+    if _is_text(item):
+        raise CalibrationError(f"a batch is text ({type(item).__name__}); {TEXTS_NEED_A_TOKENIZER}")
     if isinstance(item, Tensor):
         return Batch((_moved(item, device),), {})
     if isinstance(item, Mapping):
@@ -126,6 +136,16 @@ def _as_batch(item: Any, device: torch.device) -> Batch:
     if isinstance(item, tuple | list):
         return Batch(tuple(_moved(v, device) for v in item), {})
     raise CalibrationError(f"a batch is a {type(item).__name__}; {ACCEPTED_DATA}")
+
+
+def _is_text(item: Any) -> bool:
+    """Whether an item holds texts and no tensor: a string, strings, a row, a conversation."""
+    if isinstance(item, Mapping):
+        item = list(item.values())
+    if isinstance(item, list | tuple):
+        texts = any(map(_is_text, item))
+        return texts and not any(isinstance(value, Tensor) for value in item)
+    return isinstance(item, str)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

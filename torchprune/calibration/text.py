@@ -1,75 +1,108 @@
-"""Text for calibration and evaluation: files and datasets read, tokenised once, cut in windows."""
+"""Batches from texts: read as far as is needed, tokenised, cut in windows at seeded places."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import os
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchprune.errors import MissingExtraError, TorchpruneError, did_you_mean
+from torchprune.calibration.documents import conversations_of, in_seeded_order, texts_of
+from torchprune.errors import InputError
+
+LONGEST = 2048
+"""The window of a model whose context is longer, or unknown, where none is asked for."""
+
+CHARACTERS_PER_TOKEN = 16
+"""How much text is tokenised for each token that is wanted: of prose, about four times as much."""
 
 
-class InputError(TorchpruneError, ValueError):
-    """A file, directory, dataset or model that the user named cannot be used."""
+def text_batches(
+    tokenizer: Any,
+    source: Iterable[Any] | str | os.PathLike[str],
+    *,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    chat: bool = False,
+) -> list[dict[str, Tensor]]:
+    r"""Calibration batches of one window each, from texts and the model's own tokenizer.
 
+    >>> letters = lambda text: {"input_ids": [ord(c) for c in text]}  # as a tokenizer is called
+    >>> batches = text_batches(letters, ["one text", "another"], samples=2, length=4)
+    >>> [tuple(batch["input_ids"].shape) for batch in batches]
+    [(1, 4), (1, 4)]
 
-def read_documents(source: str, column: str = "text", *, progress: bool = False) -> list[str]:
-    """The documents of a text file or a dataset, those without text left out.
+    The texts are joined by blank lines, tokenised once and cut at random places, so that every
+    window is full and nothing is padded. Of a large source only a part is read, about four times
+    what the windows hold.
 
     Args:
-        source: a plain text file (one document), a `.jsonl` file (one object a line), or
-            `name[:config[:split]]` of a dataset that `datasets.load_dataset` finds (its split is
-            "train" unless given).
-        column: which field of a `.jsonl` object or a dataset's row holds the text.
-        progress: let `datasets` show its progress bars.
+        tokenizer: one of transformers, or anything that gives `tokenizer(text)["input_ids"]`.
+        source: a list of strings; rows with a column "text" or with one column alone, such as a
+            split of `datasets`; the path of a text file (one text) or of a `.jsonl` file of rows.
+            A list or a split is read in a seeded order (a large one in runs of neighbouring rows,
+            which often are one article); a generator or a streaming split in its own order, and no
+            further than needed. Texts without a letter are left out.
+        samples: how many windows.
+        length: tokens in each; cut to the tokenizer's `model_max_length`, with a warning.
+        seed: of the order and of the places; the same gives the same bits.
+        chat: the source holds conversations: lists of {"role": ..., "content": ...}, or rows with
+            a column "messages" or "conversations" (also of {"from": ..., "value": ...}). They are
+            written by the tokenizer's chat template, and windows begin where one of them begins.
+
+    Returns:
+        `samples` times {"input_ids": (1, length) int64}, which `sparsify`, `compare` and
+        `perplexity` take. Fewer if there are not so many different windows, and a single shorter
+        one if all texts together are shorter than that; both with a warning.
 
     Raises:
-        InputError: it is not there, cannot be read, or holds no text.
+        InputError: the source is none of these, or holds no text; the tokenizer gives no token
+            ids, or has no chat template.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        found = _lines(path, column) if path.suffix == ".jsonl" else iter([_plain(path)])
-    elif looks_like_path(source) and not Path(source.partition(":")[0]).expanduser().exists():
-        raise InputError(f"no such file: {source}")
+    for name, number in (("samples", samples), ("length", length)):
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, got {number}")
+    if not callable(tokenizer):
+        raise InputError(
+            f"tokenizer is a {type(tokenizer).__name__}; expected one of transformers, or a "
+            'callable that gives tokenizer(text)["input_ids"]'
+        )
+    if (most := longest_of(tokenizer)) < length:
+        _warn(
+            f"the tokenizer's model_max_length is {most}: windows have so many tokens, not {length}"
+        )
+        length = most
+    rows = in_seeded_order(source, seed)
+    characters = CHARACTERS_PER_TOKEN * samples * length
+    if chat:
+        texts = conversations_of(rows, tokenizer)
+        tokens, places = _conversations(tokenizer, texts, characters, samples, length)
     else:
-        found = _dataset(source, column, progress)
-    documents = [text for text in found if text.strip()]
-    if not documents:
-        raise InputError(f"{source} holds no text")
-    return documents
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether a name can only mean a place on this disk, and not `owner/name` on a hub."""
-    path = Path(name.partition(":")[0])
-    return (
-        name.startswith((".", "~"))
-        or path.is_absolute()
-        or len(path.parts) > 2
-        or path.suffix in (".txt", ".md", ".json", ".jsonl", ".gz", ".parquet", ".csv")
-    )
+        tokens, places = _joined(tokenizer, texts_of(rows), characters, length)
+    if not len(tokens):
+        raise InputError("the source holds no text")
+    if len(tokens) < length:
+        _warn(f"the texts have {len(tokens)} tokens: one window of these, none of {length}")
+        return [{"input_ids": tokens[None]}]
+    if len(places) < samples:
+        _warn(f"the texts hold {len(places)} different windows of {length} tokens, not {samples}")
+    return [{"input_ids": tokens[i : i + length][None]} for i in _drawn(places, samples, seed)]
 
 
 def tokenise(tokenizer: Any, documents: Sequence[str]) -> Tensor:
     """All documents, joined by blank lines and tokenised once: (tokens,) int64."""
-    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return _ids(tokenizer, "\n\n".join(documents))
 
 
 def some_documents(documents: Sequence[str], characters: int, seed: int) -> list[str]:
     """Documents in a seeded order until there are enough characters, the last one cut."""
-    taken: list[str] = []
-    for text in random.Random(seed).sample(documents, len(documents)):
-        if characters <= 0:
-            break
-        taken.append(text[:characters])
-        characters -= len(text)
-    return taken
+    return _first((text for _, text in in_seeded_order(documents, seed)), characters)
 
 
 def draw_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
@@ -83,66 +116,97 @@ def draw_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
             f"the text has {len(tokens)} tokens, a window needs {length}: use a longer text or a "
             "smaller length"
         )
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - length + 1, (count,), generator=generator)
-    return tokens[starts[:, None] + torch.arange(length)]
+    return tokens[_random(len(tokens) - length + 1, count, seed)[:, None] + torch.arange(length)]
 
 
-def _plain(path: Path) -> str:
+def longest_of(tokenizer: Any) -> int:
+    """How many tokens a transformers tokenizer says that its model reads; where it does not say,
+    it gives a very large number, and so does this."""
+    most = getattr(tokenizer, "model_max_length", None)
+    return int(most) if isinstance(most, int | float) and most >= 1 else 1 << 60
+
+
+def context_of(model: nn.Module) -> int | None:
+    """How many tokens a transformers model's position embeddings hold, or None."""
+    config = getattr(model, "config", None)
+    if callable(text_config := getattr(config, "get_text_config", None)):
+        config = text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _joined(
+    tokenizer: Any, texts: Iterator[str], characters: int, length: int
+) -> tuple[Tensor, Sequence[int]]:
+    """Enough texts as one row of tokens, and where a window may begin: anywhere."""
+    taken = _first(texts, characters)
+    tokens = tokenise(tokenizer, taken) if taken else torch.empty(0, dtype=torch.int64)
+    while len(tokens) < length and (more := _first(texts, characters)):
+        taken += more  # the tokenizer makes few tokens of much text
+        tokens = tokenise(tokenizer, taken)
+    return tokens, range(max(0, len(tokens) - length + 1))
+
+
+def _conversations(
+    tokenizer: Any, texts: Iterator[str], characters: int, samples: int, length: int
+) -> tuple[Tensor, Sequence[int]]:
+    """Enough conversations as one row of tokens, and where one begins that is a full window."""
+    parts: list[Tensor] = []
+    starts, total = list[int](), 0
+    for text in texts:
+        starts.append(total)
+        parts.append(_ids(tokenizer, text, add_special_tokens=False))  # the template writes them
+        total, characters = total + len(parts[-1]), characters - len(text)
+        windows = bisect_right(starts, total - length)
+        if characters <= 0 and windows >= samples:
+            break
+    tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return tokens, starts[: bisect_right(starts, total - length)]
+
+
+def _drawn(places: Sequence[int], count: int, seed: int) -> list[int]:
+    """So many of the places, or every one once."""
+    if len(places) <= count:
+        return list(places)
+    if isinstance(places, range):  # so many that none comes twice but by a rare chance
+        return [places[i] for i in _random(len(places), count, seed).tolist()]
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+    return [places[i] for i in order[:count].tolist()]
+
+
+def _random(below: int, count: int, seed: int) -> Tensor:
+    return torch.randint(below, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def _first(texts: Iterable[str], characters: int) -> list[str]:
+    """Texts until there are enough characters, the last one cut; no text more is asked for."""
+    texts, taken = iter(texts), list[str]()
+    while characters > 0 and (one := list(islice(texts, 1))):
+        taken.append(one[0][:characters])
+        characters -= len(one[0])
+    return taken
+
+
+def _ids(tokenizer: Any, text: str, **options: Any) -> Tensor:
+    """(tokens,) int64."""
+    if hasattr(tokenizer, "model_max_length"):  # and so would warn of texts longer than that
+        options["verbose"] = False
+    found = tokenizer(text, **options)
     try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _lines(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_plain(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number} is no JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number} is a {type(row).__name__}, not an object")
-        yield _text_of(row, column, f"{path}, line {number}")
-
-
-def _dataset(source: str, column: str, progress: bool) -> Iterator[str]:
-    try:
-        from datasets import disable_progress_bars, enable_progress_bars, load_dataset
-    except ImportError:
-        raise MissingExtraError("datasets", "data", f"reading the dataset {source!r}") from None
-    (enable_progress_bars if progress else disable_progress_bars)()
-    name, _, rest = source.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        rows = load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # whatever is wrong, it is with what the user named
+        ids = torch.as_tensor(found["input_ids"])
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError):
         raise InputError(
-            f"{source!r} is no file here and no dataset that can be loaded: {first_line(error)}"
-        ) from error
-    if column not in rows.column_names:
-        raise InputError(_no_column(source, column, list(rows.column_names)))
-    return (_text_of(row, column, source) for row in rows)
+            f'the tokenizer gave a {type(found).__name__} without usable "input_ids" for a text; '
+            "expected what a transformers tokenizer gives"
+        ) from None
+    if ids.dim() == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise InputError(
+            f'the tokenizer gave "input_ids" {ids.dtype} {tuple(ids.shape)} for a text; expected '
+            "one row of whole numbers"
+        )
+    return ids.to("cpu", torch.int64)
 
 
-def _text_of(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise InputError(_no_column(where, column, list(row)))
-    if not isinstance(row[column], str):
-        raise InputError(f"{where}: {column!r} is a {type(row[column]).__name__}, not text")
-    return str(row[column])
-
-
-def _no_column(where: str, column: str, known: list[str]) -> str:
-    hint = did_you_mean(column, known)
-    return f"{where} has no column {column!r}{hint}; it has {', '.join(map(repr, known))}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)

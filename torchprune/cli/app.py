@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torchprune
-from torchprune.calibration.text import InputError, read_documents, tokenise
+from torchprune.calibration.text import tokenise
 from torchprune.cli.console import (
     ColumnOption,
     DebugOption,
@@ -26,9 +26,11 @@ from torchprune.cli.console import (
     one_line,
     typer,
 )
+from torchprune.cli.documents import read_documents
 from torchprune.cli.export import export
 from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.cli.prune import prune
+from torchprune.errors import InputError
 from torchprune.study.evaluation import default_seqlen, perplexity
 
 app = typer.Typer(

@@ -8,7 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-from torchprune.calibration.text import InputError
 from torchprune.cli.console import (
     DebugOption,
     Dtype,
@@ -21,6 +20,7 @@ from torchprune.cli.console import (
     typer,
 )
 from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
+from torchprune.errors import InputError
 
 
 class Format(StrEnum):

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from torchprune.calibration.text import InputError, first_line, looks_like_path
+from torchprune.calibration.documents import first_line
 from torchprune.checkpoint.manifest import is_saved
 from torchprune.checkpoint.save_load import load
-from torchprune.errors import MissingExtraError
+from torchprune.cli.documents import looks_like_path
+from torchprune.errors import InputError, MissingExtraError
 
 
 def device_of(name: str) -> torch.device:

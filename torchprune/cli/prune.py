@@ -14,9 +14,9 @@ from torch import Tensor
 import torchprune
 from torchprune.calibration.synthesis import can_synthesise, synthesise
 from torchprune.calibration.text import (
-    InputError,
+    CHARACTERS_PER_TOKEN,
+    context_of,
     draw_windows,
-    read_documents,
     some_documents,
     tokenise,
 )
@@ -34,6 +34,7 @@ from torchprune.cli.console import (
     speaker,
     typer,
 )
+from torchprune.cli.documents import read_documents
 from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.cli.spec import (
     SPECS,
@@ -49,12 +50,9 @@ from torchprune.cli.spec import (
     better_options,
     override_of,
 )
+from torchprune.errors import InputError
 from torchprune.reports.report import runs_of
 from torchprune.specs.methods import Spec
-from torchprune.study.evaluation import context_of
-
-CHARACTERS_PER_TOKEN = 64
-"""How much text is tokenised for each calibration token that is wanted."""
 
 
 def prune(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from torchprune.calibration.text import LONGEST, context_of
 from torchprune.errors import TorchpruneError
 from torchprune.modes import eval_mode, without_caches
 
-LONGEST = 2048
-"""The window of a model whose context is longer, or unknown, where none is asked for."""
-
 ACCEPTED_TOKENS = (
     "tokens must be the token ids of one text: a whole-number tensor (n,) or (1, n), or a list of "
-    'ints such as tokenizer("\\n\\n".join(articles))["input_ids"]'
+    'ints such as tokenizer("\\n\\n".join(articles))["input_ids"]; or what text_batches gives'
 )
 
 
@@ -71,7 +69,7 @@ class Perplexity:
 
 def perplexity(
     model: nn.Module,
-    tokens: Tensor | Sequence[int],
+    tokens: Tensor | Sequence[int] | Sequence[Mapping[str, Tensor]],
     *,
     seqlen: int | None = None,
     batch_size: int = 1,
@@ -88,8 +86,11 @@ def perplexity(
         model: a transformers causal language model, or any module that maps (batch, length) ids
             to logits (batch, length, vocabulary), bare or as `output.logits`. It is evaluated in
             eval mode without caches; its training flags are as before afterwards.
-        tokens: (n,) or (1, n) ids, on any device.
-        seqlen: tokens per window; the default is the model's context, at most 2048.
+        tokens: (n,) or (1, n) ids, on any device. Or the batches that `text_batches` made of
+            held-out texts: each is a window, good for a before and after of one model; only the
+            whole text is comparable with others' figures.
+        seqlen: tokens per window; the default is the model's context, at most 2048, or the length
+            of the batches.
         batch_size: windows per forward pass. It changes results by rounding only.
         progress: show a progress bar over the windows.
 
@@ -97,6 +98,11 @@ def perplexity(
         EvaluationError: fewer tokens than a window, ids the model does not know, an output that
             is no logits, or a loss that is not finite.
     """
+    if given := _as_windows(tokens):
+        tokens, seqlen = torch.cat(given), len(given[0]) if seqlen is None else seqlen
+        if any(len(window) != seqlen for window in given):
+            found = sorted({len(window) for window in given})
+            raise EvaluationError(f"seqlen is {seqlen}, and the batches are of {found} tokens")
     ids = _as_ids(tokens)
     seqlen = _checked_seqlen(model, default_seqlen(model) if seqlen is None else seqlen)
     if batch_size < 1:
@@ -126,14 +132,6 @@ def perplexity(
             so_far = Perplexity(total / (done * (seqlen - 1)), done, seqlen)
             bar.set_postfix(perplexity=f"{so_far.perplexity:.4g}")
     return so_far
-
-
-def context_of(model: nn.Module) -> int | None:
-    """How many tokens a transformers model's position embeddings hold, or None."""
-    config = getattr(model, "config", None)
-    if callable(text_config := getattr(config, "get_text_config", None)):
-        config = text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def default_seqlen(model: nn.Module) -> int:
@@ -170,6 +168,16 @@ def _logits(output: Any, windows: Tensor) -> Tensor:
             f"{tuple(windows.shape)}, got {tuple(found.shape)}"
         )
     return found
+
+
+def _as_windows(tokens: Any) -> list[Tensor]:
+    """The ids of each batch (length,), or none where tokens are no batches."""
+    if not isinstance(tokens, list | tuple):
+        return []
+    alone = [b for b in tokens if isinstance(b, Mapping) and b.keys() == {"input_ids"}]
+    found = [batch["input_ids"] for batch in alone]
+    rows = [ids[0] for ids in found if isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) == 1]
+    return rows if len(rows) == len(tokens) else []
 
 
 def _as_ids(tokens: Any) -> Tensor:

@@ -43,7 +43,7 @@ def name_of(page: Path) -> str:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
-    save_tiny_lm(directory, context=512)
+    save_tiny_lm(directory, context=128)
     return directory
 
 

@@ -1,4 +1,4 @@
-"""Everything that the documentation shows runs: the README, docstrings, the examples.
+"""Everything that the documentation shows runs: all pages, docstrings, the examples.
 
 Where they ask for a pretrained model they get a tiny random one, so that no network is needed.
 """
@@ -11,6 +11,7 @@ import json
 import pkgutil
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from torchprune.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("docs/**/*.md"))]
+RESULTS = [p for p in PAGES if p.parent.name == "results" and p.name != "README.md"]
 MODULES = sorted(
     {"torchprune"}
     | {m.name for m in pkgutil.walk_packages(torchprune.__path__, "torchprune.")}
@@ -33,10 +36,14 @@ MODULES = sorted(
 SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*/*.py")])
 
 
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
-    save_tiny_lm(directory, context=512)
+    save_tiny_lm(directory, context=128)
     return directory
 
 
@@ -65,35 +72,122 @@ def stand_ins(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     return monkeypatch
 
 
-def test_the_readme_runs(stand_ins):
-    """Its python blocks, in order, in one namespace: a later one may use an earlier one's names."""
-    if not README.exists():
-        pytest.skip("there is no README.md")
-    text = README.read_text("utf-8")
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    assert blocks, "README.md shows no python"
-    names: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks:
-        lines_before = text.count("\n", 0, block.start(1))
-        code = compile("\n" * lines_before + block[1], str(README), "exec")
-        exec(code, names)
+def blocks_of(page: Path) -> dict[int, str]:
+    """The page's Python by the line before it; what is marked, as ```python peer, is others'."""
+    text = page.read_text("utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return {text.count("\n", 0, block.start(1)): block[1] for block in found}
 
 
-def test_the_commands_of_the_readme_run(stand_ins):
-    if not README.exists():
-        pytest.skip("there is no README.md")
-    commands = re.findall(r"^torchprune (.*)$", README.read_text("utf-8"), re.MULTILINE)
-    assert commands
-    for command in commands:
+def commands_of(page: Path) -> list[str]:
+    return re.findall(r"^torchprune (.*)$", page.read_text("utf-8"), re.MULTILINE)
+
+
+def tables_of(page: Path) -> list[str]:
+    return re.findall(r"(?:^\|.*\n)+", page.read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=name_of)
+def test_the_python_of_a_page_runs(page, stand_ins):
+    """In order, in one namespace: a later block may use an earlier one's names."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for line, block in blocks_of(page).items():
+        exec(compile("\n" * line + block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands_of(p)], ids=name_of)
+def test_the_commands_of_a_page_run(page, stand_ins):
+    for command in commands_of(page):
         result = CliRunner().invoke(app, shlex.split(command, comments=True))
         assert result.exit_code == 0, f"torchprune {command}\n{result.output}"
 
 
-def test_the_readme_shows_the_table_of_the_quality_benchmark():
-    lines = (ROOT / "benchmarks" / "methods" / "quality.md").read_text("utf-8").splitlines()
-    table = "\n".join(line for line in lines if line.startswith("|"))
-    assert table.count("\n") > 4
-    assert f"\n\n{table}\n\n" in README.read_text("utf-8")
+def test_the_first_page_is_short_and_begins_with_the_two_commands():
+    text = README.read_text("utf-8")
+    assert text.count("\n") <= 200
+    first = re.search(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert first is not None
+    assert [line.split("  ")[0] for line in first[1].splitlines()] == ["make demo", "make test"]
+    assert "from_pretrained" in next(iter(blocks_of(README).values()))
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL | re.M)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What a heading is called in a link: lower case, without punctuation, spaces as hyphens."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_between_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if re.match(r"\w+:", link):
+            continue
+        where, _, anchor = link.partition("#")
+        target = (page.parent / where).resolve() if where else page
+        assert target.exists(), f"{name_of(page)}: {link}"
+        assert target.is_relative_to(ROOT), f"{name_of(page)}: {link}"
+        if anchor:
+            assert anchor in anchors_of(target), f"{name_of(page)}: {link}"
+
+
+def test_every_page_is_reached_from_the_first():
+    seen, ahead = set(), [README]
+    while ahead:
+        page = ahead.pop()
+        if page not in seen:
+            seen.add(page)
+            links = re.findall(r"\]\(([^)\s#]+\.md)", page.read_text("utf-8"))
+            ahead += [(page.parent / link).resolve() for link in links if "://" not in link]
+    assert set(PAGES) <= seen
+
+
+def test_every_table_with_numbers_of_the_first_page_has_its_page():
+    """The very same table, on a page of docs/results."""
+    tables = [table for table in tables_of(README) if re.search(r"\d", table)]
+    assert tables
+    pages = {path: tables_of(path) for path in RESULTS}
+    for table in tables:
+        assert any(table in found for found in pages.values()), table
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=name_of)
+def test_a_page_of_results_says_where_when_and_how(page):
+    text = page.read_text("utf-8")
+    assert re.search(r"^- Machine: .+$", text, re.MULTILINE)
+    assert re.search(r"^- Date: 20\d\d-\d\d-\d\d", text, re.MULTILINE)
+    assert re.search(r"^- Command: .+$", text, re.MULTILINE)
+
+
+def test_every_benchmark_has_a_page():
+    told = "".join(page.read_text("utf-8") for page in (ROOT / "docs" / "results").glob("*.md"))
+    scripts = {path.relative_to(ROOT) for path in ROOT.glob("benchmarks/*/*.py")}
+    assert scripts - {Path("benchmarks/methods/peer.py")} == {  # which prune.py and quality.py run
+        path for path in scripts if str(path) in told
+    }
+
+
+def test_the_page_of_quality_shows_the_table_of_the_benchmark():
+    recorded, *_ = tables_of(ROOT / "benchmarks" / "methods" / "quality.md")
+    assert recorded.count("\n") > 4
+    assert recorded in tables_of(ROOT / "docs" / "results" / "quality.md")
+
+
+def test_the_picture_and_the_table_of_the_first_page_are_of_the_recorded_runs(
+    stand_ins, tmp_path, capsys
+):
+    stand_ins.syspath_prepend(str(ROOT / "benchmarks" / "methods"))
+    drawn = tmp_path / "quality.svg"
+    importlib.import_module("quality_figure").main(["--output", str(drawn)])
+    for name in ("quality_figure", "quality", "prune", "peer"):  # another test may mean others
+        sys.modules.pop(name, None)
+    assert capsys.readouterr().out in tables_of(README)
+    assert drawn.read_bytes() == (ROOT / "docs" / "quality.svg").read_bytes()
+    assert drawn.stat().st_size < 10_000
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torchprune.cli.console import typer
-from torchprune.specs.goals import Override
-from torchprune.specs.methods import (
-    ADMMSpec,
-    BestSpec,
-    MagnitudeSpec,
-    RIASpec,
-    SparseGPTSpec,
-    Spec,
-    WandaSpec,
-)
+
+if TYPE_CHECKING:
+    from torchprune.specs.goals import Override
+    from torchprune.specs.methods import Spec
 
 _BETTER = "Better quality"
 
@@ -29,16 +23,6 @@ class Method(StrEnum):
     sparsegpt = "sparsegpt"
     admm = "admm"
     best = "best"
-
-
-SPECS: dict[Method, type[Spec]] = {
-    Method.magnitude: MagnitudeSpec,
-    Method.wanda: WandaSpec,
-    Method.ria: RIASpec,
-    Method.sparsegpt: SparseGPTSpec,
-    Method.admm: ADMMSpec,
-    Method.best: BestSpec,
-}
 
 
 class Effort(StrEnum):
@@ -125,6 +109,20 @@ AllocationOption = Annotated[
         rich_help_panel=_BETTER,
     ),
 ]
+
+
+def spec_of(method: Method) -> type[Spec]:
+    """The spec of a method."""
+    from torchprune.specs import methods  # not before it is needed: torch takes a while to import
+
+    return {
+        Method.magnitude: methods.MagnitudeSpec,
+        Method.wanda: methods.WandaSpec,
+        Method.ria: methods.RIASpec,
+        Method.sparsegpt: methods.SparseGPTSpec,
+        Method.admm: methods.ADMMSpec,
+        Method.best: methods.BestSpec,
+    }[method]
 
 
 def better_options(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import SparseGPTSpec, WandaSpec
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 
 class Between(nn.Module):

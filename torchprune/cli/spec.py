@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torchprune
 from torchprune.cli.console import typer
-from torchprune.specs.goals import Override
-from torchprune.specs.spec import Spec
+
+if TYPE_CHECKING:
+    from torchprune.specs.goals import Override
+    from torchprune.specs.spec import Spec
 
 _BETTER = "Better quality"
 
@@ -22,16 +24,6 @@ class Method(StrEnum):
     sparsegpt = "sparsegpt"
     admm = "admm"
     best = "best"
-
-
-def spec_of(method: Method) -> type[Spec]:
-    """The spec that says of itself that it is this method's."""
-    public = (getattr(torchprune, name) for name in torchprune.__all__)
-    return next(
-        kind
-        for kind in public
-        if isinstance(kind, type) and issubclass(kind, Spec) and kind.method == method.value
-    )
 
 
 class Effort(StrEnum):
@@ -118,6 +110,13 @@ AllocationOption = Annotated[
         rich_help_panel=_BETTER,
     ),
 ]
+
+
+def spec_of(method: Method) -> type[Spec]:
+    """The spec in the method's own file. torch, which takes a while to import, comes with it."""
+    home = import_module(f"torchprune.methods.{method.value}")
+    kinds = (kind for kind in vars(home).values() if isinstance(kind, type))
+    return next(kind for kind in kinds if getattr(kind, "method", None) == method.value)
 
 
 def better_options(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
+SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 CHOSEN = "every_output or unpacking or int8_products or does_not_know"
 
 

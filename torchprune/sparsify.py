@@ -253,7 +253,7 @@ def _calibrate(
         cap=spec.token_cap,
     )
     waiting = {target.layer.key: target for target in plan.targets}
-    bar = tqdm(total=len(waiting), desc=spec.method, unit="layer", disable=not progress)
+    bar = tqdm(total=len(waiting), desc=spec.label, unit="layer", disable=not progress)
     with calibration, bar:
         stops = iter([calibration.collect()]) if spec.sequential == "none" else calibration.stops()
         for stop in stops:

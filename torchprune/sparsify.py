@@ -197,7 +197,7 @@ class _Weights:
         ahead = spec.sequential == "none"
         waiting = {target.layer.key: target for target in plan.targets}
         quiet = not self.data.progress
-        bar = tqdm(total=len(waiting), desc=spec.method, unit="layer", disable=quiet)
+        bar = tqdm(total=len(waiting), desc=spec.label, unit="layer", disable=quiet)
         with calibration, bar:
             for stop in [calibration.collect()] if ahead else calibration.stops():
                 changes.settle()

@@ -25,7 +25,8 @@ class Record:
     """How a mask came about: what `report` shows beside what it counts.
 
     Attributes:
-        method: "magnitude", "wanda", "sparsegpt" or "given" (by `apply_masks`).
+        method: "magnitude", "wanda", "sparsegpt" and so on, the qualified name of a user's own
+            function, or "given" (by `apply_masks`).
         pattern: the pattern's name, with the asked sparsity where the pattern implies none.
         updates_weights: whether the method changed kept weights.
         error: relative squared error of the layer's output on calibration inputs,

@@ -24,6 +24,7 @@ from torchprune.calibration.synthesis import (
     windows_of,
 )
 from torchprune.errors import CalibrationError, SpecError
+from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import by_magnitude, decider_for
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="nn.Module | ExportedProgram")
 
 
+@on_ordinary_tensors
 def sparsify(
     model: Model,
     spec: Spec | StructuredSpec | LayerSpec,
@@ -131,7 +133,7 @@ def sparsify(
                     break
     remember_run(model, run)
     for warning in run.warnings:
-        warnings.warn(warning, stacklevel=2)
+        warnings.warn(warning, stacklevel=3)
     return model
 
 
@@ -175,7 +177,7 @@ def _prune_structures(
         )
     remember_run(model, run)
     for warning in run.warnings:
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=4)
 
 
 def _pruned_program(
@@ -202,7 +204,7 @@ def _pruned_program(
         batches, _ = read_batches(data, program.module(), max_batches)
     pruned, found = prune_program(program, spec, batches, progress=progress)
     for warning in found:
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=4)
     return pruned
 
 

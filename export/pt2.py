@@ -20,6 +20,7 @@ from torchprune.errors import CheckpointError, ExportError
 from torchprune.export.call import (
     Call,
     SizesError,
+    admit,
     check,
     file_bytes,
     folder_of,
@@ -27,8 +28,9 @@ from torchprune.export.call import (
     prepare,
     reason_of,
     run,
+    told,
 )
-from torchprune.export.written import WEIGHTS, ExportReport, sizes_of
+from torchprune.export.written import WEIGHTS, ExportReport
 
 _ALLOWED = 3e-2
 """Largest difference from torch, relative to the largest output, beyond which a program is wrong.
@@ -90,7 +92,7 @@ def to_pt2(
 
 def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> ExportReport:
     program = exported(call)
-    sizes = sizes_of(program, call.inputs, call.wanted)
+    sizes = told(program, call)
     packed: list[str] = []
     dense = _bytes_of(program)
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home, warnings.catch_warnings():
@@ -176,11 +178,13 @@ def exported(call: Call) -> ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch.export's own making
         try:
-            return torch.export.export(
+            program = torch.export.export(
                 call.module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes
             )
         except Exception as error:
             raise SizesError(f"torch could not export this model: {reason_of(error)}") from error
+    admit(program, call)
+    return program
 
 
 def _bytes_of(program: ExportedProgram) -> int:

@@ -16,9 +16,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from torchprune import passes
-from torchprune.errors import CheckpointError, ExportError
+from torchprune.errors import CheckpointError, ExportError, LoweringError
 from torchprune.export.call import Call, file_bytes, folder_of, prepare, reason_of
 from torchprune.export.written import WEIGHTS, ExportReport, compare, tensors_of
+from torchprune.passes.pack_linears import check_packed
 
 _ALLOWED = 3e-2
 """Largest difference from torch, relative to the largest output, beyond which a program is wrong.
@@ -119,7 +120,8 @@ def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
     that an archive gives for its sizes.
 
     Raises:
-        CheckpointError: no such archive, or it holds pickled tensors, constants or example inputs.
+        CheckpointError: no such archive, it holds pickled tensors, constants or example inputs, or
+            packed weights whose parts contradict each other.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -129,9 +131,14 @@ def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
     if why is not None:
         raise CheckpointError(f"{path}: {why}")
     try:
-        return torch.export.load(path)
+        program = torch.export.load(path)
     except Exception as error:
         raise CheckpointError(f"{path}: torch could not load it: {reason_of(error)}") from error
+    try:
+        check_packed(program)
+    except LoweringError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return program
 
 
 def _objection(archive: zipfile.ZipFile) -> str | None:

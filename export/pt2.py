@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from torchprune import passes
-from torchprune.errors import CheckpointError, ExportError
+from torchprune.errors import CheckpointError, ExportError, LoweringError
 from torchprune.export.call import (
     Call,
     SizesError,
@@ -31,6 +31,7 @@ from torchprune.export.call import (
     told,
 )
 from torchprune.export.written import WEIGHTS, ExportReport
+from torchprune.passes.pack_linears import check_packed
 
 _ALLOWED = 3e-2
 """Largest difference from torch, relative to the largest output, beyond which a program is wrong.
@@ -137,7 +138,8 @@ def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
     that an archive gives for its sizes.
 
     Raises:
-        CheckpointError: no such archive, or it holds pickled tensors, constants or example inputs.
+        CheckpointError: no such archive, it holds pickled tensors, constants or example inputs, or
+            packed weights whose parts contradict each other.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -147,9 +149,14 @@ def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
     if why is not None:
         raise CheckpointError(f"{path}: {why}")
     try:
-        return torch.export.load(path)
+        program = torch.export.load(path)
     except Exception as error:
         raise CheckpointError(f"{path}: torch could not load it: {reason_of(error)}") from error
+    try:
+        check_packed(program)
+    except LoweringError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return program
 
 
 def _objection(archive: zipfile.ZipFile) -> str | None:

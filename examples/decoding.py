@@ -44,15 +44,39 @@ class InTorch:
         self.seconds.append(time.perf_counter() - start)
 
 
+def no_past(session: onnxruntime.InferenceSession, rows: int = 1) -> list[np.ndarray]:
+    """The cache before the first token, for a float32 file of `to_onnx(..., with_cache=True)`."""
+    shapes = [i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+    return [np.zeros((rows, heads, 0, size), np.float32) for _, heads, _, size in shapes]
+
+
+def step_inputs(
+    session: onnxruntime.InferenceSession,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    past: list[np.ndarray],
+) -> dict[str, np.ndarray]:
+    """What such a file takes for a step.
+
+    Args:
+        tokens: (rows, new) ids.
+        mask: (rows, past and new), 0 where a row is padded; shorter rows are padded on the left.
+        past: as the last step gave it, or `no_past`.
+    """
+    given = {"input_ids": tokens, "attention_mask": mask}
+    names = [i.name for i in session.get_inputs()]
+    if "position_ids" in names:  # models whose positions follow from the mask do without
+        given["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)[:, -tokens.shape[1] :]
+    parts = [name for name in names if name.startswith("past_key_values.")]
+    return given | dict(zip(parts, past, strict=True))
+
+
 class InRuntime:
     """A float32 file of `to_onnx(..., with_cache=True)` in ONNX Runtime, after the same context."""
 
     def __init__(self, path: Path, context: Tensor) -> None:
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        inputs = self.session.get_inputs()
-        self.names = [i.name for i in inputs]
-        shapes = [i.shape for i in inputs[2:]]
-        self.past = [np.zeros((1, heads, 0, size), np.float32) for _, heads, _, size in shapes]
+        self.past = no_past(self.session)
         self.token, self.length = context.numpy(), 0
         self.seconds: list[float] = []
         self.step()
@@ -62,7 +86,7 @@ class InRuntime:
         start = time.perf_counter()
         self.length += self.token.shape[1]
         mask = np.ones((1, self.length), np.int64)
-        inputs = dict(zip(self.names, [self.token, mask, *self.past], strict=True))
+        inputs = step_inputs(self.session, self.token, mask, self.past)
         logits, *self.past = self.session.run(None, inputs)
         self.token = logits[:, -1:].argmax(-1)
         self.seconds.append(time.perf_counter() - start)

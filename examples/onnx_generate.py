@@ -15,24 +15,31 @@ import numpy as np
 import onnxruntime
 import smollm2
 import torch
+from decoding import no_past, step_inputs
 
 import torchprune
 from torchprune import WandaSpec
 from torchprune.export import to_onnx
 
 
-def generate(session: onnxruntime.InferenceSession, tokens: list[int], count: int) -> list[int]:
-    """Greedy continuation: every step feeds the new tokens and what the last one cached."""
-    names = [i.name for i in session.get_inputs()]
-    shapes = [i.shape for i in session.get_inputs()[2:]]
-    past = [np.zeros((1, heads, 0, size), np.float32) for _, heads, _, size in shapes]
-    new = np.array([tokens], np.int64)
+def generate(
+    session: onnxruntime.InferenceSession, prompts: list[list[int]], count: int
+) -> list[list[int]]:
+    """Greedy continuations: every step feeds the new tokens and what the last one cached.
+
+    Prompts may be of different lengths: shorter ones are padded on the left.
+    """
+    length = max(map(len, prompts))
+    new = np.array([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = np.array([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    texts, past = [list(prompt) for prompt in prompts], no_past(session, len(prompts))
     for _ in range(count):
-        mask = np.ones((1, len(tokens)), np.int64)
-        logits, *past = session.run(None, dict(zip(names, [new, mask, *past], strict=True)))
+        logits, *past = session.run(None, step_inputs(session, new, mask, past))
         new = logits[:, -1:].argmax(-1)
-        tokens = [*tokens, int(new[0, 0])]
-    return tokens
+        mask = np.concatenate([mask, np.ones_like(new)], 1)
+        for text, token in zip(texts, new[:, 0], strict=True):
+            text.append(int(token))
+    return texts
 
 
 def main() -> None:
@@ -52,7 +59,7 @@ def main() -> None:
     session = onnxruntime.InferenceSession(options.output, providers=["CPUExecutionProvider"])
     tokens = tokenizer(options.prompt).input_ids
     start = time.perf_counter()
-    text = generate(session, tokens, options.tokens)
+    (text,) = generate(session, [tokens], options.tokens)
     speed = options.tokens / (time.perf_counter() - start)
     print(f"{tokenizer.decode(text)}\n({speed:.1f} tokens a second)")
 

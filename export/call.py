@@ -2,34 +2,72 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchprune.errors import ExportError
-from torchprune.export.cached import CachedModel
+from torchprune.export import written
+from torchprune.export.cached import PAST, CachedModel
 from torchprune.export.hf import folded_copy
+from torchprune.export.sizes import Shapes, asked_of, measure, varies
+from torchprune.export.written import few, tensors_of
 from torchprune.lowering.lower import lift
+
+T = TypeVar("T")
+
+_UNUSUAL, _CHECKED = ((5, 7, 11), (2, 3, 4)), ((1, 0, 5), (3, 9, 1))
+"""Batch, past and new tokens of a step: to export with (the first that works), to check at."""
+
+
+class SizesError(ExportError):
+    """A model could not be exported with sizes that vary, or computes otherwise at some."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of a call, and the tensors that the model gives for them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the inputs, flat."""
+        return tensors_of((self.args, self.kwargs))
 
 
 @dataclass(frozen=True)
 class Call:
-    """A plain module, an example of its inputs, and which of their sizes vary.
+    """A plain module, inputs to export it with, which of their sizes vary, and inputs to check at.
 
-    `names` are those of the graph's inputs and outputs, where the format has names.
+    Attributes:
+        samples: the user's example first; the others have other sizes.
+        inputs: names of the tensors among the inputs, flat.
+        wanted: for each of them the axes that were to vary.
+        names: those of the graph's inputs and outputs, where the format has names.
+        retreat: the same call with all sizes fixed, for when it does not hold at others.
+        note: why it is that one, if it is.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic_shapes: Any
+    samples: list[Sample]
+    inputs: list[str]
+    wanted: list[set[int]]
     names: tuple[list[str] | None, list[str] | None] = (None, None)
+    retreat: Call | None = None
+    note: str = ""
 
 
 def prepare(
@@ -46,15 +84,141 @@ def prepare(
     plain = _exportable(lift(folded_copy(model)).eval())
     args, kwargs = _as_call(example_inputs)
     if with_cache:
-        cached = CachedModel(plain)
-        args = cached.example(_tokens_of(args, kwargs))
-        if dynamic_shapes is None and vary:
-            dynamic_shapes = cached.dynamic_shapes()
-        return Call(cached, args, {}, dynamic_shapes, cached.names())
+        return _cached(CachedModel(plain), _tokens_of(args, kwargs), dynamic_shapes, vary)
     _without_cache(plain)
-    if dynamic_shapes is None and vary:
-        dynamic_shapes = _vary(kwargs or args)
-    return Call(plain, args, kwargs, dynamic_shapes)
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    asked: Shapes = [_usual(leaf) if vary else {} for leaf in leaves]
+    if dynamic_shapes is not None:
+        asked = _as_asked(plain, args, kwargs, dynamic_shapes)
+    tensors = [isinstance(leaf, Tensor) for leaf in leaves]
+    fixed = Call(
+        plain,
+        args,
+        kwargs,
+        None,
+        samples=[Sample(args, kwargs, run(plain, args, kwargs))],
+        inputs=[n for n, t in zip(_names(plain, args, kwargs), tensors, strict=True) if t],
+        wanted=[set(dims) for dims, t in zip(asked, tensors, strict=True) if t],
+    )
+    if not any(asked):
+        return fixed
+    sizes = measure(lambda made: run(plain, *pytree.tree_unflatten(made, tree)), leaves, asked)
+    new_args, new_kwargs = pytree.tree_unflatten(sizes.leaves, tree)
+    shapes = pytree.tree_unflatten([dims or None for dims in sizes.shapes], tree)
+    checks = [
+        Sample(*pytree.tree_unflatten(check.leaves, tree), check.outputs) for check in sizes.checks
+    ]
+    return replace(
+        fixed,
+        args=new_args,
+        kwargs=new_kwargs,
+        dynamic_shapes=shapes[1] or shapes[0],
+        samples=[*fixed.samples, *checks],
+        retreat=fixed if dynamic_shapes is None and any(sizes.shapes) else None,
+    )
+
+
+def holding(call: Call, write: Callable[[Call], T]) -> T:
+    """Write a call, or, where it does not hold at other sizes than the example's, at those alone.
+
+    Sizes that a user asked for are not given up: then it is an error.
+    """
+    try:
+        return write(call)
+    except SizesError as error:
+        if call.retreat is None:
+            raise
+        return write(replace(call.retreat, note=str(error)))
+
+
+def check(
+    call: Call, runtime: str, compute: Callable[[Sample], list[Tensor]], allowed: float
+) -> tuple[float, float]:
+    """Compare a runtime with the model at every sample; see `written.compare`.
+
+    Returns:
+        largest absolute difference, and the largest of those relative to a sample's outputs.
+
+    Raises:
+        ExportError: it computes otherwise or not at all for the example.
+        SizesError: the same at other sizes.
+    """
+    worst = [0.0, 0.0]
+    for sample in call.samples:
+        kind = ExportError if sample is call.samples[0] else SizesError
+        where = "" if kind is ExportError else f" for {_shapes(call, sample)}"
+        try:
+            found = written.compare(sample.outputs, compute(sample), allowed)
+        except ExportError as error:
+            raise kind(f"{error}{where}") from error
+        except Exception as error:
+            raise kind(
+                f"{runtime} fails{where}: {reason_of(error)}; nothing was written"
+            ) from error
+        worst = [max(pair) for pair in zip(worst, found, strict=True)]
+    return worst[0], worst[1]
+
+
+def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a model gives; the inputs and its buffers stay as they were."""
+    kept = [
+        (owner, key, buffer, buffer.clone())
+        for owner in module.modules()
+        for key, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+    try:
+        with torch.no_grad():
+            return tensors_of(module(*args, **kwargs))
+    finally:
+        for owner, key, buffer, old in kept:
+            owner._buffers[key] = buffer
+            if not torch.equal(buffer, old):
+                with torch.no_grad():
+                    buffer.copy_(old)
+
+
+def _cached(cached: CachedModel, tokens: Tensor, dynamic_shapes: Any, vary: bool) -> Call:
+    """Steps of a model with its cache; the example has a past of a few tokens."""
+    usual = tokens.shape[0], PAST, tokens.shape[1]
+    names = cached.names()
+
+    def at(size: tuple[int, int, int]) -> Sample:
+        args = cached.example(tokens, *size)
+        return Sample(args, {}, run(cached, args, {}))
+
+    first = at(usual)
+    nothing: list[set[int]] = [set() for _ in names[0]]
+    call = Call(cached, first.args, {}, None, [first], names[0], nothing, names)
+    if dynamic_shapes is None and not vary:
+        return call
+    shapes = cached.dynamic_shapes(dynamic_shapes)
+    made: Sample | None = None
+    for wish in _UNUSUAL:
+        try:
+            made = at(cached.sizes(shapes, usual, wish))
+            break
+        except Exception as error:  # longer than the model's texts may be
+            reason = error
+    if made is None:
+        raise ExportError(f"with_cache: the model cannot take a step: {reason_of(reason)}")
+    checks = []
+    for wish in _CHECKED:
+        try:
+            checks.append(at(cached.sizes(shapes, usual, wish)))
+        except Exception:  # no size of this model
+            continue
+    return replace(
+        call,
+        args=made.args,
+        dynamic_shapes=shapes,
+        samples=[first, *checks],
+        wanted=[
+            {axis for axis in range(t.dim()) if varies(asked_of(dims, axis))}
+            for t, dims in zip(made.tensors, cached.flat(shapes), strict=True)
+        ],
+    )
 
 
 def dtype_of(model: nn.Module, accepted: Sequence[torch.dtype], where: str) -> torch.dtype:
@@ -134,14 +298,63 @@ def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return tokens
 
 
-def _vary(inputs: Any) -> Any:
-    """Sizes that may vary: batches, and lengths of token sequences."""
-    auto = torch.export.Dim.AUTO
+def _usual(leaf: Any) -> dict[int, Any]:
+    """Sizes that vary unless a user says otherwise: batches, and lengths of token sequences."""
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        return {}
+    tokens = leaf.dim() > 1 and not leaf.is_floating_point()
+    return dict.fromkeys(range(1 + tokens), torch.export.Dim.AUTO)
 
-    def sizes(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-            return None
-        tokens = leaf.dim() > 1 and not leaf.is_floating_point()
-        return {0: auto, 1: auto} if tokens else {0: auto}
 
-    return pytree.tree_map(sizes, inputs)
+def _as_asked(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> Shapes:
+    """What a user's `dynamic_shapes` ask of every input, flat.
+
+    Raises:
+        ExportError: they are not built as the inputs are.
+    """
+    found: Shapes = []
+    names = [*list(inspect.signature(module.forward).parameters)[: len(args)], *kwargs]
+    try:
+        parts = [shapes[name] for name in names] if isinstance(shapes, Mapping) else list(shapes)
+        for value, dims in zip((*args, *kwargs.values()), parts, strict=True):
+            found += _collected(value, dims)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ExportError(
+            "dynamic_shapes must be built as the inputs are, with {axis: Dim} for every tensor and "
+            f"None for what is fixed: {reason_of(error)}"
+        ) from error
+    return found
+
+
+def _collected(value: Any, dims: Any) -> Shapes:
+    if isinstance(value, Tensor):
+        every = ((axis, asked_of(dims, axis)) for axis in range(value.dim()))
+        return [{axis: dim for axis, dim in every if varies(dim)}]
+    if dims is None or not isinstance(value, Mapping | Sequence) or isinstance(value, str):
+        return [{} for _ in pytree.tree_leaves(value)]
+    pairs = (
+        [(value[key], dims[key]) for key in value]
+        if isinstance(value, Mapping)
+        else zip(value, dims, strict=True)
+    )
+    return [leaf for pair in pairs for leaf in _collected(*pair)]
+
+
+def _names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of a call's inputs, flat: of parameters, and of the place in what they hold."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    names = []
+    for (where, first, *rest), _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        at = where.idx if isinstance(where, pytree.SequenceKey) else 0
+        name = first.key if at else (parameters[first.idx :] or [f"input {first.idx}"])[0]
+        names.append(f"{name}{pytree.keystr(tuple(rest))}")
+    return names
+
+
+def _shapes(call: Call, sample: Sample) -> str:
+    shapes = [
+        f"{name} {tuple(t.shape)}" for name, t in zip(call.inputs, sample.tensors, strict=True)
+    ]
+    return few(shapes)

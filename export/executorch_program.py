@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchprune.errors import ExportError, MissingExtraError
-from torchprune.export.call import dtype_of, file_bytes, folder_of, prepare, reason_of
+from torchprune.export.call import (
+    Sample,
+    check,
+    dtype_of,
+    file_bytes,
+    folder_of,
+    prepare,
+    reason_of,
+)
 from torchprune.export.pt2 import exported
-from torchprune.export.written import ExportReport, compare, tensors_of
+from torchprune.export.written import ExportReport, sizes_of
 
 _ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2}
 """Difference from torch, relative to the largest output, beyond which a program is wrong."""
@@ -70,9 +78,8 @@ def to_executorch(
         vary=False,
     )
     allowed = _ALLOWED[dtype_of(call.module, tuple(_ALLOWED), "to_executorch")]
-    with torch.no_grad():
-        expected = tensors_of(call.module(*call.args, **call.kwargs))
     program = exported(call)
+    sizes = sizes_of(program, call.inputs, call.wanted)
     # What torch decomposes attention to lays its output out otherwise than its fused kernels do.
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")  # of ExecuTorch's own making
@@ -87,8 +94,8 @@ def to_executorch(
         partial = Path(home) / target.name
         with partial.open("wb") as file:
             made.write_to_file(file)
-        seconds, found = _run(partial, tensors_of((call.args, call.kwargs)))
-        difference, relative = compare(expected, found, allowed)
+        seconds, method = _loaded(partial)
+        difference, relative = check(call, "ExecuTorch", lambda s: _run(method, s), allowed)
         total = file_bytes(partial)
         partial.replace(target)
     return ExportReport(
@@ -102,15 +109,19 @@ def to_executorch(
         relative=relative,
         load_seconds=seconds,
         brings=_BRINGS,
+        **sizes,
     )
 
 
-def _run(path: Path, given: list[Tensor]) -> tuple[float, list[Tensor]]:
+def _loaded(path: Path) -> tuple[float, Any]:
     from executorch.runtime import Runtime, Verification
 
     start = time.perf_counter()
     program = Runtime.get().load_program(path, verification=Verification.Minimal)
     method = program.load_method("forward")
-    seconds = time.perf_counter() - start
-    found = method.execute([t.contiguous() for t in given])
-    return seconds, [y.clone() for y in found if isinstance(y, Tensor)]
+    return time.perf_counter() - start, method
+
+
+def _run(method: Any, sample: Sample) -> list[Tensor]:
+    found = method.execute([t.contiguous() for t in sample.tensors])
+    return [y.clone() for y in found if isinstance(y, Tensor)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchprune.checkpoint.manifest import plain_file, read_json
+from torchprune.checkpoint.checked_files import plain_file, read_json
 from torchprune.checkpoint.whole_files import staged
 from torchprune.errors import CheckpointError, MissingExtraError
 from torchprune.masking.mask import detach, masked_layers

@@ -14,8 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError, MissingExtraError
-from torchprune.export.call import Call, dtype_of, file_bytes, folder_of, prepare, reason_of
-from torchprune.export.written import WEIGHTS, ExportReport, compare, tensors_of
+from torchprune.export.call import (
+    Call,
+    Sample,
+    SizesError,
+    check,
+    dtype_of,
+    file_bytes,
+    folder_of,
+    holding,
+    prepare,
+    reason_of,
+)
+from torchprune.export.quiet import without_torchvision_notes
+from torchprune.export.written import WEIGHTS, ExportReport, sizes_of
 
 _EXTERNAL = 1 << 30
 """Bytes of initialisers above which they go to a file of their own (protobuf ends at 2 GiB)."""
@@ -52,11 +64,14 @@ def to_onnx(
         example_inputs: a tensor or tuple (positional) or a mapping (keywords).
         weights: "packed", or "dense" for zeros as they are.
         with_cache: for decoder-only language models of transformers: the graph takes `input_ids`,
-            `attention_mask` (past and present) and `past_key_values.N.key` and `.value` of shape
-            (batch, heads, past, size), and gives `logits` and `present.N.key` and `.value`. The
-            example is then `input_ids`.
-        dynamic_shapes: as for `torch.export.export`; by default the first size of every input may
-            vary, and the second of integer ones (tokens), where the model allows it.
+            `attention_mask` (past and present), what else `generate` gives the model (mostly
+            `position_ids` of the new tokens, which do not count padding), and
+            `past_key_values.N.key` and `.value` of shape (batch, heads, past, size), and gives
+            `logits` and `present.N.key` and `.value`. The example is then `input_ids`.
+        dynamic_shapes: as for `torch.export.export`; by default the first size of every input
+            varies, and the second of integer ones (tokens), where the model runs at other sizes.
+            Inputs equally long in the example stay so, unless the model runs only otherwise. With
+            a cache, for (input_ids, attention_mask, [past, ...]).
         min_sparsity: weights with a smaller share of zeros stay dense.
         int8: quantize products by ONNX Runtime's own quantizer (float32 models only): int8 weights
             with a scale for every output, zeros still zero, and activations rounded to eight bits
@@ -66,22 +81,19 @@ def to_onnx(
             inputs have outliers in many language models.
 
     Returns:
-        sizes, names and differences; print it.
+        sizes, names and differences, and which sizes of the inputs are fixed; print it.
 
     Raises:
         MissingExtraError: the extra "onnx" is absent.
         ExportError: a dtype that ONNX Runtime does not compute with, a model that torch cannot
-            export (with its reason), or a graph that computes otherwise. No file is left then.
+            export (with its reason), or a graph that computes otherwise, be it at other sizes that
+            `dynamic_shapes` asks for. No file is left then.
     """
     if int8_ignore and not int8:
         raise ExportError("int8_ignore is for int8=True")
     if weights not in WEIGHTS:
         raise ExportError(f"weights must be {' or '.join(map(repr, WEIGHTS))}, got {weights!r}")
-    _require()
-    from torchprune.export.int8 import quantize
-    from torchprune.export.packing_pass import pack_initializers
-    from torchprune.export.simplify import simplify
-
+    require_onnx("torchprune.export.to_onnx")
     target = Path(path)
     call = prepare(
         model,
@@ -90,24 +102,41 @@ def to_onnx(
         dynamic_shapes=dynamic_shapes,
         vary=True,
     )
+    how = (weights == "packed", min_sparsity, int8, int8_ignore)
+    return holding(call, lambda call: write_onnx(call, target, *how))
+
+
+def write_onnx(
+    call: Call,
+    target: Path,
+    packing: bool,
+    min_sparsity: float = 0.25,
+    int8: bool = False,
+    int8_ignore: Sequence[str] = (),
+) -> ExportReport:
+    """Write a call; see `to_onnx`."""
+    from torchprune.export.int8 import quantize
+    from torchprune.export.packing_pass import pack_initializers
+    from torchprune.export.simplify import simplify
+
     allowed = _ALLOWED[dtype_of(call.module, tuple(_ALLOWED)[: 1 if int8 else 2], "to_onnx")]
-    with torch.no_grad():
-        expected = tensors_of(call.module(*call.args, **call.kwargs))
-        program = _exported(call)
+    program = _exported(call)
+    sizes = sizes_of(program.exported_program, call.inputs, call.wanted)
     simplify(program.model)
     graph: Any = program.model
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
         if int8:
             graph = quantize(graph, Path(home), int8_ignore, _weights_bytes(graph) > _EXTERNAL)
             allowed = float("inf")
-        packed = pack_initializers(graph, min_sparsity) if weights == "packed" else []
+        packed = pack_initializers(graph, min_sparsity) if packing else []
         size = _weights_bytes(graph)
         dense = size + sum(p.before - p.after for p in packed)
         partial = Path(home) / target.name
         data = Path(f"{partial}.data") if size > _EXTERNAL else None
         _save(graph, partial, data)
-        seconds, found, inputs, outputs = _run(partial, tensors_of((call.args, call.kwargs)))
-        difference, relative = compare(expected, found, allowed)
+        seconds, session = _session(partial)
+        inputs = _inputs(session, call)
+        difference, relative = check(call, "ONNX Runtime", lambda s: _run(session, s), allowed)
         files = [f for f in (data, partial) if f is not None]
         total = file_bytes(*files)
         for file in files:
@@ -124,20 +153,26 @@ def to_onnx(
         load_seconds=seconds,
         brings=_BRINGS + (_INT8 if int8 else ""),
         inputs=inputs,
-        outputs=outputs,
+        outputs=[o.name for o in session.get_outputs()],
+        **sizes,
+        note=call.note,
     )
 
 
-def _require() -> None:
+def require_onnx(caller: str) -> None:
+    """
+    Raises:
+        MissingExtraError: a package of the extra is absent.
+    """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(package)
         except ImportError:
-            raise MissingExtraError(package, "onnx", "torchprune.export.to_onnx") from None
+            raise MissingExtraError(package, "onnx", caller) from None
 
 
 def _exported(call: Call) -> Any:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_torchvision_notes(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's and onnxscript's own making
         try:
             return torch.onnx.export(
@@ -152,7 +187,7 @@ def _exported(call: Call) -> Any:
                 output_names=call.names[1],
             )
         except Exception as error:
-            raise ExportError(f"torch could not export this model: {reason_of(error)}") from error
+            raise SizesError(f"torch could not export this model: {reason_of(error)}") from error
 
 
 def _weights_bytes(model: Any) -> int:
@@ -167,25 +202,27 @@ def _save(model: Any, path: Path, data: Path | None) -> None:
     onnx.checker.check_model(str(path))
 
 
-def _run(path: Path, given: list[Tensor]) -> tuple[float, list[Tensor], list[str], list[str]]:
+def _session(path: Path) -> tuple[float, Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     start = time.perf_counter()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    seconds = time.perf_counter() - start
+    return time.perf_counter() - start, session
+
+
+def _inputs(session: Any, call: Call) -> list[str]:
     inputs = [i.name for i in session.get_inputs()]
-    if len(inputs) != len(given):
+    if len(inputs) != len(call.inputs):
         raise ExportError(
             f"the graph has {len(inputs)} inputs ({', '.join(inputs)}) and the example "
-            f"{len(given)} tensors; leave out those that the model does not use"
+            f"{len(call.inputs)} tensors; leave out those that the model does not use"
         )
-    arrays = [t.detach().cpu().numpy() for t in given]
-    found = session.run(None, dict(zip(inputs, arrays, strict=True)))
-    return (
-        seconds,
-        [torch.from_numpy(y) for y in found],
-        inputs,
-        [o.name for o in session.get_outputs()],
-    )
+    return inputs
+
+
+def _run(session: Any, sample: Sample) -> list[Tensor]:
+    names = [i.name for i in session.get_inputs()]
+    arrays = [t.detach().cpu().numpy() for t in sample.tensors]
+    return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, arrays, strict=True)))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError, MissingExtraError
-from torchprune.export.call import file_bytes, folder_of, prepare
-from torchprune.export.onnx_model import to_onnx
-from torchprune.export.written import ExportReport, compare, tensors_of
+from torchprune.export.call import (
+    Call,
+    Sample,
+    check,
+    file_bytes,
+    folder_of,
+    holding,
+    prepare,
+)
+from torchprune.export.onnx_model import require_onnx, write_onnx
+from torchprune.export.written import ExportReport
 
 _ALLOWED = 1e-3
 """Largest difference from torch, relative to the largest output, beyond which a graph is wrong."""
@@ -49,58 +58,57 @@ def to_openvino(
         ExportError: as of `to_onnx`. No file is left then.
     """
     try:
-        import openvino
+        import openvino  # noqa: F401
     except ImportError:
         raise MissingExtraError("openvino", "openvino", "torchprune.export.to_openvino") from None
     target = Path(path)
     if target.suffix != ".xml":
         raise ExportError(f"OpenVINO's graphs are .xml files, got {target.name}")
+    require_onnx("torchprune.export.to_openvino")
+    call = prepare(
+        model, example_inputs, with_cache=with_cache, dynamic_shapes=dynamic_shapes, vary=True
+    )
+    return holding(call, lambda call: _write(call, target))
+
+
+def _write(call: Call, target: Path) -> ExportReport:
+    import openvino
+
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
         partial = Path(home) / target.name
-        written = to_onnx(
-            model,
-            Path(home) / "model.onnx",
-            example_inputs,
-            weights="dense",
-            with_cache=with_cache,
-            dynamic_shapes=dynamic_shapes,
-        )
+        written = write_onnx(call, Path(home) / "model.onnx", packing=False)
         graph = openvino.convert_model(written.path)
         openvino.save_model(graph, partial, compress_to_fp16=False)
-        call = prepare(
-            model, example_inputs, with_cache=with_cache, dynamic_shapes=None, vary=False
-        )
-        with torch.no_grad():
-            expected = tensors_of(call.module(*call.args, **call.kwargs))
-        seconds, found = _run(partial, tensors_of((call.args, call.kwargs)))
-        difference, relative = compare(expected, found, _ALLOWED)
+        seconds, compiled = _compiled(partial)
+        difference, relative = check(call, "OpenVINO", lambda s: _run(compiled, s), _ALLOWED)
         data = partial.with_suffix(".bin")
         total = file_bytes(partial, data)
         for file in (data, partial):
             file.replace(target.parent / file.name)
-    return ExportReport(
+    return replace(
+        written,
         path=target,
         data=target.with_suffix(".bin"),
         runtime="OpenVINO",
         bytes=total,
         dense_bytes=total,
-        packed=[],
         difference=difference,
         relative=relative,
         load_seconds=seconds,
         brings=_BRINGS,
-        inputs=written.inputs,
-        outputs=written.outputs,
     )
 
 
-def _run(path: Path, given: list[Tensor]) -> tuple[float, list[Tensor]]:
+def _compiled(path: Path) -> tuple[float, Any]:
     import openvino
 
     start = time.perf_counter()
     # By itself it would compute in bfloat16 where the processor can.
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(path, "CPU", options)
-    seconds = time.perf_counter() - start
-    found = compiled([t.detach().cpu().numpy() for t in given])
-    return seconds, [torch.from_numpy(found[output].copy()) for output in compiled.outputs]
+    return time.perf_counter() - start, compiled
+
+
+def _run(compiled: Any, sample: Sample) -> list[Tensor]:
+    found = compiled([t.detach().cpu().numpy() for t in sample.tensors])
+    return [torch.from_numpy(found[output].copy()) for output in compiled.outputs]

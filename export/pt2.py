@@ -17,8 +17,18 @@ from torch.export import ExportedProgram
 
 from torchprune import passes
 from torchprune.errors import CheckpointError, ExportError
-from torchprune.export.call import Call, file_bytes, folder_of, prepare, reason_of
-from torchprune.export.written import WEIGHTS, ExportReport, compare, tensors_of
+from torchprune.export.call import (
+    Call,
+    SizesError,
+    check,
+    file_bytes,
+    folder_of,
+    holding,
+    prepare,
+    reason_of,
+    run,
+)
+from torchprune.export.written import WEIGHTS, ExportReport, sizes_of
 
 _ALLOWED = 3e-2
 """Largest difference from torch, relative to the largest output, beyond which a program is wrong.
@@ -75,26 +85,30 @@ def to_pt2(
         dynamic_shapes=dynamic_shapes,
         vary=True,
     )
-    with torch.no_grad():
-        expected = tensors_of(call.module(*call.args, **call.kwargs))
+    return holding(call, lambda call: _write(call, target, weights, min_sparsity))
+
+
+def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> ExportReport:
     program = exported(call)
+    sizes = sizes_of(program, call.inputs, call.wanted)
     packed: list[str] = []
     dense = _bytes_of(program)
-    if weights == "packed":
-        passed = passes.pack_linears(program, min_sparsity=min_sparsity)
-        program, packed = passed.program, passed.modified
-    saved = dense - _bytes_of(program)
-    program.example_inputs = None
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export's own making
+        if weights == "packed":
+            passed = passes.pack_linears(program, min_sparsity=min_sparsity)
+            program, packed = passed.program, passed.modified
+        saved = dense - _bytes_of(program)
+        program.example_inputs = None
         partial = Path(home) / target.name
         torch.export.save(program, partial)
         start = time.perf_counter()
         loaded = load_pt2(partial)
         seconds = time.perf_counter() - start
-        with torch.no_grad():
-            found = tensors_of(loaded.module()(*call.args, **call.kwargs))
-        difference, relative = compare(expected, found, _ALLOWED)
+        module = loaded.module()
+        difference, relative = check(
+            call, "the loaded program", lambda s: run(module, s.args, s.kwargs), _ALLOWED
+        )
         total = file_bytes(partial)
         partial.replace(target)
     return ExportReport(
@@ -108,6 +122,8 @@ def to_pt2(
         relative=relative,
         load_seconds=seconds,
         brings=_BRINGS[weights],
+        **sizes,
+        note=call.note,
     )
 
 
@@ -164,7 +180,7 @@ def exported(call: Call) -> ExportedProgram:
                 call.module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes
             )
         except Exception as error:
-            raise ExportError(f"torch could not export this model: {reason_of(error)}") from error
+            raise SizesError(f"torch could not export this model: {reason_of(error)}") from error
 
 
 def _bytes_of(program: ExportedProgram) -> int:

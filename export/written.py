@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from torchprune.errors import ExportError
@@ -26,11 +29,18 @@ class ExportReport:
         runtime: what ran it.
         bytes, dense_bytes: of all files, and what they would add up to with dense weights.
         packed: names of the weights that were packed.
-        difference: largest absolute difference of any output from torch, on the example.
+        difference: largest absolute difference of any output from torch, on the example and, where
+            sizes vary, at two more sizes of each.
         relative: the same over the largest absolute output.
         load_seconds: until the runtime could run it.
         brings: what sparsity brings in this form, in a sentence.
         inputs, outputs: the graph's names, where the format has any.
+        sizes: for every input its sizes: a number is fixed, a letter varies, and equal letters are
+            equal sizes.
+        bounds: least and greatest value of a letter, where the graph bounds it; no greatest is
+            None.
+        unmoved: axes that were to vary and are fixed, in words.
+        note: why they are, where the graph did not hold at other sizes.
     """
 
     path: Path
@@ -45,6 +55,10 @@ class ExportReport:
     brings: str
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    sizes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    bounds: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    unmoved: list[str] = field(default_factory=list)
+    note: str = ""
 
     def __str__(self) -> str:
         share = self.bytes / self.dense_bytes if self.dense_bytes else 1.0
@@ -55,13 +69,70 @@ class ExportReport:
         ]
         for what, names in (("inputs", self.inputs), ("outputs", self.outputs)):
             if names:
-                lines.append(f"{what}: {_few(names)}")
+                lines.append(f"{what}: {few(names)}")
+        if self.sizes:
+            lines.append(f"sizes (numbers are fixed, letters vary): {few(self._shown())}")
+        for letter, (low, high) in self.bounds.items():
+            lines.append(f"{letter} is at least {low}" + (f" and at most {high}" if high else ""))
+        if self.unmoved:
+            why = f": {self.note}" if self.note else ", the model or the graph allows no other"
+            lines.append(f"fixed, though it was to vary{why}: {few(self.unmoved)}")
         return "\n".join([*lines, self.brings])
 
+    def _shown(self) -> list[str]:
+        return [f"{name} ({', '.join(map(str, sizes))})" for name, sizes in self.sizes.items()]
 
-def _few(names: list[str]) -> str:
+
+def few(names: list[str]) -> str:
+    """Names in a line, the first six if there are more."""
     shown = ", ".join(names[:6])
     return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
+
+
+def sizes_of(
+    program: ExportedProgram, inputs: Sequence[str], wanted: Sequence[set[int]]
+) -> dict[str, Any]:
+    """What a program says of its inputs' sizes: `sizes`, `bounds` and `unmoved` of a report.
+
+    Args:
+        program: as torch exported it; its tensor inputs have the names `inputs`.
+        wanted: for each of them the axes that were to vary.
+    """
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    given = [nodes[n] for n in program.graph_signature.user_inputs if n in nodes]
+    values = [node.meta["val"] for node in given if isinstance(node.meta["val"], Tensor)]
+    letters: dict[str, str] = {}
+    bounds: dict[str, tuple[int, int | None]] = {}
+    for symbol in (symbol for value in values for size in value.shape for symbol in _symbols(size)):
+        if str(symbol) not in letters:
+            letter = letters[str(symbol)] = _letter(len(letters))
+            known = program.range_constraints.get(symbol)
+            low, high = (0, None) if known is None else (known.lower, known.upper)
+            high = int(high) if high is not None and high < sys.maxsize else None
+            if low > 2 or high is not None:  # torch says 2 of what was exported at more than 1
+                bounds[letter] = int(low), high
+
+    def said(size: Any) -> int | str:
+        if isinstance(size, int):
+            return size
+        return re.sub(r"\bs\d+\b", lambda found: letters.get(found[0], found[0]), str(size))
+
+    sizes = {n: tuple(map(said, v.shape)) for n, v in zip(inputs, values, strict=True)}
+    unmoved = [
+        f"{name} axis {axis} at {sizes[name][axis]}"
+        for name, axes in zip(inputs, wanted, strict=True)
+        for axis in sorted(axes)
+        if isinstance(sizes[name][axis], int)
+    ]
+    return {"sizes": sizes, "bounds": bounds, "unmoved": unmoved}
+
+
+def _symbols(size: Any) -> list[Any]:
+    return [] if isinstance(size, int) else sorted(size.node.expr.free_symbols, key=str)
+
+
+def _letter(number: int) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[number % 26] * (1 + number // 26)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

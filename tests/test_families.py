@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
 from torchprune.masking.targets import make_plan
-from torchprune.specs.methods import Spec
 from torchprune.specs.patterns import prune_count
+from torchprune.specs.spec import Spec
 from torchprune.testing import assert_sparsity, check_laws
 
 METHODS = {"wanda": WandaSpec, "sparsegpt": SparseGPTSpec}

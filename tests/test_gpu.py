@@ -10,7 +10,7 @@ from families import FAMILIES
 
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 pytestmark = pytest.mark.gpu
 

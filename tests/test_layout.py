@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,46 @@ import torchprune.testing
 
 ROOT = Path(torchprune.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
+EXPORT = Path(str(importlib.util.find_spec("torchprune.export").origin)).parent  # type: ignore[union-attr]
+HOUSE = {*FILES, *EXPORT.rglob("*.py")}
+"""The library with its deployment half, which lies beside it."""
+
+ARROWS = {
+    "__main__": "cli",
+    "cli": "export __init__ study checkpoint reports calibration specs errors",
+    "__init__": "study sparsify checkpoint structure reports lowering lowering.kernels masking"
+    " specs errors",
+    "testing": "sparsify structure graph calibration masking specs modes errors",
+    "study": "sparsify checkpoint reports calibration specs modes errors",
+    "sparsify": "allocation structure passes methods reports calibration masking specs modes"
+    " errors",
+    "export": "checkpoint structure passes reports lowering masking errors",
+    "allocation": "checkpoint structure methods calibration masking specs modes errors",
+    "checkpoint": "structure reports lowering masking specs errors",
+    "structure": "passes graph methods reports calibration masking specs modes errors",
+    "passes": "methods lowering calibration masking specs modes errors",
+    "graph": "calibration masking modes errors",
+    "methods": "calibration masking specs modes errors",
+    "reports": "calibration masking specs errors",
+    "lowering": "lowering.kernels masking specs errors",
+    "lowering.kernels": "masking",
+    "calibration": "masking modes errors",
+    "masking": "specs modes errors",
+    "specs": "errors",
+    "modes": "",
+    "errors": "",
+}
+"""From the top floor down: each room, and the rooms that its files import, in functions too."""
+
+FOR_TYPES = {
+    ("specs", "graph"): "a user's own score is a function of a model and one of its groups"
+}
+"""Arrows that only a type checker follows, and why."""
+
+SAME_NAME: dict[str, str] = {}
+"""Names that two files of the library share, and why."""
+
+PUBLIC_PACKAGES = {"torchprune", "torchprune.passes", "torchprune.testing", "torchprune.export"}
 
 PUBLIC = [
     "NM",
@@ -31,7 +73,9 @@ PUBLIC = [
     "NeuronSpec",
     "RIASpec",
     "Reconstruct",
+    "ScoreSpec",
     "Search",
+    "SolverSpec",
     "SparseGPTSpec",
     "Swaps",
     "TorchpruneError",
@@ -58,7 +102,10 @@ PUBLIC = [
 
 
 def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    if path.is_relative_to(EXPORT):
+        parts = ("torchprune", "export", *path.relative_to(EXPORT).with_suffix("").parts)
+    else:
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -118,14 +165,114 @@ def test_a_circle_of_imports_would_be_found() -> None:
     assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-def test_nothing_imports_the_deployment_half() -> None:
+# -- rooms -----------------------------------------------------------------------------------------
+
+
+def room_of(module: str) -> str:
+    """The folder of a module, or the module itself where it lies in none."""
+    parts = module.split(".")[1:]
+    if parts[:2] == ["lowering", "kernels"]:
+        return "lowering.kernels"
+    return parts[0] if parts else "__init__"
+
+
+def modules_named(tree: ast.AST, known: set[str]) -> set[str]:
+    """Modules among those known that a tree imports, by statements and by `import_module`."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names = inner & known
+            found |= names if names == inner else {str(node.module), *names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return found & known
+
+
+def arrows_of(files: set[Path]) -> dict[tuple[str, str], list[str]]:
+    """(room, room it imports) -> the modules that do, type checkers' imports left out if listed."""
+    known = {module_of(path) for path in files}
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted(files):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        module, for_types = module_of(path), _taken_out(tree)
+        room = room_of(module)
+        typed = {room_of(m) for part in for_types for m in modules_named(part, known)}
+        rooms = {other for other in typed if (room, other) not in FOR_TYPES}
+        for other in (rooms | {room_of(m) for m in modules_named(tree, known)}) - {room}:
+            found.setdefault((room, other), []).append(module)
+    return found
+
+
+def _taken_out(tree: ast.Module) -> list[ast.stmt]:
+    """The statements under `if TYPE_CHECKING`, which the tree then has no more."""
+    taken = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            taken += node.body
+            node.body = [ast.Pass()]
+    return taken
+
+
+def new_arrows(found: dict[tuple[str, str], list[str]]) -> dict[str, list[str]]:
+    allowed = {(room, other) for room, others in ARROWS.items() for other in others.split()}
+    return {f"{a} -> {b}": files for (a, b), files in found.items() if (a, b) not in allowed}
+
+
+def test_rooms_import_only_what_the_table_allows() -> None:
+    found = arrows_of(HOUSE)
+    assert len(found) > 90
+    assert new_arrows(found) == {}, "move the code down, or argue for the arrow and add it"
+
+
+def test_every_arrow_of_the_table_runs_down() -> None:
+    floors = list(ARROWS)
+    for room, others in ARROWS.items():
+        for other in others.split():
+            assert floors.index(room) < floors.index(other), f"{room} -> {other}"
+
+
+def test_an_arrow_that_the_table_does_not_hold_would_be_found() -> None:
+    known = {"torchprune", "torchprune.export", "torchprune.graph", "torchprune.graph.trace"}
+    source = """
+from torchprune import graph
+def later():
+    from torchprune.graph.trace import trace
+    return import_module("torchprune.export")
+"""
+    tree = ast.parse(source)
+    assert modules_named(tree, known) == known - {"torchprune"}
+    assert modules_named(ast.parse("from torchprune import sparsify"), known) == {"torchprune"}
+    found = {("masking", "graph"): ["torchprune.masking.mask"], ("graph", "masking"): ["x"]}
+    assert new_arrows(found) == {"masking -> graph": ["torchprune.masking.mask"]}
+
+
+def test_nothing_imports_the_deployment_half_before_it_is_called() -> None:
     for path in FILES:
         above = {m for m in imports_of(path, everywhere=False) if m.startswith("torchprune.export")}
         assert not above, f"{module_of(path)} imports {above}"
-        # A command may reach for it when it is called; the library may not.
-        if path.stem not in ("cli", "__main__"):
-            inside = {m for m in imports_of(path) if m.startswith("torchprune.export")}
-            assert not inside, f"{module_of(path)} imports {inside}"
+
+
+def test_a_room_says_in_one_sentence_what_is_in_it() -> None:
+    for path in sorted(path for path in HOUSE if path.name == "__init__.py"):
+        if (module := module_of(path)) in PUBLIC_PACKAGES:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        text = ast.get_docstring(tree)
+        assert text, f"{module} says nothing"
+        assert len(tree.body) == 1, f"{module} holds more than its sentence"
+        assert re.fullmatch(r"(?s)([^.!?]|[.!?](?=\S))+\.", text), f"{module}: one sentence, please"
+
+
+def test_no_two_files_of_the_library_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted(HOUSE):
+        if path.stem != "__init__":
+            places.setdefault(path.stem, []).append(module_of(path))
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert {n: found for n, found in twice.items() if n not in SAME_NAME} == {}
 
 
 def test_nothing_but_tests_imports_testing() -> None:
@@ -184,7 +331,7 @@ except ImportError as error:
 
 def test_the_public_surface_is_frozen() -> None:
     assert sorted(torchprune.__all__) == sorted(PUBLIC)
-    assert len(torchprune.__all__) <= 38  # what each name is for is in the README
+    assert len(torchprune.__all__) <= 40  # what each name is for is in the README
     for name in torchprune.__all__:
         assert getattr(torchprune, name).__doc__, name
     for name in torchprune.testing.__all__:

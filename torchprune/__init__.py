@@ -8,31 +8,38 @@
 >>> model = torchprune.fold(model)
 """
 
-from torchprune.calibration.text import text_batches
-from torchprune.checkpoint.save_load import load, load_into, save
-from torchprune.errors import TorchpruneError
-from torchprune.lowering.kernels import operators as kernels  # noqa: F401  (kernels.native())
-from torchprune.lowering.lower import lift, lower, plan_lowering
-from torchprune.masking.mask import apply_masks, densify, fold, masks
-from torchprune.reports.report import report
-from torchprune.sparsify import sparsify
-from torchprune.specs.allocation import OWL, LeastError, Search
-from torchprune.specs.methods import (
-    ADMMSpec,
-    BestSpec,
-    MagnitudeSpec,
-    RIASpec,
-    SparseGPTSpec,
-    WandaSpec,
-)
-from torchprune.specs.options import PCG, Reconstruct, Swaps
-from torchprune.specs.patterns import NM, Block, Unstructured
-from torchprune.specs.structured import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
-from torchprune.structure.plan import plan_shrink
-from torchprune.structure.shrink import shrink
-from torchprune.study.compare import compare
-from torchprune.study.evaluation import perplexity
-from torchprune.study.results import Comparison
+from typing import TYPE_CHECKING
+
+from torchprune.process import is_the_command
+
+if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports what it runs
+    from torchprune.calibration.text import text_batches
+    from torchprune.checkpoint.ordinary_saves import teach as _teach
+    from torchprune.checkpoint.save_load import load, load_into, save
+    from torchprune.errors import TorchpruneError
+    from torchprune.lowering.kernels import operators as kernels  # noqa: F401  (kernels.native())
+    from torchprune.lowering.lower import lift, lower, plan_lowering
+    from torchprune.masking.mask import apply_masks, densify, fold, masks
+    from torchprune.methods.admm import ADMMSpec
+    from torchprune.methods.best import BestSpec
+    from torchprune.methods.custom import ScoreSpec, SolverSpec
+    from torchprune.methods.magnitude import MagnitudeSpec
+    from torchprune.methods.ria import RIASpec
+    from torchprune.methods.sparsegpt import SparseGPTSpec
+    from torchprune.methods.wanda import WandaSpec
+    from torchprune.reports.report import report
+    from torchprune.sparsify import sparsify
+    from torchprune.specs.allocation import OWL, LeastError, Search
+    from torchprune.specs.options import PCG, Reconstruct, Swaps
+    from torchprune.specs.patterns import NM, Block, Unstructured
+    from torchprune.structure.plan import plan_shrink
+    from torchprune.structure.shrink import shrink
+    from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
+    from torchprune.study.compare import compare
+    from torchprune.study.evaluation import perplexity
+    from torchprune.study.results import Comparison
+
+    _teach()  # transformers' own saves keep masks
 
 __version__ = "0.1.0"
 
@@ -52,7 +59,9 @@ __all__ = [
     "NeuronSpec",
     "RIASpec",
     "Reconstruct",
+    "ScoreSpec",
     "Search",
+    "SolverSpec",
     "SparseGPTSpec",
     "Swaps",
     "TorchpruneError",

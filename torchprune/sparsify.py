@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -15,24 +16,17 @@ from torchprune import modes
 from torchprune.allocation.allocate import allocated
 from torchprune.calibration.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.calibration.block_calls import Ends, Unit
+from torchprune.calibration.data import Data
 from torchprune.calibration.lockstep import Calibration, Unforeseen
-from torchprune.calibration.synthesis import (
-    SEQUENCES,
-    can_synthesise,
-    continuations,
-    synthesise,
-    windows_of,
-)
-from torchprune.calibration.text import LONGEST, context_of, longest_of, text_batches
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
-from torchprune.methods.decide import by_magnitude, decider_for
+from torchprune.methods.decide import decider_for, without_data
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord, remember_run
-from torchprune.specs.methods import Spec
 from torchprune.specs.options import Reconstruct
-from torchprune.specs.structured import LayerSpec, StructuredSpec
+from torchprune.specs.spec import Spec
+from torchprune.structure.specs import LayerSpec, StructuredSpec
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -84,163 +78,153 @@ def sparsify(
         CalibrationError: no usable data, or a layer's statistics are not finite.
         Exception: whatever the model raises. After any error the model is as it was.
     """
-    if not isinstance(spec, Spec | StructuredSpec | LayerSpec) or type(spec) is Spec:
-        got = f"the class {spec.__name__}" if isinstance(spec, type) else repr(spec)
-        raise SpecError(
-            "spec must be a MagnitudeSpec, WandaSpec, RIASpec, SparseGPTSpec, ADMMSpec, BestSpec, "
-            f"HeadSpec, NeuronSpec, ChannelSpec or LayerSpec, got {got}"
-        )
-    if hold not in (None, torch.bfloat16, torch.float16):
-        raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")
+    _check_request(spec, hold)
+    calibration = Data(data, tokenizer, max_batches, seed, progress)
     if type(model).__name__ == "ExportedProgram":
-        if not isinstance(spec, Spec):
-            raise SpecError(
-                f"{type(spec).__name__} prunes modules, since a program's sizes are constants: "
-                "sparsify and shrink the model, then export it"
-            )
-        if tokenizer is not None:
-            raise CalibrationError(
-                "tokenizer is for modules, whose context is known; give a program batches: "
-                "text_batches(tokenizer, texts, length=...)"
-            )
-        options = keep_dense or hold is not None
-        return cast(Model, _pruned_program(model, spec, data, max_batches, progress, options))
+        for_modules = keep_dense or hold is not None
+        return cast(Model, _prune_program(model, spec, calibration, for_modules))
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a Module or an ExportedProgram, got {type(model).__name__}")
-    if not isinstance(spec, Spec):
-        _prune_structures(
-            model, spec, data, max_batches, seed, keep_dense, hold, progress, tokenizer
-        )
-        return model
-    plan = make_plan(model, spec)
-    _check_weights(plan, finite=spec.changes_weights or spec.needs_gram)
-    run = RunRecord(spec=spec, skipped=dict(plan.skipped))
-    if not spec.needs_data:
-        with modes.exact(), all_or_nothing(plan.targets, keep_dense=keep_dense) as changes:
-            for change in by_magnitude(plan.targets, spec):
-                changes.stage(change)
-                changes.settle()
+    run = RunRecord(spec=spec)
+    if isinstance(spec, Spec):
+        _Weights(model, spec, calibration, run, keep_dense, hold).prune()
     else:
-        batches = _calibration_batches(
-            model, spec, data, max_batches, seed, progress, run, tokenizer
-        )
-        plan, notes = allocated(model, plan, spec, batches, progress=progress)
-        run.notes += notes
-        own = _own_text(model, spec, batches, seed, progress, run)
-        batches = [*own, *batches]
-        with _permuted(model, plan, spec, batches, run, hold):
-            for foresee in (True, False):
-                with (
-                    suppress(Unforeseen),
-                    all_or_nothing(plan.targets, keep_dense=keep_dense) as changes,
-                ):
-                    if not foresee:
-                        run.notes.append(
-                            "calibrated twice: layers that read one tensor in some blocks read "
-                            "several in others of the same class"
-                        )
-                    _calibrate(
-                        model, plan, spec, batches, len(own), changes, run, foresee, hold, progress
-                    )
-                    break
+        _prune_structures(model, spec, calibration, run, keep_dense, hold)
     remember_run(model, run)
     for warning in run.warnings:
         warnings.warn(warning, stacklevel=2)
     return model
 
 
-def _permuted(
-    model: nn.Module,
-    plan: Plan,
-    spec: Spec,
-    batches: Sequence[Batch],
-    run: RunRecord,
-    hold: torch.dtype | None,
-) -> AbstractContextManager[None]:
-    if not spec.permute:
-        return nullcontext()
-    from torchprune.structure.reorder import permuted  # torch.export takes a while to import
-
-    return permuted(model, plan, spec, batches, run, hold=hold)
-
-
-def _prune_structures(
-    model: nn.Module,
-    spec: StructuredSpec | LayerSpec,
-    data: Iterable[Any] | None,
-    max_batches: int,
-    seed: int,
-    keep_dense: bool,
-    hold: torch.dtype | None,
-    progress: bool,
-    tokenizer: Any,
-) -> None:
-    from torchprune.structure.blocks import prune_blocks
-    from torchprune.structure.prune_units import (
-        prune_structures,  # torch.export takes a while to import
-    )
-
-    run = RunRecord(spec=spec)
-    batches = _calibration_batches(model, spec, data, max_batches, seed, progress, run, tokenizer)
-    if isinstance(spec, LayerSpec):
-        prune_blocks(model, spec, batches, run, progress=progress)
-    else:
-        prune_structures(
-            model, spec, batches, run, progress=progress, keep_dense=keep_dense, hold=hold
+def _check_request(spec: object, hold: object) -> None:
+    if not isinstance(spec, Spec | StructuredSpec | LayerSpec) or type(spec) is Spec:
+        got = f"the class {spec.__name__}" if isinstance(spec, type) else repr(spec)
+        raise SpecError(
+            "spec must be a MagnitudeSpec, WandaSpec, RIASpec, SparseGPTSpec, ADMMSpec, BestSpec, "
+            f"ScoreSpec, SolverSpec, HeadSpec, NeuronSpec, ChannelSpec or LayerSpec, got {got}"
         )
-    remember_run(model, run)
-    for warning in run.warnings:
-        warnings.warn(warning, stacklevel=3)
+    if hold not in (None, torch.bfloat16, torch.float16):
+        raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")
 
 
-def _pruned_program(
-    program: Any,
-    spec: Spec,
-    data: Iterable[Any] | None,
-    max_batches: int,
-    progress: bool,
-    options: bool,
-) -> Any:
-    from torchprune.passes.prune_program import (
-        prune_program,  # torch.export takes a while to import
-    )
-
-    if options:
-        raise SpecError("keep_dense and hold are for modules; a program's own weights stay anyway")
-    batches: list[Batch] = []
-    if spec.needs_data:
-        if data is None:
-            raise CalibrationError(
-                f"{type(spec).__name__} needs calibration data for an ExportedProgram: "
-                f"sparsify(program, spec, data). {ACCEPTED_DATA}"
-            )
-        batches, _ = read_batches(data, program.module(), max_batches)
-    pruned, found = prune_program(program, spec, batches, progress=progress)
-    for warning in found:
-        warnings.warn(warning, stacklevel=3)
-    return pruned
+# -- single weights of a module --------------------------------------------------------------------
 
 
-def _calibrate(
-    model: nn.Module,
-    plan: Plan,
-    spec: Spec,
-    batches: Sequence[Batch],
-    own: int,
-    changes: Changes,
-    run: RunRecord,
-    foresee: bool,
-    hold: torch.dtype | None,
-    progress: bool,
-) -> None:
-    """Run the batches in lockstep; at each stop decide the layers' changes and stage them.
+@dataclass(eq=False)
+class _Weights:
+    """One call of `sparsify` for single weights of a module."""
 
-    The first `own` batches are the model's own text.
-    """
-    decider = decider_for(spec, plan.targets, len(batches))
-    gains: list[Gain] = []
-    options, ends = spec.reconstruct, None
-    if isinstance(options, Reconstruct):
+    model: nn.Module
+    spec: Spec
+    data: Data
+    run: RunRecord
+    keep_dense: bool
+    hold: torch.dtype | None
+
+    def prune(self) -> None:
+        """Select, calibrate, and in lockstep with that score, mask and attach."""
+        model, spec, run = self.model, self.spec, self.run
+        plan = make_plan(model, spec)
+        run.skipped.update(plan.skipped)
+        _check_weights(plan, finite=spec.changes_weights or spec.needs_gram)
+        if not spec.needs_data:
+            self._by_weights_alone(plan)
+            return
+        batches, notes = self.data.read(model, type(spec).__name__, at_least=spec.windows)
+        run.notes += notes
+        plan, notes = allocated(model, plan, spec, batches, progress=self.data.progress)
+        run.notes += notes
+        own, notes = self.data.written_on(model, batches, spec.windows)
+        run.notes += notes
+        with self._permuted(plan, [*own, *batches]):
+            self._in_lockstep(plan, own, batches)
+
+    def _by_weights_alone(self, plan: Plan) -> None:
+        with modes.exact(), all_or_nothing(plan.targets, keep_dense=self.keep_dense) as changes:
+            for change in without_data(plan.targets, self.spec):
+                changes.stage(change)
+                changes.settle()
+
+    def _permuted(self, plan: Plan, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        if not self.spec.permute:
+            return nullcontext()
+        from torchprune.structure.reorder import permuted  # torch.export takes a while to import
+
+        return permuted(self.model, plan, self.spec, batches, self.run, hold=self.hold)
+
+    def _in_lockstep(self, plan: Plan, own: Sequence[Batch], batches: Sequence[Batch]) -> None:
+        """Calibrate foreseeing which layers share their inputs; where that fails, without."""
+        for foresee in (True, False):
+            with (
+                suppress(Unforeseen),
+                all_or_nothing(plan.targets, keep_dense=self.keep_dense) as changes,
+            ):
+                if not foresee:
+                    self.run.notes.append(
+                        "calibrated twice: layers that read one tensor in some blocks read "
+                        "several in others of the same class"
+                    )
+                self._calibrate(plan, own, batches, changes, foresee=foresee)
+                return
+
+    def _calibrate(
+        self,
+        plan: Plan,
+        own: Sequence[Batch],
+        given: Sequence[Batch],
+        changes: Changes,
+        *,
+        foresee: bool,
+    ) -> None:
+        """Run the batches in lockstep; at each stop decide the layers' changes and stage them."""
+        spec, run, batches = self.spec, self.run, [*own, *given]
+        decider = decider_for(spec, plan.targets, len(batches))
+        gains: list[Gain] = []
+        calibration = Calibration(
+            self.model,
+            plan.targets,
+            batches,
+            gram=spec.needs_gram,
+            total=spec.needs_mean,
+            blocks=plan.blocks,
+            twice=spec.sequential == "block",
+            foresee=foresee,
+            hold=self.hold,
+            cross=spec.alpha > 0,
+            ends=self._training(plan, changes, len(own), gains),
+            cap=spec.token_cap,
+        )
+        ahead = spec.sequential == "none"
+        waiting = {target.layer.key: target for target in plan.targets}
+        quiet = not self.data.progress
+        bar = tqdm(total=len(waiting), desc=spec.method, unit="layer", disable=quiet)
+        with calibration, bar:
+            for stop in [calibration.collect()] if ahead else calibration.stops():
+                changes.settle()
+                with modes.exact():
+                    for change in decider.changes(stop):
+                        changes.stage(change)
+                        del waiting[change.target.layer.key]
+                        bar.update()
+        changes.settle()
+        with modes.exact():
+            for target in waiting.values():
+                changes.stage(decider.unreached(target))
+        run.finish(batches=len(batches), usage=calibration.usage)
+        run.warnings.extend(decider.warnings)
+        if gains:
+            run.notes.append(summary_of(gains))
+
+    def _training(
+        self, plan: Plan, changes: Changes, sampled: int, gains: list[Gain]
+    ) -> Ends | None:
+        """What trains each block once its layers are pruned, if the spec asks for it.
+
+        The first `sampled` batches are the model's own text, which judges nothing.
+        """
+        options = self.spec.reconstruct
+        if not isinstance(options, Reconstruct):
+            return None
 
         def train(unit: Unit) -> None:
             changes.settle()
@@ -250,98 +234,9 @@ def _calibrate(
                     if (mask := target.mask) is not None:  # a layer that no batch reached has none
                         stack.enter_context(mask.transparent())
                         weights.append((target.weight, mask.whole()))
-                gains.append(reconstruct(unit, weights, options, sampled=own))
+                gains.append(reconstruct(unit, weights, options, sampled=sampled))
 
-        ends = Ends(plan.blocks or {"": model}, train, options.alpha)
-    calibration = Calibration(
-        model,
-        plan.targets,
-        batches,
-        gram=spec.needs_gram,
-        blocks=plan.blocks,
-        twice=spec.sequential == "block",
-        foresee=foresee,
-        hold=hold,
-        cross=spec.alpha > 0,
-        ends=ends,
-        cap=spec.token_cap,
-    )
-    waiting = {target.layer.key: target for target in plan.targets}
-    bar = tqdm(total=len(waiting), desc=spec.method, unit="layer", disable=not progress)
-    with calibration, bar:
-        stops = iter([calibration.collect()]) if spec.sequential == "none" else calibration.stops()
-        for stop in stops:
-            changes.settle()
-            with modes.exact():
-                for change in decider.changes(stop):
-                    changes.stage(change)
-                    del waiting[change.target.layer.key]
-                    bar.update()
-    changes.settle()
-    with modes.exact():
-        for target in waiting.values():
-            changes.stage(decider.unreached(target))
-    run.finish(batches=len(batches), usage=calibration.usage)
-    run.warnings.extend(decider.warnings)
-    if gains:
-        run.notes.append(summary_of(gains))
-
-
-def _calibration_batches(
-    model: nn.Module,
-    spec: Spec | StructuredSpec | LayerSpec,
-    data: Iterable[Any] | None,
-    max_batches: int,
-    seed: int,
-    progress: bool,
-    run: RunRecord,
-    tokenizer: Any,
-) -> list[Batch]:
-    if data is None:
-        if not can_synthesise(model):
-            raise CalibrationError(
-                f"{type(spec).__name__} needs calibration data for a {type(model).__name__}: "
-                f"sparsify(model, spec, data). {ACCEPTED_DATA}. (Only decoder-only transformers "
-                "language models can calibrate on text of their own; MagnitudeSpec needs no data.)"
-            )
-        sequences = max(SEQUENCES, spec.windows if isinstance(spec, Spec) else 0)
-        data = synthesise(model, sequences=sequences, seed=seed, progress=progress)
-        run.notes.append("calibrated on text sampled from the model itself")
-    elif tokenizer is not None:
-        length = min(LONGEST, context_of(model) or LONGEST, longest_of(tokenizer))
-        data = text_batches(tokenizer, data, samples=max_batches, length=length, seed=seed)
-        size = data[0]["input_ids"].shape[1]
-        run.notes.append(f"calibrated on {len(data)} windows of {size} tokens of the given texts")
-    batches, more = read_batches(data, model, max_batches)
-    if more:
-        run.notes.append(f"used the first {max_batches} batches; more were offered (max_batches)")
-    return batches
-
-
-def _own_text(
-    model: nn.Module,
-    spec: Spec,
-    batches: Sequence[Batch],
-    seed: int,
-    progress: bool,
-    run: RunRecord,
-) -> list[Batch]:
-    """What the model adds to its calibration text, for specs that want more than was given."""
-    if not spec.windows:
-        return []
-    given = len(windows_of(batches)) if can_synthesise(model) else 0
-    missing = spec.windows - given
-    if not given:
-        run.notes.append(
-            "no text was added to the calibration data: that takes a decoder-only transformers "
-            "language model and batches of token ids"
-        )
-        return []
-    if missing <= 0:
-        return []
-    own = continuations(model, batches, missing, seed=seed, progress=progress)
-    run.notes.append(f"{missing} calibration windows more were sampled as continuations of {given}")
-    return own
+        return Ends(plan.blocks or {"": self.model}, train, options.alpha)
 
 
 def _check_weights(plan: Plan, *, finite: bool) -> None:
@@ -357,3 +252,59 @@ def _check_weights(plan: Plan, *, finite: bool) -> None:
                 f"{target.name}: its weight holds {what} at {int(bad.sum())} of {weight.numel()} "
                 "places; repair it or ignore the layer"
             )
+
+
+# -- whole structures, programs --------------------------------------------------------------------
+
+
+def _prune_structures(
+    model: nn.Module,
+    spec: StructuredSpec | LayerSpec,
+    data: Data,
+    run: RunRecord,
+    keep_dense: bool,
+    hold: torch.dtype | None,
+) -> None:
+    # torch.export takes a while to import
+    from torchprune.structure.blocks import prune_blocks
+    from torchprune.structure.prune_units import prune_structures
+
+    batches, notes = data.read(model, type(spec).__name__)
+    run.notes += notes
+    if isinstance(spec, LayerSpec):
+        prune_blocks(model, spec, batches, run, progress=data.progress)
+    else:
+        prune_structures(
+            model, spec, batches, run, progress=data.progress, keep_dense=keep_dense, hold=hold
+        )
+
+
+def _prune_program(
+    program: Any, spec: Spec | StructuredSpec | LayerSpec, data: Data, for_modules: bool
+) -> Any:
+    from torchprune.passes.prune_program import prune_program  # torch.export: as above
+
+    if not isinstance(spec, Spec):
+        raise SpecError(
+            f"{type(spec).__name__} prunes modules, since a program's sizes are constants: "
+            "sparsify and shrink the model, then export it"
+        )
+    if for_modules:
+        raise SpecError("keep_dense and hold are for modules; a program's own weights stay anyway")
+    if data.tokenizer is not None:
+        raise CalibrationError(
+            "tokenizer is for modules, whose context is known; give a program batches: "
+            "text_batches(tokenizer, texts, length=...)"
+        )
+    batches: list[Batch] = []
+    if spec.needs_data:
+        if data.given is None:
+            raise CalibrationError(
+                f"{type(spec).__name__} needs calibration data for an ExportedProgram: "
+                f"sparsify(program, spec, data). {ACCEPTED_DATA}"
+            )
+        batches, _ = read_batches(data.given, program.module(), data.max_batches)
+    pruned, found = prune_program(program, spec, batches, progress=data.progress)
+    for warning in found:
+        warnings.warn(warning, stacklevel=3)
+    return pruned

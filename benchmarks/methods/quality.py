@@ -34,7 +34,7 @@ from tqdm import tqdm
 import torchprune
 from torchprune import PCG, ADMMSpec, BestSpec, Reconstruct, RIASpec, SparseGPTSpec, WandaSpec
 from torchprune.checkpoint.whole_files import write_whole
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.study.results import Comparison, Row
 
 sys.path.insert(0, str(ROOT / "examples"))

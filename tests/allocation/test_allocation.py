@@ -37,7 +37,7 @@ from torchprune.errors import CalibrationError, CheckpointError, SpecError
 from torchprune.masking.mask import masked_layers
 from torchprune.masking.matrices import view_of
 from torchprune.reports.report import runs_of
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.structure.scores import default_loss
 from torchprune.testing import check_laws
 

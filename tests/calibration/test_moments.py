@@ -15,7 +15,7 @@ import torchprune
 from torchprune import ADMMSpec, MagnitudeSpec, SparseGPTSpec, WandaSpec
 from torchprune.calibration.moments import Moments
 from torchprune.errors import SpecError
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 
 @pytest.mark.parametrize("cols", [1, 63, 64, 65, 200, 400])

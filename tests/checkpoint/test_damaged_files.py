@@ -21,12 +21,13 @@ from families import FAMILIES, llama, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from saved import Box, net, prune, raw, state
+from saved import Box, net, prune, raw, reseal, sealed, state
 from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec
-from torchprune.checkpoint.manifest import MAX_JSON, read_manifest
+from torchprune.checkpoint.checked_files import MAX_JSON
+from torchprune.checkpoint.manifest import read_manifest
 from torchprune.errors import CheckpointError, MissingExtraError
 
 # -- what cannot be loaded -------------------------------------------------------------------------
@@ -78,12 +79,14 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
+    reseal(path.parent)
 
 
 def edit_blobs(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     blobs = load_file(directory / "weights.safetensors")
     change(blobs)
     save_file(blobs, directory / "weights.safetensors")
+    reseal(directory)
 
 
 def edit_header(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -95,6 +98,7 @@ def edit_header(directory: Path, change: Callable[[dict[str, Any]], Any]) -> Non
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    reseal(directory)
 
 
 MASKED = "model.layers.0.mlp.up_proj.weight"
@@ -115,6 +119,7 @@ def test_the_good_one_loads(good: Path) -> None:
 def test_truncated_files(name: str, share: float, bad: Path) -> None:
     content = (bad / name).read_bytes().rstrip()
     (bad / name).write_bytes(content[: int(len(content) * share)])
+    reseal(bad)
     refused(bad, "damaged or truncated|truncated, or no safetensors", into=name != "config.json")
 
 
@@ -153,6 +158,7 @@ def test_missing_directory(tmp_path: Path) -> None:
 )
 def test_hostile_json(name: str, content: bytes, match: str, bad: Path) -> None:
     (bad / name).write_bytes(content)
+    reseal(bad)
     refused(bad, match, into=name == "manifest.json")
 
 
@@ -186,10 +192,10 @@ def test_a_pipe_does_not_hang(name: str, bad: Path) -> None:
     refused(bad, "no regular file")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5, 10**30])
+@pytest.mark.parametrize("version", [0, 3, "1", None, True, 1.5, 10**30])
 def test_other_versions(version: Any, bad: Path) -> None:
     edit(bad / "manifest.json", lambda m: m.update(version=version))
-    refused(bad, "format version .* reads version 1")
+    refused(bad, "format version .* reads versions 1 to 2")
 
 
 def test_other_formats(bad: Path) -> None:
@@ -331,6 +337,7 @@ def test_bytes_that_are_no_bool(tmp_path: Path) -> None:
     torchprune.save(Box([torch.tensor([True, False, True])]), tmp_path)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    reseal(tmp_path)
     with pytest.raises(CheckpointError, match="no bool"):
         torchprune.load_into(Box([torch.zeros(3, dtype=torch.bool)]), tmp_path)
 
@@ -361,6 +368,7 @@ def test_lying_headers(case: str, bad: Path) -> None:
 def test_lying_header_lengths(claim: int, bad: Path) -> None:
     path = bad / "weights.safetensors"
     path.write_bytes(claim.to_bytes(8, "little") + path.read_bytes()[8:])
+    reseal(bad)
     refused(bad, "truncated")
 
 
@@ -480,11 +488,15 @@ def test_no_value_anywhere_in_the_manifest_breaks_it(tmp_path: Path) -> None:
     before, loads = raw(fresh), 0
     for at in paths(manifest):
         for value in HOSTILE:
-            path.write_text(json.dumps(with_value(manifest, at, value)))
+            path.write_text(json.dumps(sealed(with_value(manifest, at, value))))
             if loads_or_says_why(lambda: torchprune.load_into(copy.deepcopy(fresh), tmp_path)):
                 loads += 1
-                free = ("runs", "made_with", "architecture", "config", "generation")
-                assert at[0] in free or "record" in at or value_at(manifest, at) == value, at
+                free = ("runs", "made_with", "architecture", "config", "generation", "settings")
+                assert (
+                    at[0] in (*free, "checksum")
+                    or "record" in at
+                    or value_at(manifest, at) == value
+                ), at
     assert loads > 20  # notes and errors may say what they like
     assert raw(fresh) == before
 
@@ -495,6 +507,7 @@ def test_no_value_in_the_config_breaks_it(bad: Path) -> None:
     for at in paths(config):
         for value in (None, -1, 2**70, "x", []):
             path.write_text(json.dumps(with_value(config, at, value)))
+            reseal(bad)
             loads_or_says_why(lambda: torchprune.load(bad))
 
 
@@ -507,7 +520,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=150)
 @given(st.data())
-def test_flipped_bytes_are_damage_or_data(small: Path, data: st.DataObject) -> None:
+def test_flipped_bytes_under_right_checksums(small: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as directory:
         shutil.copytree(small, directory, dirs_exist_ok=True)
         name = data.draw(st.sampled_from(["manifest.json", "weights.safetensors"]))
@@ -517,6 +530,7 @@ def test_flipped_bytes_are_damage_or_data(small: Path, data: st.DataObject) -> N
             at = data.draw(st.integers(0, len(content) - 1))
             content[at] = data.draw(st.integers(0, 255))
         path.write_bytes(content)
+        reseal(Path(directory))
         fresh = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
         before = raw(fresh)
         if not loads_or_says_why(lambda: torchprune.load_into(fresh, directory)):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import MagnitudeSpec, export
 from torchprune.errors import CheckpointError, ExportError, MissingExtraError
+from torchprune.export import written
 
 ENDINGS = {"to_pt2": "pt2", "to_openvino": "xml", "to_executorch": "pte"}
 NEEDS = {"to_openvino": "openvino", "to_executorch": "executorch"}
@@ -87,17 +88,12 @@ def test_wrong_models_leave_no_file(to: str, tmp_path: Path) -> None:
 def test_a_program_that_computes_otherwise_is_not_written(
     to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = {
-        "to_pt2": "program",
-        "to_openvino": "openvino_model",
-        "to_executorch": "executorch_program",
-    }[to]
-    real = sys.modules[f"torchprune.export.{module}"].compare
+    real = written.compare
 
     def worse(expected: list[Tensor], found: list[Tensor], allowed: float) -> Any:
         return real(expected, [found[0] + 1.0, *found[1:]], allowed)
 
-    monkeypatch.setattr(f"torchprune.export.{module}.compare", worse)
+    monkeypatch.setattr(written, "compare", worse)
     with pytest.raises(ExportError, match="computes otherwise"):
         getattr(export, to)(plain(), tmp_path / f"m.{ENDINGS[to]}", torch.randn(2, 256))
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
 from torchprune.errors import MaskError, SpecError
 from torchprune.masking.mask import original_of
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.testing import assert_sparsity, specs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

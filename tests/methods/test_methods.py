@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -71,6 +72,8 @@ def clear_cut(metric: Tensor, count: int) -> bool:
 class SlowSparseGPT:
     """The column sweep in float64, one column after the other, with the whole remainder updated.
 
+    Weights on dead inputs take no part: as many as are asked for go before the sweep begins.
+
     `closest` is the smallest relative distance between a score that was just pruned and one that
     was just kept: below it, another precision may rightly choose otherwise.
     """
@@ -88,16 +91,37 @@ class SlowSparseGPT:
     ) -> None:
         hessian = gram.double() * 2 / rows_seen
         dead = hessian.diag() == 0
-        hessian[dead, dead] = 1.0
-        hessian += damping * hessian.diag().mean() * torch.eye(len(hessian), dtype=torch.float64)
+        live = ~dead
+        mean = float(hessian.diag()[live].mean()) if live.any() else 1.0
+        hessian[dead, dead] = mean
+        hessian += damping * mean * torch.eye(len(hessian), dtype=torch.float64)
         self.upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
         self.pattern, self.scope, self.share = pattern, scope, Fraction(str(sparsity))
         self.closest = float("inf")
         self.weight = weight.double().clone()
         self.weight[:, dead] = 0.0
         self.keep = torch.ones_like(weight, dtype=torch.bool)
-        unit = {NM: lambda: pattern.m, Block: lambda: pattern.cols}.get(type(pattern), lambda: 1)()
+        self.tall, self.wide = 1, 1
+        if isinstance(pattern, Block):
+            self.tall, self.wide = pattern.rows, pattern.cols
+        self.idle = dead.unflatten(0, (-1, self.wide)).all(1)  # of tiles
+        self.first = self._first()
+        unit = pattern.m if isinstance(pattern, NM) else self.wide
         self._sweep(-(-block_size // unit) * unit)
+        self.weight[:, dead] = (weight.double() * self.keep)[:, dead]
+
+    def _first(self) -> Tensor:
+        """Which tiles of dead inputs go: of each row, or of the whole matrix in reading order."""
+        rows, cols = len(self.weight) // self.tall, len(self.idle)
+        gone = torch.zeros(rows, cols, dtype=torch.bool)
+        left = [int(cols * self.share)] * rows
+        if self.scope == "layer":
+            left = [int(rows * cols * self.share)]
+        for row, col in itertools.product(range(rows), range(cols)):
+            pool = min(row, len(left) - 1)
+            if self.idle[col] and left[pool]:
+                gone[row, col], left[pool] = True, left[pool] - 1
+        return gone
 
     def _sweep(self, width: int) -> None:
         cols = self.weight.shape[1]
@@ -118,26 +142,35 @@ class SlowSparseGPT:
 
     def _choose_groups(self, start: int) -> None:
         stop = start + self.pattern.m
-        drop = self._lowest(self._cost(start, stop), self.pattern.m - self.pattern.n)
+        cost = self._cost(start, stop).masked_fill(self.idle[start:stop], -1.0)
+        drop = self._lowest(cost, self.pattern.m - self.pattern.n)
         self.keep[:, start:stop] = ~drop
 
     def _choose_block(self, start: int, stop: int) -> None:
+        tall, wide = self.tall, self.wide
         cost = self._cost(start, stop)
-        tall, wide = 1, 1
-        if isinstance(self.pattern, Block):
-            tall, wide = self.pattern.rows, self.pattern.cols
-            cost = cost.unflatten(1, (-1, wide)).sum(2).unflatten(0, (-1, tall)).sum(1)
+        cost = cost.unflatten(1, (-1, wide)).sum(2).unflatten(0, (-1, tall)).sum(1)
         per = 1 if self.scope == "row" else len(cost)
-        before = start // wide * per * self.share // 1
-        count = int(stop // wide * per * self.share // 1 - before)
-        flat = cost if self.scope == "row" else cost.reshape(1, -1)
-        drop = self._lowest(flat, count).reshape(cost.shape)
+        live = int((~self.idle).sum())
+        share = 0 * self.share
+        if live and int(self.idle.sum()) < len(self.idle) * self.share:
+            share = (len(self.idle) * self.share - int(self.idle.sum())) / live
+        here = slice(start // wide, stop // wide)
+        before, until = (int((~self.idle[:at]).sum()) for at in (here.start, here.stop))
+        count = int(per * until * share // 1 - per * before * share // 1)
+        chosen = ~self.idle[here]
+        flat = cost[:, chosen] if self.scope == "row" else cost[:, chosen].reshape(1, -1)
+        drop = self.first[:, here].clone()
+        drop[:, chosen] = self._lowest(flat, count).reshape(len(cost), -1)
         self.keep[:, start:stop] = ~drop.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
 
     def _lowest(self, cost: Tensor, count: int) -> Tensor:
         order = cost.argsort(dim=1, stable=True)
         if 0 < count < cost.shape[1]:
             ranked = cost.gather(1, order)
+            ranked = ranked[ranked[:, count] >= 0]  # among the dead place decides
+            if not len(ranked):
+                return torch.zeros_like(cost, dtype=torch.bool).scatter_(1, order[:, :count], True)
             gap = (ranked[:, count] - ranked[:, count - 1]) / ranked[:, count].clamp_min(1e-30)
             self.closest = min(self.closest, float(gap.min()))
         return torch.zeros_like(cost, dtype=torch.bool).scatter_(1, order[:, :count], True)
@@ -378,20 +411,23 @@ GOALS = [
     cols=st.sampled_from([8, 24, 40, 72, 136]),
     goal=st.sampled_from(GOALS),
     block_size=st.sampled_from([128, 64, 16, 7, 1]),
-    dead=st.sampled_from([(), (), (0,), (1, 5), (0, 1, 2, 3, 4)]),
+    dead=st.sampled_from([(), (0,), (1, 5), (0, 1, 2, 3, 4), range(3, 8), range(7), range(8)]),
 )
 @example(seed=0, fours=2, cols=136, goal=GOALS[0], block_size=128, dead=())
 @example(seed=1, fours=2, cols=136, goal=GOALS[4], block_size=128, dead=())
 @example(seed=2, fours=2, cols=72, goal=GOALS[5], block_size=7, dead=(1, 5))
 @example(seed=3, fours=4, cols=136, goal=GOALS[7], block_size=128, dead=())
 @example(seed=4, fours=3, cols=72, goal=GOALS[1], block_size=64, dead=(0, 1, 2, 3, 4))
+@example(seed=5, fours=3, cols=72, goal=GOALS[0], block_size=16, dead=range(16, 32))
+@example(seed=6, fours=3, cols=72, goal=GOALS[7], block_size=16, dead=range(60))
+@example(seed=7, fours=3, cols=72, goal=GOALS[2], block_size=16, dead=range(8, 70, 2))
 def test_sparsegpt_is_the_column_sweep(
     seed: int,
     fours: int,
     cols: int,
     goal: tuple[Pattern, float, str],
     block_size: int,
-    dead: tuple[int, ...],
+    dead: Sequence[int],
 ) -> None:
     pattern, sparsity, scope = goal
     x = inputs(2 * cols, cols, seed)
@@ -674,6 +710,7 @@ def test_dead_inputs_lose_their_weights_and_disturb_nothing() -> None:
     layer = linear(4, 12, 8)
     torchprune.sparsify(layer, torchprune.SparseGPTSpec(), [x], progress=False)
     assert not layer.weight[:, [2, 7]].any()
+    assert int((layer.weight == 0).sum()) == 24
     assert layer.weight.isfinite().all()
     assert int((~torchprune.masks(layer)["weight"]).sum()) == 24
 

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
+import structures
 import torch
 from families import FAMILIES
 from programs import Tied, assert_untouched, exported, operators, outputs, state_of
+from sweeps import sample
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec, passes
 from torchprune.errors import CalibrationError, SpecError, TargetError
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.export
 QUIET: dict[str, Any] = {"progress": False}
 
 FAMILIES_HERE = ["llama", "qwen3", "gemma", "gpt2", "opt", "bert", "t5", "vit", "mlp", "resnet"]
+
+
+@functools.cache
+def traced(name: str) -> tuple[nn.Module, ExportedProgram]:
+    """A family's model and its program, which no test may change."""
+    model = FAMILIES[name].make()
+    return model, exported(model, FAMILIES[name].data()[0])
 
 
 def masks_of(program: Any) -> dict[str, Tensor]:
@@ -30,8 +41,7 @@ def masks_of(program: Any) -> dict[str, Tensor]:
 def assert_as_eager(
     name: str, spec: Spec, *, weights: bool = False, decomposed: bool = False
 ) -> None:
-    model, data = FAMILIES[name].make().eval(), FAMILIES[name].data()
-    program = exported(model, data[0])
+    (model, program), data = traced(name), FAMILIES[name].data()
     if decomposed:
         program = program.run_decompositions()
     state, ops = state_of(program), operators(program)
@@ -50,22 +60,21 @@ def assert_as_eager(
             torch.testing.assert_close(folded.state_dict[key], other.state_dict()[key])
         else:
             assert torch.equal(folded.state_dict[key], other.state_dict()[key])
-    like = outputs(exported(other, data[0]), data[0])
-    for a, b in zip(outputs(pruned, data[0]), like, strict=True):
+    for a, b in zip(outputs(pruned, data[0]), structures.outputs(other, data[0]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FAMILIES_HERE)
+@pytest.mark.parametrize("name", sample(FAMILIES_HERE, "gpt2", "t5", "vit", "mlp"))
 def test_wanda_masks_are_those_of_the_eager_path(name: str) -> None:
     assert_as_eager(name, WandaSpec())
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "mlp", "resnet"])
+@pytest.mark.parametrize("name", sample(["llama", "bert", "mlp", "resnet"], "bert", "mlp"))
 def test_decomposed_programs_are_pruned_alike(name: str) -> None:
     assert_as_eager(name, WandaSpec(), decomposed=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "resnet"])
+@pytest.mark.parametrize("name", sample(["llama", "bert", "resnet"], "resnet"))
 def test_magnitude_masks_are_those_of_the_eager_path(name: str) -> None:
     assert_as_eager(name, MagnitudeSpec(sparsity=0.6))
 
@@ -127,6 +136,50 @@ def test_a_layer_used_twice_is_pruned_on_its_first_use() -> None:
     torchprune.sparsify(model, WandaSpec(), data, **QUIET)
     found = masks_of(pruned)
     for key, mask in torchprune.masks(model).items():
+        assert torch.equal(found[key], mask), key
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two((x + self.one(x)) * torch.arange(16.0))
+
+
+class InPlace(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        x += self.one(x)
+        return self.two(x.mul_(torch.arange(16.0)))
+
+
+class Blocks(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("sequential", ["layer", "block", "none"])
+def test_writes_in_place_happen_once(sequential: str) -> None:
+    model, other = Blocks(InPlace), Blocks(Functional)
+    other.load_state_dict(model.state_dict())
+    data, spec = list(torch.randn(3, 40, 16)), WandaSpec(sequential=sequential)
+    program = exported(model, data[0])
+    state, ops = state_of(program), operators(program)
+    pruned = torchprune.sparsify(program, spec, data, **QUIET)
+    assert_untouched(program, state, ops)
+    torchprune.sparsify(other, spec, data, **QUIET)
+    found = masks_of(pruned)
+    for key, mask in torchprune.masks(other).items():
         assert torch.equal(found[key], mask), key
 
 

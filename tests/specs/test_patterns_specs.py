@@ -16,8 +16,8 @@ import torchprune
 from torchprune import NM, Block, MagnitudeSpec, SparseGPTSpec, Unstructured, WandaSpec
 from torchprune.errors import SpecError, TorchpruneError
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import Spec
 from torchprune.specs.patterns import check_shape, parse_pattern, prune_count
+from torchprune.specs.spec import Spec
 
 SPECS = [MagnitudeSpec, WandaSpec, SparseGPTSpec]
 each_spec = pytest.mark.parametrize("kind", SPECS)

@@ -18,6 +18,7 @@ from families import _DECODER, FAMILIES, llama, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structures import close, mask_random_units, outputs, random_units, unit_masks
+from sweeps import share
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +66,11 @@ MODELS: dict[str, Made] = {
     **{name: (_stock(kind, **extra), tokens()[0]) for name, (kind, extra) in EXTRA.items()},
     **{name: (_cnn(name), image_batches()[0]) for name in CNNS},
 }
-models = pytest.mark.parametrize("name", MODELS)
+
+
+def models(law: int) -> pytest.MarkDecorator:
+    """Three laws take turns: each runs on every third model, each model is in one at least."""
+    return pytest.mark.parametrize("name", share(MODELS, law, 3))
 
 
 @functools.cache
@@ -82,7 +87,7 @@ def parameters(model: nn.Module) -> int:
 # -- the law ---------------------------------------------------------------------------------------
 
 
-@models
+@models(0)
 @settings(max_examples=2)
 @given(seed=st.integers(0, 2**16), share=st.sampled_from([0.2, 0.5, 0.8]))
 def test_removed_equals_masked(name: str, seed: int, share: float) -> None:
@@ -102,7 +107,7 @@ def test_removed_equals_masked(name: str, seed: int, share: float) -> None:
     assert close(outputs(model, batch), masked, 2e-4)
 
 
-@models
+@models(1)
 def test_half_of_everything_goes_once_and_files_keep_it(name: str, tmp_path: Path) -> None:
     make, batch = MODELS[name]
     model = make()
@@ -132,7 +137,7 @@ def test_half_of_everything_goes_once_and_files_keep_it(name: str, tmp_path: Pat
     check_files(model, make, batch, tmp_path)
 
 
-@models
+@models(2)
 def test_files_keep_sizes_that_differ_from_block_to_block(name: str, tmp_path: Path) -> None:
     if name == "phi3":
         pytest.skip("its code counts heads by one configuration for all blocks")

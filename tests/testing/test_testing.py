@@ -18,8 +18,8 @@ from torchprune import NM, Block, MagnitudeSpec, SparseGPTSpec, Unstructured, Wa
 from torchprune.errors import SpecError
 from torchprune.masking.mask import Mask, masked_layers, original_of
 from torchprune.masking.transaction import Changes
-from torchprune.specs.methods import Spec
 from torchprune.specs.patterns import Pattern
+from torchprune.specs.spec import Spec
 from torchprune.testing import (
     SmallModel,
     assert_sparsity,

@@ -1,7 +1,8 @@
 """From a plan in which all layers are equally sparse to one whose zeros are shared unevenly.
 
-The statistics are taken in one pass of the dense model: sums of squares and sampled inputs, no
-second moments. The total is exactly the uniform plan's, see `budget`.
+The statistics are taken in one pass of the dense model: sums of squares and sampled inputs, second
+moments only where the method's scores need them. The total is exactly the uniform plan's, see
+`budget`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from torchprune.methods.decide import Decider, groups_of, sampled_error
 from torchprune.methods.wanda import wanda_score
 from torchprune.specs.allocation import OWL, LeastError, Search
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import Spec, WandaSpec
 from torchprune.specs.patterns import Block
+from torchprune.specs.spec import Spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,13 @@ def allocated(
         if not any(matches(key, t.layer) for key in spec.overrides)
     }
     calibration = Calibration(
-        model, list(free.values()), batches, gram=False, blocks={}, cap=spec.token_cap
+        model,
+        list(free.values()),
+        batches,
+        gram=spec.needs == "gram",
+        total=spec.needs_mean,
+        blocks={},
+        cap=spec.token_cap,
     )
     with calibration:
         stop = calibration.collect()
@@ -78,7 +85,7 @@ def allocated(
     shares, notes = [one.share for one in measured], list[str]()
     if not measured:
         return plan, ["allocation: no calibration batch reached a layer that could take part"]
-    scorer = Decider(_scoring(spec), len(batches))
+    scorer = Decider(spec, len(batches))
     match options:
         case OWL():
             with modes.exact():
@@ -104,13 +111,6 @@ def allocated(
     )
     targets = [changed.get(t.layer.key, t) for t in plan.targets]
     return replace(plan, targets=targets), notes
-
-
-def _scoring(spec: Spec) -> Spec:
-    """The spec whose scores stand for the method's masks."""
-    if not spec.chooses_weights:
-        return spec
-    return WandaSpec(sparsity=spec.sparsity, pattern=spec.pattern, scope=spec.scope)
 
 
 def _share(target: Target, spec: Spec, spread: float) -> Share:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from torchprune import modes
 from torchprune.allocation.budget import Share
 from torchprune.calibration.batches import Batch
-from torchprune.checkpoint.manifest import read_json
+from torchprune.checkpoint.checked_files import read_json
 from torchprune.errors import CalibrationError, CheckpointError
 from torchprune.masking.packing import masked
 from torchprune.masking.targets import Target

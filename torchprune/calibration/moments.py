@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchprune.specs.method import GroupMoments
+
 SAMPLE_ROWS = 256
 """Input rows kept per group to measure the output error where no second moment is collected."""
 
@@ -122,6 +124,21 @@ class Moments:
     def is_finite(self) -> bool:
         """Whether no statistic is inf or NaN (a gram is finite if its diagonal is)."""
         return bool(self.square.isfinite().all())
+
+    def of(self, group: int, layer: str) -> GroupMoments:
+        """One group's statistics, as methods read them: views, by name; the mean where its sum was
+        asked for and a row was seen.
+
+        Args:
+            layer: the name of the layer that asks.
+        """
+        rows, found = self.rows[group], {"square": self.square[group]}
+        for name, stack in (("gram", self.gram), ("cross", self.cross)):
+            if stack is not None:
+                found[name] = stack[group]
+        if self.total is not None and rows:
+            found["mean"] = self.total[group] / rows
+        return GroupMoments(layer, rows, found)
 
     def samples(self, group: int) -> Tensor | None:
         """(rows, cols) float32 sampled inputs of a group, or None."""

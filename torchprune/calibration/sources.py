@@ -26,16 +26,18 @@ class Sources:
     """The very tensors, one a batch, that statistics were taken from."""
 
     def __init__(self) -> None:
-        self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._tensors: dict[int, tuple[weakref.ref[Tensor], int | None]] = {}
 
     def add(self, batch: int, x: Tensor) -> None:
         """Note a batch's tensor as it is now."""
         self._tensors[batch] = weakref.ref(x), _version(x)
 
     def holds(self, batch: int, x: Tensor | None) -> bool:
-        """Whether this is the batch's tensor, unchanged since."""
-        ref, version = self._tensors.get(batch, (None, -1))
-        return x is not None and ref is not None and ref() is x and _version(x) == version
+        """Whether this is the batch's tensor, unchanged since for all one can tell."""
+        ref, version = self._tensors.get(batch, (None, None))
+        if x is None or ref is None or ref() is not x:
+            return False
+        return version is not None and _version(x) == version
 
     def batches(self) -> set[int]:
         """The batches that have one."""
@@ -56,6 +58,6 @@ class Gathered:
     sources: Sources = field(default_factory=Sources)
 
 
-def _version(x: Tensor) -> int:
-    """How often a tensor was written in place; inference tensors do not count that."""
-    return 0 if x.is_inference() else x._version
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was written in place; None for inference tensors, which do not count."""
+    return None if x.is_inference() else x._version

@@ -19,11 +19,15 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
+from torchprune.checkpoint.checked_files import MAX_JSON, plain_file, read_json
+from torchprune.checkpoint.checksums import of_content
+from torchprune.checkpoint.whole_files import write_whole
 from torchprune.errors import CheckpointError, TorchpruneError
 from torchprune.masking.mask import Record
 from torchprune.masking.plain_state import Kind
 from torchprune.masking.selection import as_selectors, layers_of, matches
 from torchprune.reports.report import RunRecord
+from torchprune.specs.functions import FunctionName, function_name
 from torchprune.specs.options import Checked
 from torchprune.specs.patterns import NM, Block, Unstructured
 from torchprune.structure.size_record import Resized
@@ -31,10 +35,19 @@ from torchprune.structure.size_record import Resized
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT = "torchprune"
-VERSION = 1
 
-MAX_JSON = 32 << 20
-"""Bytes of the largest JSON file that is read."""
+MANIFEST_BESIDE = "torchprune_masks.json"
+BITS_BESIDE = "torchprune_masks.data"
+"""A safetensors file; other programs take every file so called for weights."""
+FORMAT_BESIDE = "torchprune-masks"
+VERSION = 2
+"""What is written. Version 1, which is read too, is the same without checksums."""
+
+SKIP = "verify=False reads it without looking at checksums"
+"""What every error about a checksum adds."""
+
+_FUNCTION = re.compile(r"<.{1,200} at 0x[0-9a-fA-F]+>")
+"""How earlier versions wrote down a function."""
 
 ENCODINGS = ("dense", "packed", "masked", "tied")
 
@@ -74,6 +87,10 @@ class Entry:
         to: the key of the tensor it is tied to.
         dense: whether the weights from before the pruning are there too (masked tensors only).
         record: how the mask came about (masked tensors only).
+        checksum: of its blobs in the order bits, values, dense; None if tied, or in version 1.
+            Beside a plain checkpoint: of the plain values, then of bits, hidden, dense.
+        hidden, reversible: beside a plain checkpoint, whether the values behind the mask's zeros
+            are there too, and whether they are those from before the pruning (masked tensors only).
     """
 
     dtype: str
@@ -83,6 +100,9 @@ class Entry:
     to: str | None = None
     dense: bool = False
     record: Record | None = None
+    checksum: str | None = None
+    hidden: bool = False
+    reversible: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -108,6 +128,10 @@ class Manifest:
         weights: the file with the tensors.
         made_with: versions of torchprune, torch and transformers.
         resized: how a shrunk model differs from what its class and config make, or None.
+        header: checksum of the weights file's header; None in version 1, which has no checksums.
+        settings: checksums of the config's and the generation settings' files, by name.
+        variant: in the names of the plain checkpoint's files, beside one.
+        beside: whether plain values are in a checkpoint of transformers beside this.
     """
 
     tensors: dict[str, Entry]
@@ -118,29 +142,37 @@ class Manifest:
     weights: str = WEIGHTS
     made_with: dict[str, str] = field(default_factory=dict)
     resized: Resized | None = None
+    header: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    variant: str | None = None
+    beside: bool = False
 
 
 # -- writing ---------------------------------------------------------------------------------------
 
 
 def write_manifest(directory: Path, manifest: Manifest, model: nn.Module) -> None:
-    """Write `manifest.json`. The model tells which layers a spec's callables and types chose."""
+    """Write the manifest. The model tells which layers a spec's callables and types chose."""
     data = {
-        "format": FORMAT,
+        "format": FORMAT_BESIDE if manifest.beside else FORMAT,
         "version": VERSION,
         "made_with": manifest.made_with,
         "architecture": manifest.architecture,
         "weights": manifest.weights,
         "config": manifest.config,
         "generation": manifest.generation,
+        "header": manifest.header,
+        "settings": manifest.settings,
         **({} if manifest.resized is None else {"resized": asdict(manifest.resized)}),
+        **({} if manifest.variant is None else {"variant": manifest.variant}),
         "runs": [_run_data(run, model) for run in manifest.runs],
         "tensors": {key: _entry_data(entry) for key, entry in manifest.tensors.items()},
     }
-    text = json.dumps(data, indent=1)
+    as_read = json.loads(json.dumps(data))
+    text = json.dumps({**data, "checksum": of_content(as_read)}, indent=1)
     if len(text) > MAX_JSON:
         raise CheckpointError(f"the manifest would have {len(text)} bytes, limit {MAX_JSON}")
-    (directory / MANIFEST).write_text(text, "utf-8")
+    write_whole(directory / (MANIFEST_BESIDE if manifest.beside else MANIFEST), text)
 
 
 def _entry_data(entry: Entry) -> dict[str, Any]:
@@ -173,7 +205,7 @@ def _selector_data(selectors: Any, model: nn.Module) -> Any:
 
 def _plain(value: Any) -> Any:
     """A spec's value as JSON has it: patterns as the strings that name them, values made of options
-    as an object of one key, the class's name."""
+    as an object of one key, the class's name; functions as their names alone."""
     if isinstance(value, Unstructured | NM | Block):
         return str(value)
     if isinstance(value, Mapping):
@@ -183,82 +215,69 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Checked):
         saved = [f.name for f in fields(cast(Any, value)) if f.metadata.get("saved", True)]
         return {type(value).__name__: {name: _plain(getattr(value, name)) for name in saved}}
+    if callable(value) and not isinstance(value, type):
+        return {"function": function_name(value)}
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def plain_file(directory: Path, name: object) -> Path:
-    """The regular file of that plain name inside a directory.
-
-    Raises:
-        CheckpointError: the name is no plain name, leads outside, or no regular file has it.
-    """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}", name):
-        raise CheckpointError(f"{directory}: {name!r:.80} is not the plain name of a file in it")
-    path, home = (directory / name).resolve(), directory.resolve()
-    if path.parent != home:
-        raise CheckpointError(f"{directory / name} is a link that leads outside its directory")
-    if not path.is_file():
-        raise CheckpointError(f"{directory / name} is missing, or no regular file")
-    return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of bounded size.
-
-    Raises:
-        CheckpointError: it is too large, no JSON, nested too deeply, or not an object.
-    """
-    with path.open("rb") as file:
-        raw = file.read(MAX_JSON + 1)
-    if len(raw) > MAX_JSON:
-        raise CheckpointError(f"{path}: larger than {MAX_JSON >> 20} MiB, which no such file is")
-    try:
-        data = json.loads(raw.decode("utf-8"))
-    except RecursionError:
-        raise CheckpointError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged or truncated, not JSON ({error!s:.200})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(data).__name__}")
-    return data
-
-
 def is_saved(directory: Path) -> bool:
     """Whether a directory holds a manifest of ours, of whatever version."""
+    return _holds(directory, MANIFEST, FORMAT)
+
+
+def has_masks_beside(directory: Path) -> bool:
+    """Whether a directory holds masks of ours beside a checkpoint of transformers."""
+    return _holds(directory, MANIFEST_BESIDE, FORMAT_BESIDE)
+
+
+def _holds(directory: Path, name: str, kind: str) -> bool:
     try:
-        return read_json(plain_file(directory, MANIFEST)).get("format") == FORMAT
+        return read_json(plain_file(directory, name)).get("format") == kind
     except (CheckpointError, OSError):
         return False
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read and check `manifest.json`.
+def read_manifest(directory: Path, *, verify: bool = True) -> Manifest:
+    """Read and check the manifest in a directory, of a whole save or of masks beside a checkpoint.
+
+    Args:
+        verify: compare its checksum with its content.
 
     Raises:
         CheckpointError: it is absent, damaged, of another format or version, or malformed.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory")
-    if not (directory / MANIFEST).exists():
-        raise CheckpointError(f"{directory} holds no {MANIFEST}: torchprune.save did not write it")
-    path = plain_file(directory, MANIFEST)
+    beside = not (directory / MANIFEST).exists()
+    if beside and not (directory / MANIFEST_BESIDE).exists():
+        raise CheckpointError(
+            f"{directory} holds no {MANIFEST}: torchprune.save did not write it; nor has it masks "
+            f"beside a checkpoint of transformers ({MANIFEST_BESIDE})"
+        )
+    path = plain_file(directory, MANIFEST_BESIDE if beside else MANIFEST)
     data = read_json(path)
     try:
-        return _manifest(data)
+        return _manifest(data, verify, beside)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _manifest(data: dict[str, Any]) -> Manifest:
-    if data.pop("format", None) != FORMAT:
-        raise CheckpointError(f'not of torchprune (its "format" is not {FORMAT!r})')
+def _manifest(data: dict[str, Any], verify: bool, beside: bool) -> Manifest:
+    claimed, found = data.pop("checksum", None), of_content(data)
+    kind = FORMAT_BESIDE if beside else FORMAT
+    if data.pop("format", None) != kind:
+        raise CheckpointError(f'not of torchprune (its "format" is not {kind!r})')
     version = data.pop("version", None)
-    if version != VERSION or isinstance(version, bool):
+    if version not in (2 if beside else 1, VERSION) or isinstance(version, bool):
         raise CheckpointError(
-            f"format version {version!r:.40}, but this torchprune reads version {VERSION}"
+            f"format version {version!r:.40}, but this torchprune reads versions 1 to {VERSION}"
+        )
+    if verify and version == VERSION and claimed != found:
+        raise CheckpointError(
+            f"damaged: its content has the checksum {found}, but it claims {claimed!r:.80} ({SKIP})"
         )
     tensors, runs = data.get("tensors"), data.get("runs")
     if not isinstance(tensors, dict) or not isinstance(runs, list):
@@ -266,9 +285,16 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     entries = {key: _entry(entry, f"tensors[{key!r:.200}]") for key, entry in tensors.items()}
     for key, entry in entries.items():
         _check_tie(key, entry, entries)
+        _check_sum(key, entry, version)
+        _check_place(key, entry, beside)
+    if (data.get("header") is None) != (version == 1):
+        raise CheckpointError("a checksum of the weights' header belongs to version 2")
     data["tensors"], data["runs"] = entries, [_run(run, f"runs[{i}]") for i, run in enumerate(runs)]
     if data.get("resized") is not None:
         data["resized"] = _typed(Resized, data["resized"], "resized")
+    if "beside" in data:
+        raise CheckpointError("the top level: 'beside' is unknown")
+    data["beside"] = beside
     return _typed(Manifest, data, "the top level", checked=("tensors", "runs", "resized"))
 
 
@@ -299,8 +325,11 @@ def _entry(data: object, where: str) -> Entry:
 
 def _check_encoding(entry: Entry, where: str) -> None:
     masked = entry.encoding == "masked"
-    if masked != (entry.record is not None) or (entry.dense and not masked):
-        raise CheckpointError(f'{where}: "record" and "dense" belong to masked tensors alone')
+    beside = entry.dense or entry.hidden or entry.reversible
+    if masked != (entry.record is not None) or (beside and not masked):
+        raise CheckpointError(
+            f'{where}: "record", "dense", "hidden", "reversible" belong to masked tensors alone'
+        )
     if (entry.encoding == "tied") != (entry.to is not None):
         raise CheckpointError(f'{where}: "to" belongs to tied tensors alone')
     if masked and not (entry.kind == "parameter" and entry.torch_dtype.is_floating_point):
@@ -322,6 +351,19 @@ def _check_tie(key: str, entry: Entry, entries: dict[str, Entry]) -> None:
         )
 
 
+def _check_sum(key: str, entry: Entry, version: int) -> None:
+    if (entry.checksum is None) != (version == 1 or entry.encoding == "tied"):
+        raise CheckpointError(
+            f"tensors[{key!r:.200}]: a checksum belongs to what is not tied, in version 2"
+        )
+
+
+def _check_place(key: str, entry: Entry, beside: bool) -> None:
+    if (entry.encoding == "packed" and beside) or ((entry.hidden or entry.reversible) > beside):
+        what = "packed" if beside else "hidden"
+        raise CheckpointError(f"tensors[{key!r:.200}]: {what} values do not belong in this file")
+
+
 def _is_extent(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 48
 
@@ -334,7 +376,10 @@ def _run(data: object, where: str) -> RunRecord:
 
 
 def _spec(data: object, where: str) -> Checked:
-    known = {kind.method: kind for kind in _spec_classes(Checked) if hasattr(kind, "method")}
+    known = dict[str, Any]()
+    for kind in _spec_classes(Checked):
+        if "method" in vars(kind):  # says so itself: a user's subclass of it does not stand for it
+            known.setdefault(kind.method, kind)
     method = data.get("method") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(method, str) or method not in known:
         raise CheckpointError(f"{where}: expected an object with a method: {', '.join(known)}")
@@ -353,14 +398,19 @@ def _spec(data: object, where: str) -> Checked:
         for name, value in options.items():
             if name != "overrides" and isinstance(value, dict):
                 options[name] = _option(value)
+            elif isinstance(value, str) and _FUNCTION.fullmatch(value):
+                options[name] = FunctionName(value)
         spec: Checked = known[method](**options)
         return spec
     except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error!s:.300}") from None
 
 
-def _option(data: dict[str, Any]) -> Checked:
-    """A value such as PCG(...) or OWL(...), from {"OWL": {...}}."""
+def _option(data: dict[str, Any]) -> Checked | FunctionName:
+    """A value such as PCG(...) or OWL(...), from {"OWL": {...}}; a function's name, as no more than
+    that, from {"function": "..."}."""
+    if list(data) == ["function"] and isinstance(data["function"], str):
+        return FunctionName(data["function"])
     known = {kind.__name__: kind for kind in _spec_classes(Checked)[1:] if not _is_spec(kind)}
     (name, values), *more = data.items() or [("", None)]
     if more or name not in known or not isinstance(values, dict):

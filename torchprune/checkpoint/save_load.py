@@ -8,9 +8,11 @@ weights, which are stored then.
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,29 +20,37 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchprune.checkpoint.encoding import Decoded, WeightsFile, encode, open_weights, write_blobs
+from torchprune.checkpoint.beside import PlainFiles, opened
+from torchprune.checkpoint.checked_files import MAX_JSON, plain_file
+from torchprune.checkpoint.checksums import checksum
+from torchprune.checkpoint.encoding import Decoded, WeightsFile, encode, write_blobs
 from torchprune.checkpoint.manifest import (
+    SKIP,
     WEIGHTS,
     Entry,
     Manifest,
     is_saved,
-    plain_file,
     read_manifest,
     write_manifest,
 )
-from torchprune.checkpoint.skeleton import Skeleton, write_config
+from torchprune.checkpoint.skeleton import Skeleton, converted_by, write_config
 from torchprune.checkpoint.whole_files import staged
 from torchprune.errors import CheckpointError, ShrinkError
 from torchprune.lowering.modules import BitmaskLinear
 from torchprune.masking.mask import attach, detach, mask_of
 from torchprune.masking.plain_state import Slot, obstacle, slots_of, ties_of
 from torchprune.masking.selection import maskable_of
-from torchprune.reports.report import keep_runs, runs_of
+from torchprune.reports.report import keep_runs, remember_source, runs_of
 from torchprune.structure.size_record import resize, resized_of
 from torchprune.structure.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 Directory = str | os.PathLike[str]
+
+_UNCHECKED = (
+    "read from a file without checksums, written by an earlier torchprune: damage to it would not "
+    "have been noticed (torchprune.save writes them)"
+)
 
 
 def save(model: nn.Module, directory: Directory, *, tokenizer: Any = None) -> None:
@@ -71,6 +81,8 @@ def save(model: nn.Module, directory: Directory, *, tokenizer: Any = None) -> No
     entries, blobs = encode(slots_of(model))
     with staged(directory, is_saved, "a torchprune save") as partial:
         config, generation = write_config(model, partial)
+        written = [name for name in (config, generation) if name is not None]
+        header = write_blobs(partial / WEIGHTS, blobs)
         manifest = Manifest(
             tensors=entries,
             runs=runs_of(model),
@@ -78,19 +90,24 @@ def save(model: nn.Module, directory: Directory, *, tokenizer: Any = None) -> No
             resized=resized_of(model),
             config=config,
             generation=generation,
-            made_with=_versions(),
+            made_with=versions(),
+            header=header,
+            settings={name: checksum([(partial / name).read_bytes()]) for name in written},
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
-        write_blobs(partial / WEIGHTS, blobs)
         write_manifest(partial, manifest, model)
 
 
-def load(directory: Directory) -> nn.Module:
+def load(directory: Directory, *, verify: bool = True) -> nn.Module:
     """The transformers model that `save` wrote: same class, dtypes, masks and records, on the CPU.
 
     It is in evaluation mode, and its tensors are its own: the directory may go. No code from
     outside transformers is run.
+
+    Args:
+        verify: compare every file and tensor with its checksum. Directories from before there were
+            checksums load too; the model's report says so.
 
     Raises:
         CheckpointError: the directory is damaged, hostile or of another version, or its model is
@@ -98,15 +115,15 @@ def load(directory: Directory) -> nn.Module:
         MissingExtraError: transformers is absent.
     """
     home = Path(directory)
-    manifest = read_manifest(home)
+    manifest = read_manifest(home, verify=verify)
     if manifest.config is None:
         raise CheckpointError(
             f"{home} holds a {manifest.architecture}, which is no class of transformers; build "
             "the model and use torchprune.load_into(model, directory)"
         )
     entries = manifest.tensors
-    with open_weights(plain_file(home, manifest.weights), entries) as file:
-        skeleton = _skeleton(home, manifest)
+    with opened(home, manifest, verify, lambda *some: skeleton.converted(*some)) as file:
+        skeleton = _skeleton(home, manifest, verify)
         outline = skeleton.on_meta()
         _check_fit(entries, slots_of(outline), outline, any_float=True)
         model = skeleton.with_buffers()
@@ -124,7 +141,7 @@ def load(directory: Directory) -> nn.Module:
     return model.eval()
 
 
-def load_into(model: Model, directory: Directory) -> Model:
+def load_into(model: Model, directory: Directory, *, verify: bool = True) -> Model:
     """Give a model the tensors, masks and records that `save` wrote, in place.
 
     Parameters stay the same objects (optimizers keep them), on their devices; tensors that were
@@ -132,6 +149,7 @@ def load_into(model: Model, directory: Directory) -> Model:
 
     Args:
         model: of the saved model's architecture and dtypes, masked or not.
+        verify: compare the manifest and every tensor with its checksum, as for `load`.
 
     Returns:
         the same model.
@@ -141,11 +159,11 @@ def load_into(model: Model, directory: Directory) -> Model:
             differs: named, with what was expected and got. The model is then as it was.
     """
     home = Path(directory)
-    manifest = read_manifest(home)
+    manifest = read_manifest(home, verify=verify)
     before = Snapshot(model)
     try:
         _resize(model, manifest)
-        _fill(model, home, manifest)
+        _fill(model, home, manifest, verify)
     except BaseException:
         before.restore()
         raise
@@ -163,9 +181,9 @@ def _resize(model: nn.Module, manifest: Manifest) -> None:
             raise CheckpointError(f"the manifest's sizes do not fit: {error}") from None
 
 
-def _fill(model: nn.Module, home: Path, manifest: Manifest) -> None:
+def _fill(model: nn.Module, home: Path, manifest: Manifest, verify: bool) -> None:
     entries, slots = manifest.tensors, slots_of(model)
-    with open_weights(plain_file(home, manifest.weights), entries) as file:
+    with opened(home, manifest, verify, partial(_converted, model)) as file:
         _check_fit(entries, slots, model, any_float=False)
         _check_ready(entries, slots)
         decoded = _decode(file, entries, slots)
@@ -183,6 +201,17 @@ def _fill(model: nn.Module, home: Path, manifest: Manifest) -> None:
             held[key].data = read.value
     _place(entries, slots, held)
     _dress(model, manifest, decoded)
+
+
+def _converted(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    if not hasattr(type(model), "from_pretrained"):
+        raise CheckpointError(
+            f"the checkpoint's tensors are not those of the {type(model).__name__}"
+        )
+    try:
+        return converted_by(type(model), copy.deepcopy(model.config), tensors, dtype)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{type(model).__name__}: {error!s:.300}") from error
 
 
 # -- comparing -------------------------------------------------------------------------------------
@@ -239,7 +268,7 @@ def _check_ready(entries: dict[str, Entry], slots: dict[str, Slot]) -> None:
 
 
 def _decode(
-    file: WeightsFile, entries: dict[str, Entry], slots: dict[str, Slot]
+    file: WeightsFile | PlainFiles, entries: dict[str, Entry], slots: dict[str, Slot]
 ) -> dict[str, Decoded]:
     """Every stored tensor that the model has a place for, on the place's device in its layout."""
     decoded = {}
@@ -286,24 +315,42 @@ def _dress(model: nn.Module, manifest: Manifest, decoded: dict[str, Decoded]) ->
         attach(layer.module, layer.tensor, read.mask, entry.record, read.dense)
         mask = mask_of(layer.module, layer.tensor)
         assert mask is not None
-        mask.reversible, mask.dense = False, read.dense  # pruned values were not stored
+        mask.dense = read.dense
+        mask.reversible = entry.hidden and entry.reversible  # else pruned values were not stored
     keep_runs(model, manifest.runs)
+    remember_source(model, None if manifest.header is not None else _UNCHECKED)
 
 
-def _skeleton(home: Path, manifest: Manifest) -> Skeleton:
+def _skeleton(home: Path, manifest: Manifest, verify: bool) -> Skeleton:
     assert manifest.config is not None
     entries, generation = manifest.tensors.values(), manifest.generation
     return Skeleton(
-        plain_file(home, manifest.config),
-        None if generation is None else plain_file(home, generation),
+        _settings_file(home, manifest, manifest.config, verify),
+        None if generation is None else _settings_file(home, manifest, generation, verify),
         tensors=len(entries),
         largest=max((max(e.shape, default=1) for e in entries), default=1),
         held=sum(e.numel * e.torch_dtype.itemsize for e in entries),
         adjust=lambda model: _resize(model, manifest),
+        settings={} if manifest.resized is None else dict(manifest.resized.original),
     )
 
 
-def _versions() -> dict[str, str]:
+def _settings_file(home: Path, manifest: Manifest, name: str, verify: bool) -> Path:
+    path = plain_file(home, name)
+    written = manifest.settings.get(name)
+    if verify and manifest.header is not None and not manifest.beside:
+        with path.open("rb") as file:
+            found = checksum([file.read(MAX_JSON + 1)])
+        if found != written:
+            raise CheckpointError(
+                f"{path}: damaged or changed: it has the checksum {found}, but was written with "
+                f"{written} ({SKIP})"
+            )
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Of what a file is made with."""
     found = {}
     for package in ("torchprune", "torch", "transformers"):
         with suppress(PackageNotFoundError):

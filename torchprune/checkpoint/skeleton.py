@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as registry
 from torch.overrides import TorchFunctionMode
 
-from torchprune.checkpoint.manifest import read_json
+from torchprune.checkpoint.checked_files import read_json
 from torchprune.errors import CheckpointError, MissingExtraError
 from torchprune.masking.plain_state import slots_of
 from torchprune.structure.size_record import resized_of
@@ -89,6 +89,7 @@ class Skeleton:
         largest: the largest extent of any of them.
         held: bytes of all of them.
         adjust: called on every model that is built, before anything else sees it.
+        settings: of the configuration, instead of what the file says.
 
     Raises:
         CheckpointError: the files do not describe a model of the transformers package.
@@ -104,10 +105,11 @@ class Skeleton:
         largest: int,
         held: int,
         adjust: Callable[[nn.Module], None] = lambda _: None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._adjust = adjust
         self._path, self._budget, self._held = config, 100 * tensors + 1000, held
-        self._data = _understood(read_json(config))
+        self._data = _understood(read_json(config)) | dict(settings or {})
         self._class = _class_of(self._data, config)
         _check_counts(self._data, max(self._budget, largest), config)
         self._generation = read_json(generation) if generation is not None else None
@@ -142,6 +144,16 @@ class Skeleton:
                 model.generation_config = GenerationConfig.from_dict(self._generation)
         return model  # type: ignore[no-any-return]
 
+    def converted(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """A checkpoint's tensors as the model names and joins them. Call it as `with_buffers`.
+
+        Raises:
+            CheckpointError: transformers cannot make the model's tensors from these.
+        """
+        with self._explained():
+            config = self._class.config_class.from_dict(dict(self._data))
+            return converted_by(self._class, config, tensors, dtype)
+
     def _build(self) -> nn.Module:
         with self._explained(), torch.random.fork_rng(devices=[]), _budgeted(self._budget):
             model: nn.Module = self._class(self._class.config_class.from_dict(dict(self._data)))
@@ -160,6 +172,25 @@ class Skeleton:
                 f"{self._path}: transformers cannot build a {self._class.__name__} from it "
                 f"({type(error).__name__}: {error!s:.300})"
             ) from error
+
+
+def converted_by(
+    kind: Any, config: Any, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors as a class of transformers names and joins them.
+
+    Args:
+        dtype: what floating point tensors are cast to on the way.
+
+    Raises:
+        CheckpointError: some of the model's tensors cannot be made from these.
+    """
+    model, found = kind.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"the checkpoint lacks {', '.join(missing)!s:.300}")
+    return {key: slot.tensor.detach() for key, slot in slots_of(model).items()}
 
 
 def _class_of(data: dict[str, Any], path: Path) -> Any:

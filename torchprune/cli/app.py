@@ -1,8 +1,8 @@
 """The command line: `torchprune prune`, `eval`, `inspect` and `export`.
 
-Results go to standard output; progress, and errors as one line, go to standard error. transformers
-and datasets are imported only when a command needs them. `prune` is in `cli_prune`, `export` in
-`cli_export`.
+Results go to standard output; progress, and errors as one line, go to standard error. torch,
+transformers and datasets are imported only when a command needs them, so that help and complaints
+come at once. `prune` and `export` are in the files of their names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torchprune
-from torchprune.calibration.text import tokenise
 from torchprune.cli.console import (
     ColumnOption,
     DebugOption,
@@ -28,10 +27,8 @@ from torchprune.cli.console import (
 )
 from torchprune.cli.documents import read_documents
 from torchprune.cli.export import export
-from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.cli.prune import prune
 from torchprune.errors import InputError
-from torchprune.study.evaluation import default_seqlen, perplexity
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -124,6 +121,10 @@ def evaluate(
       torchprune eval ./model --text Salesforce/wikitext:wikitext-2-raw-v1:test
     """
     with one_line(debug):
+        from torchprune.calibration.text import tokenise
+        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
+        from torchprune.study.evaluation import default_seqlen, perplexity
+
         bars = bars_wanted(quiet or as_json)
         documents = read_documents(text, column, progress=bars)
         transformers = import_transformers(bars)
@@ -159,8 +160,12 @@ def inspect(
     with one_line(debug):
         if not directory.is_dir():
             raise InputError(f"no such directory: {directory}")
-        report = torchprune.report(torchprune.load(directory))
-        typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+
+        from torchprune.checkpoint.save_load import load
+        from torchprune.reports.report import report
+
+        found = report(load(directory))
+        typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
 
 
 app.command()(export)

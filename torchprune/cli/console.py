@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Annotated
-
-import torch
+from typing import TYPE_CHECKING, Annotated
 
 from torchprune.errors import MissingExtraError, TorchpruneError
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import typer as typer  # the commands take it from here, after this check
@@ -30,6 +31,8 @@ class Dtype(StrEnum):
 
     def to_torch(self) -> torch.dtype | None:
         """None stands for the checkpoint's own."""
+        import torch
+
         return None if self is Dtype.auto else getattr(torch, self.value)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprune.calibration.documents import first_line, json_rows, no_column, plain_text
+from torchprune.cli.hub import fetched
 from torchprune.errors import InputError, MissingExtraError
 
 
@@ -59,7 +60,7 @@ def _dataset(source: str, column: str, progress: bool) -> Iterator[str]:
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
     try:
-        rows = load_dataset(name, config or None, split=split or "train")
+        rows = fetched(name, lambda: load_dataset(name, config or None, split=split or "train"))
     except Exception as error:  # whatever is wrong, it is with what the user named
         raise InputError(
             f"{source!r} is no file here and no dataset that can be loaded: {first_line(error)}"

@@ -19,7 +19,6 @@ from torchprune.cli.console import (
     one_line,
     typer,
 )
-from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.errors import InputError
 
 
@@ -94,6 +93,10 @@ def export(
     with one_line(debug):
         if (int8 or keep_float) and to is not Format.onnx:
             raise InputError("--int8 and --keep-float are for --to onnx")
+
+        # Usage is right: what follows needs torch, which takes seconds to import.
+        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
+
         transformers = import_transformers(bars_wanted(quiet or as_json))
         net = load_model(transformers, model, dtype.to_torch(), device_of("cpu"))
         writers = import_module("torchprune.export")

@@ -11,6 +11,7 @@ from torchprune.calibration.documents import first_line
 from torchprune.checkpoint.manifest import is_saved
 from torchprune.checkpoint.save_load import load
 from torchprune.cli.documents import looks_like_path
+from torchprune.cli.hub import fetched
 from torchprune.errors import InputError, MissingExtraError
 
 
@@ -39,9 +40,9 @@ def load_model(
         return model.to(device=device, dtype=dtype)
     _check_name(name)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", trust_remote_code=False
-        )
+        kind = transformers.AutoModelForCausalLM
+        options = {"dtype": dtype or "auto", "trust_remote_code": False}
+        model = fetched(name, lambda: kind.from_pretrained(name, **options))
     except Exception as error:  # whatever is wrong, it is with what the user named
         raise InputError(
             f"cannot load {name} as a causal language model: {first_line(error)}"
@@ -53,7 +54,8 @@ def load_tokenizer(transformers: Any, name: str, *, required: bool) -> Any:
     """The tokenizer beside a model, or None where none is there and none is required."""
     _check_name(name)
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        kind = transformers.AutoTokenizer
+        return fetched(name, lambda: kind.from_pretrained(name, trust_remote_code=False))
     except Exception as error:
         if not required:
             return None

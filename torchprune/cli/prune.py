@@ -7,20 +7,8 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from torch import Tensor
-
-import torchprune
-from torchprune.calibration.synthesis import can_synthesise, synthesise
-from torchprune.calibration.text import (
-    CHARACTERS_PER_TOKEN,
-    context_of,
-    draw_windows,
-    some_documents,
-    tokenise,
-)
-from torchprune.checkpoint.manifest import is_saved
 from torchprune.cli.console import (
     ColumnOption,
     DebugOption,
@@ -35,9 +23,7 @@ from torchprune.cli.console import (
     typer,
 )
 from torchprune.cli.documents import read_documents
-from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
 from torchprune.cli.spec import (
-    SPECS,
     Allocation,
     AllocationOption,
     AlphaOption,
@@ -49,10 +35,14 @@ from torchprune.cli.spec import (
     RefineOption,
     better_options,
     override_of,
+    spec_of,
 )
 from torchprune.errors import InputError
-from torchprune.reports.report import runs_of
-from torchprune.specs.methods import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchprune.specs.spec import Spec
 
 
 def prune(
@@ -165,13 +155,23 @@ def prune(
     with one_line(debug):
         say = speaker(quiet)
         better = better_options(method, effort, refine, alpha, reconstruct, permute, allocation)
-        spec = SPECS[method](
+        other_goals = dict(map(override_of, override or ()))
+
+        # Usage is right: what follows needs torch, which takes seconds to import.
+        from torchprune.calibration.synthesis import can_synthesise, synthesise
+        from torchprune.checkpoint.manifest import is_saved
+        from torchprune.checkpoint.save_load import save
+        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
+        from torchprune.reports.report import report, runs_of
+        from torchprune.sparsify import sparsify
+
+        spec = spec_of(method)(
             sparsity=sparsity,
             pattern=pattern,
             scope=scope,
             targets=target or None,
             ignore=ignore or (),
-            overrides=dict(map(override_of, override or ())),
+            overrides=other_goals,
             **better,
         )
         where = device_of(device)
@@ -204,15 +204,13 @@ def prune(
             note += f"of {data}" if data else "sampled from the model itself"
         say(f"pruning by {method.value} to {spec.goal}")
         started = time.perf_counter()
-        torchprune.sparsify(
-            net, spec, batches, progress=bars_wanted(quiet), max_batches=samples, seed=seed
-        )
+        sparsify(net, spec, batches, progress=bars_wanted(quiet), max_batches=samples, seed=seed)
         say(f"pruned in {time.perf_counter() - started:.1f} s")
         if note:
             runs_of(net)[-1].notes.append(note)
-        typer.echo(str(torchprune.report(net)))
+        typer.echo(str(report(net)))
         if output is not None:
-            torchprune.save(net, output, tokenizer=tokenizer)
+            save(net, output, tokenizer=tokenizer)
             say(f"saved weights and masks to {output}")
         if hf is not None:
             # by name: type checkers do not see where pyproject.toml puts this package
@@ -246,6 +244,13 @@ def _drawn(
     tokenizer: Any, documents: list[str], count: int, length: int, seed: int
 ) -> list[Tensor]:
     """Calibration batches of one window each, from enough of the documents."""
+    from torchprune.calibration.text import (
+        CHARACTERS_PER_TOKEN,
+        draw_windows,
+        some_documents,
+        tokenise,
+    )
+
     some = some_documents(documents, count * length * CHARACTERS_PER_TOKEN, seed)
     windows = draw_windows(tokenise(tokenizer, some), count, length, seed)
     return [window[None] for window in windows]
@@ -253,6 +258,8 @@ def _drawn(
 
 def _fitting(model: Any, length: int, say: Callable[[str], None]) -> int:
     """The length, cut to the model's context."""
+    from torchprune.calibration.text import context_of
+
     context = context_of(model) or length
     if length > context:
         say(f"the model's context is {context} tokens: windows are cut to that")

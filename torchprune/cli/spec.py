@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torchprune.cli.console import typer
-from torchprune.specs.goals import Override
-from torchprune.specs.methods import (
-    ADMMSpec,
-    BestSpec,
-    MagnitudeSpec,
-    RIASpec,
-    SparseGPTSpec,
-    Spec,
-    WandaSpec,
-)
+
+if TYPE_CHECKING:
+    from torchprune.specs.goals import Override
+    from torchprune.specs.spec import Spec
 
 _BETTER = "Better quality"
 
@@ -29,16 +24,6 @@ class Method(StrEnum):
     sparsegpt = "sparsegpt"
     admm = "admm"
     best = "best"
-
-
-SPECS: dict[Method, type[Spec]] = {
-    Method.magnitude: MagnitudeSpec,
-    Method.wanda: WandaSpec,
-    Method.ria: RIASpec,
-    Method.sparsegpt: SparseGPTSpec,
-    Method.admm: ADMMSpec,
-    Method.best: BestSpec,
-}
 
 
 class Effort(StrEnum):
@@ -125,6 +110,13 @@ AllocationOption = Annotated[
         rich_help_panel=_BETTER,
     ),
 ]
+
+
+def spec_of(method: Method) -> type[Spec]:
+    """The spec in the method's own file. torch, which takes a while to import, comes with it."""
+    home = import_module(f"torchprune.methods.{method.value}")
+    kinds = (kind for kind in vars(home).values() if isinstance(kind, type))
+    return next(kind for kind in kinds if getattr(kind, "method", None) == method.value)
 
 
 def better_options(

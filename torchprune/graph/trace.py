@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -160,13 +163,21 @@ def exported(model: nn.Module, example: Batch) -> ExportedProgram:
 
 def _place_of(error: BaseException) -> str:
     """The innermost line of the model's own code on the way to an error."""
-    place, frame = "", error.__traceback__
-    while frame is not None:
-        file = frame.tb_frame.f_code.co_filename
-        if "/torch/" not in file and "/torchprune/" not in file and not file.startswith("<"):
-            place = f" at {file.rsplit('/', 1)[-1]}:{frame.tb_lineno}"
-        frame = frame.tb_next
-    return place
+    walk = traceback.walk_tb(error.__traceback__)
+    lines = [(frame.f_code.co_filename, line) for frame, line in walk]
+    return _place([line for line in lines if _of_the_model(line[0])])
+
+
+def _place(lines: Sequence[tuple[str, object]]) -> str:
+    """The last of some lines of code, as it is named in a message."""
+    return f" at {Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
+
+
+def _of_the_model(file: str) -> bool:
+    """Whether code is the user's: of no folder of torch or of this package, wherever they lie."""
+    packages = (sys.modules.get(name) for name in ("torch", "torchprune", "torchprune.export"))
+    folders = [folder for package in packages if package for folder in package.__path__]
+    return not file.startswith("<") and not any(map(Path(file).is_relative_to, folders))
 
 
 def _first_line(error: BaseException) -> str:
@@ -243,6 +254,5 @@ def _module_of(node: Node) -> str:
 
 def _why(node: Node) -> str:
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    place = f" at {lines[-1][0].rsplit('/', 1)[-1]}:{lines[-1][1]}" if lines else ""
     module = _module_of(node)
-    return f"{node.target}{place}" + (f" in {module}" if module else "")
+    return f"{node.target}{_place(lines)}" + (f" in {module}" if module else "")

@@ -6,8 +6,10 @@ theirs as a bitmask; the rest goes to another backend. The model itself keeps it
 
 Each call looks whether a mask or weight was changed since it was prepared (by its version counter
 and address) and if so prepares it again: new masks take effect without recompiling. One compiled
-graph may serve many modules, as repeated blocks do; each has its own prepared weights. A change by
-`tensor.data` in place leaves no trace to look for: call `torch.compiler.reset()` after one.
+graph may serve many modules, as repeated blocks do, in many threads; each has its own prepared
+weights. A change by `tensor.data` in place leaves no trace to look for: call
+`torch.compiler.reset()` after one. Inference tensors have no version counter, so weights and masks
+that were made in inference mode are read anew at each call, as they are: nothing is prepared.
 """
 
 from __future__ import annotations
@@ -90,10 +92,19 @@ def compile_graph(
     found = [] if wants_gradient else _weights_of(graph_module.graph, example_inputs)
     packs = [asked.lower == "bitmask" and _can_pack(w, example_inputs, asked) for w in found]
     chosen = [(w, p) for w, p in zip(found, packs, strict=True) if p or w.masking is not None]
+    seen = [(w, p) for w, p in chosen if w.tells_of_changes(example_inputs)]
+    if len(seen) < len(chosen):
+        log.warning(
+            "%d weights are left as they are, neither packed nor folded: they or their masks are "
+            "inference tensors, which do not tell when they change",
+            len(chosen) - len(seen),
+        )
+    chosen = seen
     if not chosen:
         log.info("nothing to fold or pack in this graph; it goes on as it is")
         return cast(Callable[..., Any], inner(graph_module, example_inputs))
-    log.info("%d weights packed, %d masks folded besides", sum(packs), len(chosen) - sum(packs))
+    packed = sum(p for _, p in chosen)
+    log.info("%d weights packed, %d masks folded besides", packed, len(chosen) - packed)
     return _compiled(graph_module, example_inputs, chosen, inner)
 
 
@@ -144,6 +155,11 @@ class _Weight:
     def turned(self) -> bool:
         """Whether its linear layers hold it as (in, out)."""
         return self.products[0].turned
+
+    def tells_of_changes(self, inputs: Sequence[Any]) -> bool:
+        """Whether writing to it, or to its mask, leaves a trace."""
+        places = [p for p in (self.place, self.mask_place) if p is not None]
+        return not any(inputs[p].is_inference() for p in places)
 
     def effective(self, weight: Tensor, mask: Tensor | None) -> Tensor:
         """What the rest of the graph reads."""
@@ -262,7 +278,7 @@ class _Prepared:
 
     weight: weakref.ref[Tensor]
     mask: weakref.ref[Tensor] | None
-    stamp: tuple[int, ...]
+    stamp: tuple[int, ...] | None
     aliases: list[Tensor]
     parts: list[Tensor]
 
@@ -271,12 +287,17 @@ class _Prepared:
         return (
             self.weight() is weight
             and (self.mask is None or self.mask() is mask)
+            and self.stamp is not None
             and self.stamp == _stamp(weight, mask)
         )
 
 
 class _Slot:
-    """A weight of the graph, prepared for each module that the graph runs for."""
+    """A weight of the graph, prepared for each module that the graph runs for.
+
+    Threads may call for several modules at once. What a call takes it holds itself: the slot
+    remembers for the next one, and is read once.
+    """
 
     def __init__(self, weight: _Weight, *, packs: bool) -> None:
         self._weight, self._packs = weight, packs
@@ -287,11 +308,13 @@ class _Slot:
         """The prepared tensors, for these inputs of the graph: the dense weight, or its bitmask."""
         weight, place = args[self._weight.place], self._weight.mask_place
         mask = None if place is None else args[place]
-        if self._last is None or not self._last.is_of(weight, mask):
-            self._last = self._made.get(weight)
-            if self._last is None or not self._last.is_of(weight, mask):
-                self._last = self._made[weight] = self._prepare(weight, mask)
-        return self._last.parts
+        found = self._last
+        if found is None or not found.is_of(weight, mask):
+            found = self._made.get(weight)
+            if found is None or not found.is_of(weight, mask):
+                found = self._made[weight] = self._prepare(weight, mask)
+            self._last = found
+        return found.parts
 
     def _prepare(self, weight: Tensor, mask: Tensor | None) -> _Prepared:
         stamp = _stamp(weight, mask)
@@ -311,12 +334,14 @@ class _Slot:
         )
 
 
-def _stamp(*tensors: Tensor | None) -> tuple[int, ...]:
-    """What differs after a change."""
+def _stamp(*tensors: Tensor | None) -> tuple[int, ...] | None:
+    """What differs after a change; None where a change would not show."""
     stamp: list[int] = []
     for tensor in tensors:
         if tensor is not None:
-            stamp += (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+            if tensor.is_inference():
+                return None
+            stamp += (tensor._version, tensor.data_ptr())
     return tuple(stamp)
 
 

@@ -24,7 +24,7 @@ from torchprune.masking.selection import (
     matches,
     tied_to,
 )
-from torchprune.specs.methods import Selectors
+from torchprune.specs.spec import Selectors
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -64,9 +64,17 @@ def project_each(
     raise SpecError(f'scope {scope!r} is not understood; accepted: "row", "layer", "global"')
 
 
-def keep_largest(score: Tensor, pruned: int) -> Tensor:
-    """Mask (rows, cols) that drops exactly `pruned` of each row, lowest score and index first."""
+def keep_largest(score: Tensor, pruned: int | Tensor) -> Tensor:
+    """Mask (rows, cols) that drops exactly `pruned` of each row, lowest score and index first.
+
+    Args:
+        pruned: one count for all rows, or (rows,) int64.
+    """
     cols = score.shape[1]
+    if isinstance(pruned, Tensor):
+        order = score.argsort(dim=1, stable=True)
+        kept = torch.arange(cols, device=score.device) >= pruned.unsqueeze(1)
+        return torch.empty_like(kept).scatter_(1, order, kept)
     if pruned <= 0:
         return torch.ones_like(score, dtype=torch.bool)
     if pruned >= cols:

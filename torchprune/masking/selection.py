@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprune.errors import TargetError, did_you_mean
 from torchprune.masking.matrices import prunable_names
-from torchprune.specs.methods import Selector, Selectors
+from torchprune.specs.spec import Selector, Selectors
 
 
 @dataclass(frozen=True, eq=False)

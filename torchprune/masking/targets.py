@@ -22,8 +22,8 @@ from torchprune.masking.selection import (
     tied_to,
 )
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import Spec
 from torchprune.specs.patterns import NM, check_shape, prune_count
+from torchprune.specs.spec import Spec
 
 
 @dataclass(frozen=True, eq=False)

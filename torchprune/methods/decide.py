@@ -16,26 +16,22 @@ from torchprune.masking.projection import BARRED, project_each
 from torchprune.masking.targets import Target
 from torchprune.masking.transaction import Change
 from torchprune.methods.magnitude import magnitude_score
-from torchprune.methods.ria import ria_score
 from torchprune.methods.solve import Solver
-from torchprune.methods.sparsegpt import Solved
-from torchprune.methods.wanda import wanda_score
 from torchprune.modes import exact
 from torchprune.specs.goals import Goal
-from torchprune.specs.methods import MagnitudeSpec, RIASpec, Spec, WandaSpec
+from torchprune.specs.method import GroupMoments, Solution
+from torchprune.specs.spec import Spec
 
 _ROWS_MEASURED = 128
 
 
-def by_magnitude(
-    targets: Sequence[Target], spec: Spec, *, tokens: int | None = None, note: str = ""
-) -> Iterator[Change]:
-    """The changes that magnitude alone decides; with scope "global" all targets share a budget."""
+def without_data(targets: Sequence[Target], spec: Spec) -> Iterator[Change]:
+    """The changes that weights alone decide; with scope "global" all targets share a budget."""
     together = [list(targets)] if spec.scope == "global" else [[t] for t in targets]
     for some in together:
-        keeps = _masks(some, [[magnitude_score(w) for w in groups_of(t)] for t in some], spec)
+        keeps = _masks(some, [scores_of(spec, t) for t in some], spec.scope)
         for target, keep in zip(some, keeps, strict=True):
-            record = Record("magnitude", str(target.goal), tokens=tokens, note=note)
+            record = Record(spec.label, str(target.goal))
             yield Change(target, target.view.from_matrix(keep, target.weight.shape), record)
 
 
@@ -59,13 +55,13 @@ class Decider:
 
     def choose(self, targets: Sequence[Target], scores: Sequence[Sequence[Tensor]]) -> None:
         """Decide masks that share one budget."""
-        keeps = _masks(targets, scores, self.spec)
+        keeps = _masks(targets, scores, self.spec.scope)
         self.chosen = {t.layer.key: k for t, k in zip(targets, keeps, strict=True)}
 
     def changes(self, stop: Sequence[tuple[Target, Moments]]) -> Iterator[Change]:
         """The changes of the layers of one stop."""
         if self.spec.scope == "global" and not self.chosen:
-            self.choose([t for t, _ in stop], [self._scores(t, m) for t, m in stop])
+            self.choose([t for t, _ in stop], [scores_of(self.spec, t, m) for t, m in stop])
         for targets, moments in _solved_together(stop):
             if self.spec.needs_gram:
                 yield from self._solved(targets, moments)
@@ -74,37 +70,23 @@ class Decider:
                 yield self._change(target, moments, self.keep(target, moments))
 
     def unreached(self, target: Target) -> Change:
-        """The change of a layer that no batch reached: by magnitude, and said so."""
-        note = "no calibration batch reached it: pruned by magnitude"
+        """The change of a layer that no batch reached: by its weights alone, and said so."""
+        by = self.spec.label if self.spec.chooses_masks_ahead else "magnitude"
+        note = f"no calibration batch reached it: pruned by {by}"
         self.warnings.append(f"{target.name}: {note}")
-        if (keep := self.chosen.get(target.layer.key)) is not None:
-            record = Record("magnitude", str(target.goal), tokens=0, note=note)
-            return Change(target, target.view.from_matrix(keep, target.weight.shape), record)
-        local = MagnitudeSpec(scope="layer" if self.spec.scope == "global" else self.spec.scope)
-        return next(by_magnitude([target], local, tokens=0, note=note))
+        keep = self.chosen.get(target.layer.key)
+        if keep is None:
+            scope = "layer" if self.spec.scope == "global" else self.spec.scope
+            keep = _masks([target], [scores_of(self.spec, target)], scope)[0]
+        record = Record(by, str(target.goal), tokens=0, note=note)
+        return Change(target, target.view.from_matrix(keep, target.weight.shape), record)
 
     def keep(self, target: Target, moments: Moments) -> Tensor:
         """The mask of a layer by its scores alone."""
         keep = self.chosen.get(target.layer.key)
         if keep is None:
-            keep = _masks([target], [self._scores(target, moments)], self.spec)[0]
+            keep = _masks([target], [scores_of(self.spec, target, moments)], self.spec.scope)[0]
         return keep
-
-    def _scores(self, target: Target, moments: Moments) -> list[Tensor]:
-        """The method's score of each group, magnitude's where no token reached the group."""
-        return [
-            self._score(w, square) if rows else magnitude_score(w)
-            for w, square, rows in zip(groups_of(target), moments.square, moments.rows, strict=True)
-        ]
-
-    def _score(self, weight: Tensor, square: Tensor) -> Tensor:
-        match self.spec:
-            case WandaSpec():
-                return wanda_score(weight, square)
-            case RIASpec(power=power):
-                return ria_score(weight, square, power)
-            case _:
-                return magnitude_score(weight)
 
     def _solved(self, targets: Sequence[Target], moments: Moments) -> Iterator[Change]:
         """What the second moment decides, group by group: new weights, or only better masks.
@@ -119,7 +101,7 @@ class Decider:
         solver = self._solver
         weights, barred = [groups_of(t) for t in targets], [_barred(t) for t in targets]
         keeps = None if spec.chooses_weights else [self.keep(t, moments) for t in targets]
-        found: list[list[Solved]] = [[] for _ in targets]
+        found: list[list[Solution]] = [[] for _ in targets]
         notes: list[str] = []
         for group, rows in enumerate(moments.rows):
             here = [weight[group] for weight in weights]
@@ -130,15 +112,14 @@ class Decider:
                     goal,
                     [None if bar is None else bar[group] for bar in barred],
                     [None if keeps is None else keeps[i][group] for i in range(len(targets))],
+                    [t.name for t in targets],
                 )
-                damping = solver.damping(group)
-                if damping is not None and damping != getattr(spec, "damping", None):
-                    notes.append(f"damping raised to {damping:g} to factorise")
+                notes += solver.notes
             else:
                 solved = [
-                    Solved(w.float(), self._by_magnitude(t, w, group), 0.0)
+                    Solution(w.float(), self._by_magnitude(t, w, group), 0.0)
                     if keeps is None
-                    else Solved(w.float(), keeps[i][group], 0.0)
+                    else Solution(w.float(), keeps[i][group], 0.0)
                     for i, (t, w) in enumerate(zip(targets, here, strict=True))
                 ]
             for own, one in zip(found, solved, strict=True):
@@ -158,7 +139,8 @@ class Decider:
             )
 
     def _by_magnitude(self, target: Target, weight: Tensor, group: int) -> Tensor:
-        return _masks([target], [[magnitude_score(weight)]], self.spec, groups=[group])[0][0]
+        scores = [[magnitude_score(weight)]]
+        return _masks([target], scores, self.spec.scope, groups=[group])[0][0]
 
     def _change(
         self,
@@ -173,7 +155,8 @@ class Decider:
         if idle := [g for g, rows in enumerate(moments.rows) if not rows]:
             kind = "experts" if target.view.kind.startswith("experts") else "groups"
             which = f"{kind} {_few(idle)}" if len(moments.rows) > 1 else "it"
-            notes.append(f"no tokens reached {which}: pruned by magnitude")
+            by = self.spec.label if self.spec.chooses_masks_ahead else "magnitude"
+            notes.append(f"no tokens reached {which}: pruned by {by}")
             self.warnings.append(f"{target.name}: {notes[-1]}")
         if moments.batches < self.batches:
             notes.append(f"reached by {moments.batches} of {self.batches} batches")
@@ -183,7 +166,7 @@ class Decider:
             if self.spec.reconstruct:  # the block's training will change what is kept
                 new = target.view.from_matrix(groups_of(target), target.weight.shape)
         record = Record(
-            self.spec.method,
+            self.spec.label,
             str(target.goal),
             updates_weights=new is not None,
             error=error,
@@ -197,16 +180,43 @@ class Decider:
 def decider_for(spec: Spec, targets: Sequence[Target], batches: int) -> Decider:
     """A decider; masks that need no statistics and share one budget are chosen at once."""
     decider = Decider(spec, batches)
-    if isinstance(spec, MagnitudeSpec) and spec.scope == "global":
+    if spec.chooses_masks_ahead and spec.scope == "global":
         with exact():
-            decider.choose(targets, [[magnitude_score(w) for w in groups_of(t)] for t in targets])
+            decider.choose(targets, [scores_of(spec, t) for t in targets])
     return decider
 
 
-def _relative(weight: Tensor, solved: Sequence[Solved], moments: Moments) -> float | None:
+def scores_of(spec: Spec, target: Target, moments: Moments | None = None) -> list[Tensor]:
+    """What the weights of each group are worth to a method, see `group_scores`."""
+    return [
+        group_scores(spec, target.name, weight, moments, group)
+        for group, weight in enumerate(groups_of(target))
+    ]
+
+
+def group_scores(
+    spec: Spec, layer: str, weight: Tensor, moments: Moments | None, group: int
+) -> Tensor:
+    """(rows, cols) what weights are worth to a method; magnitude's where it needs inputs and no
+    token reached them.
+
+    Args:
+        layer: its name, for errors.
+        weight: (rows, cols).
+        moments: of the inputs; None where no batch reached the layer.
+        group: which of the moments' groups reads them.
+    """
+    if spec.needs == "nothing":
+        return spec.scores(weight, GroupMoments(layer))
+    if moments is None or not moments.rows[group]:
+        return magnitude_score(weight)
+    return spec.scores(weight, moments.of(group, layer))
+
+
+def _relative(weight: Tensor, solved: Sequence[Solution], moments: Moments) -> float | None:
     """||X (W - W')^T||^2 / ||X W^T||^2 over all groups that tokens reached."""
     assert moments.gram is not None
-    lost = sum(one.squared for one in solved)
+    lost = sum(one.squared or 0.0 for one in solved)
     total = sum(
         _output_square(weight[group].float(), moments.gram[group])
         for group, rows in enumerate(moments.rows)
@@ -239,7 +249,7 @@ def _barred(target: Target) -> Tensor | None:
 def _masks(
     targets: Sequence[Target],
     scores: Sequence[Sequence[Tensor]],
-    spec: Spec,
+    scope: str | None,
     groups: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """One (groups, rows, cols) mask a target, from a score a group; earlier zeros stay zeros.
@@ -259,20 +269,25 @@ def _masks(
             flat.append(score if barred is None else score.masked_fill(barred[group], BARRED))
             free.append(None if barred is None else ~barred[group])
     goal = targets[0].goal
-    keeps = project_each(flat, goal.pattern, goal.sparsity, spec.scope or "layer")
+    keeps = project_each(flat, goal.pattern, goal.sparsity, scope or "layer")
     kept = iter(k if f is None else k & f for k, f in zip(keeps, free, strict=True))
     return [torch.stack([next(kept) for _ in own]) for own in scores]
 
 
 def sampled_error(target: Target, moments: Moments, keep: Tensor) -> float | None:
-    """||X (W - W')^T||^2 / ||X W^T||^2 on sampled inputs, of weights that were only masked.
+    """||X (W - W')^T||^2 / ||X W^T||^2 of weights that were only masked: on sampled inputs, or by
+    the second moment where that is at hand.
 
     Of many output rows, an evenly spaced part stands for all.
     """
     lost = total = 0.0
     for group, weight in enumerate(groups_of(target)):
         x = moments.samples(group)
-        if x is not None:
+        if moments.gram is not None:
+            w, gram = weight.float(), moments.gram[group]
+            lost += _output_square(w.masked_fill(keep[group], 0), gram)
+            total += _output_square(w, gram)
+        elif x is not None:
             w, kept = _spread(weight).float(), _spread(keep[group])
             share = len(weight) / len(w)
             lost += share * float((x @ w.masked_fill(kept, 0).T).square().sum())

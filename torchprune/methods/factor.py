@@ -26,7 +26,7 @@ class Factor:
     Attributes:
         upper: (cols, cols) float32 U, with U^T U = (H + damping)^-1.
         dead: (cols,) bool, inputs that were always zero.
-        damping: the damping that succeeded, as a share of the mean diagonal.
+        damping: the damping that succeeded, as a share of the live inputs' mean diagonal.
         ridge: what was added to the diagonal of H = 2/n sum of x x^T.
     """
 
@@ -46,7 +46,8 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
     Args:
         gram: (cols, cols) float32 sum of x x^T.
         rows: number of x summed.
-        damping: share of the mean diagonal added to it.
+        damping: share of its mean diagonal added to it. Inputs that were always zero have no part
+            in the mean: they say nothing about the size of the others.
 
     Raises:
         CalibrationError: naming the layer, if no damping up to 1 helps.
@@ -59,7 +60,7 @@ def factorise(gram: Tensor, rows: int, damping: float, name: str) -> Factor:
     while True:
         hessian = gram.double().mul_(scale)
         diagonal = hessian.diagonal()
-        diagonal[dead] = 1.0
+        diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
         ridge = share * diagonal.mean()
         diagonal += ridge
         with one_thread() if len(gram) <= _ONE_THREAD_UP_TO else nullcontext():

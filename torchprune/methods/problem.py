@@ -24,11 +24,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Minimise tr(W A W^T) - 2 tr(W B^T), B = W0 @ pull, over scaled weights W = weight * scale.
+    """Minimise tr(W A W^T) - 2 tr(W B^T), B = `wanted`, over scaled weights W = weight * scale.
 
     Attributes:
         matrix: (cols, cols) float32 A, the scaled second moment plus the ridge.
-        pull: (cols, cols) float32; A itself where the outputs to reach are the layer's own.
+        pull: (cols, cols) float32, B = W0 @ pull; A itself where the outputs to reach are the
+            layer's own.
         scale: (cols,) float32, the length of each input; 1 where it is dead.
         dead: (cols,) bool, inputs that were always zero. Their weights matter to nothing.
     """
@@ -41,6 +42,13 @@ class Problem:
     def scaled(self, weight: Tensor) -> Tensor:
         """(rows, cols) float32 weights in the problem's own units; 0 at dead inputs."""
         return (weight.detach().float() * self.scale).masked_fill_(self.dead, 0)
+
+    def wanted(self, weight: Tensor) -> Tensor:
+        """(rows, cols) float32 B, the linear term of dense weights; 0 at dead inputs.
+
+        What is dead now may be alive in the dense model, whose outputs are then still reached for.
+        """
+        return (weight.detach().float() * self.scale @ self.pull).masked_fill_(self.dead, 0)
 
     def unscaled(self, scaled: Tensor, weight: Tensor) -> Tensor:
         """Back in the weights' units; what dead inputs meet is the given weight."""

@@ -17,7 +17,7 @@ def refit(linear: Tensor, start: Tensor, keep: Tensor, problem: Problem, steps: 
     error alone either, since those are where the ridge pulls to.
 
     Args:
-        linear: (rows, cols) float32 B, dense scaled weights @ `problem.pull`.
+        linear: (rows, cols) float32 B, `problem.wanted` of the dense weights.
         start: (rows, cols) float32 scaled weights, zero off the mask.
         keep: (rows, cols) bool.
         steps: at most so many products with the matrix; ten come close to the exact solution.

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from torchprune.errors import LoweringError
 from torchprune.lowering.bitmask import Bitmask, obstacle
-from torchprune.passes.linears import Product, products_in
+from torchprune.passes.linears import Product, product_of, products_in
 from torchprune.passes.program import Draft, Passed, tied
 
 FORMATS = ("bitmask",)
@@ -53,7 +53,9 @@ def pack_linears(
             draft.add_buffer(f"{name}_{part}", getattr(packed, part))
             for part in ("bits", "values", "starts")
         ]
-        for use in uses:
+        for found in uses:
+            # Read anew: what feeds it may be a product that was replaced since it was found.
+            use = cast(Product, product_of(found.node))
             with draft.graph.inserting_before(use.node):
                 new = draft.graph.call_function(
                     torch.ops.torchprune.bitmask_linear.default,

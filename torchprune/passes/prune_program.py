@@ -27,11 +27,11 @@ from torchprune.masking.matrices import ConvNd, TransposedLinear, geometry, inpu
 from torchprune.masking.packing import masked
 from torchprune.masking.targets import Target, make_plan
 from torchprune.masking.transaction import Change
-from torchprune.methods.decide import Decider, by_magnitude, decider_for
+from torchprune.methods.decide import Decider, decider_for, without_data
 from torchprune.passes.linears import product_of
 from torchprune.passes.masks import insert_masks
 from torchprune.passes.program import Draft, tied
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 
 _aten = torch.ops.aten
 _CONVS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
@@ -81,7 +81,7 @@ def prune_program(
     """A new program with masks, and the decider's warnings. The given one is left as it is.
 
     Args:
-        batches: calibration, unused by `MagnitudeSpec`.
+        batches: calibration, unused where the spec needs none.
 
     Raises:
         SpecError, TargetError: the spec does not fit the program's layers.
@@ -103,19 +103,20 @@ def prune_program(
             f"{type(spec).__name__}: permute reorders a module's own weights, and a program's are "
             "left as they are: sparsify the model, then export it"
         )
-    layers, places = _layers_of(program)
+    running = _functional(program)
+    layers, places = _layers_of(running)
     plan = make_plan(layers, spec)
     changes: list[Change] = []
     warnings: list[str] = []
     with torch.no_grad():
         if not spec.needs_data:
             with modes.exact():
-                changes += by_magnitude(plan.targets, spec)
+                changes += without_data(plan.targets, spec)
         else:
             decider = decider_for(spec, plan.targets, len(batches))
             found = [_Use(t, places[t.layer.key]) for t in plan.targets]
             blocks = [tuple(name.split(".")) for name in plan.blocks]
-            run = _Run(program, found, batches, decider, blocks)
+            run = _Run(running, found, batches, decider, blocks)
             with tqdm(
                 total=len(found), desc=spec.method, unit="layer", disable=not progress
             ) as bar:
@@ -129,6 +130,15 @@ def prune_program(
             draft.replace(change.target.layer.key, masked(change.values, change.mask))
     masks = {change.target.layer.key: change.mask for change in changes}
     return insert_masks(draft.finish(), masks).program, warnings
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """The program without writes in place: some of its nodes run twice on the same tensors."""
+    writes = any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in program.graph_module.graph.nodes
+    )
+    return program.run_decompositions({}) if writes else program
 
 
 # -- layers of a graph ----------------------------------------------------------------------------
@@ -240,7 +250,7 @@ class _Run:
         blocks: Sequence[tuple[str, ...]],
     ) -> None:
         self._program, self._decider, self._batches = program, decider, batches
-        self._gram, self._cap = decider.spec.needs_gram, decider.spec.token_cap
+        self._spec = decider.spec
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
         self._uses = sorted(uses, key=lambda use: self._at[use.node])
@@ -290,7 +300,7 @@ class _Run:
         self, envs: Sequence[Env], group: Sequence[_Use]
     ) -> list[tuple[Target, Moments]]:
         """What the layers of a group read, from copies of the environments that run on to each."""
-        shared: dict[tuple[Node, object], Moments] = {}
+        spec, shared = self._spec, dict[tuple[Node, object], Moments]()
         moments: dict[Node, Moments] = {}
         for use in group:
             key = use.place.input, geometry(use.target.layer.module)
@@ -298,10 +308,15 @@ class _Run:
                 view, device = use.target.view, use.target.weight.device
                 with modes.exact():
                     shared[key] = Moments.empty(
-                        view.groups, view.cols, device, gram=self._gram, cap=self._cap
+                        view.groups,
+                        view.cols,
+                        device,
+                        gram=spec.needs_gram,
+                        total=spec.needs_mean,
+                        cap=spec.token_cap,
                     )
             moments[use.node] = shared[key]
-        sample = 0 if self._gram else -(-SAMPLE_ROWS // len(self._batches))
+        sample = 0 if spec.needs_gram else -(-SAMPLE_ROWS // len(self._batches))
         for batch, env in zip(self._batches, envs, strict=True):
             ahead, at, counted = dict(env), self._at[group[0].node], set()
             for use in group:

@@ -16,6 +16,7 @@ from torchprune.reports.tables import Column, by_rich
 from torchprune.specs.options import Checked
 
 _RUNS = "_torchprune_runs"
+_SOURCE = "_torchprune_source"
 
 _COLUMNS = [
     Column("layer", fold=True),
@@ -59,6 +60,13 @@ def keep_runs(model: nn.Module, runs: list[RunRecord]) -> None:
 def runs_of(model: nn.Module) -> list[RunRecord]:
     """The records of every `sparsify` call on this model."""
     return list(getattr(model, _RUNS, []))
+
+
+def remember_source(model: nn.Module, note: str | None) -> None:
+    """Keep what is to be said of the file that a model came from; saves do not pass it on."""
+    vars(model).pop(_SOURCE, None)
+    if note is not None:
+        setattr(model, _SOURCE, note)
 
 
 @dataclass(frozen=True)
@@ -206,6 +214,11 @@ def report(model: nn.Module) -> Report:
         skipped={k: why for k, why in skipped.items() if k not in masked},
         parameters=sum(p.numel() for p in model.parameters()),
         peak_held_bytes=max((run.peak_held_bytes for run in runs), default=0),
-        notes=[note for run in runs for note in run.notes],
+        notes=[*(note for run in runs for note in run.notes), *_source_notes(model)],
         warnings=[warning for run in runs for warning in run.warnings],
     )
+
+
+def _source_notes(model: nn.Module) -> list[str]:
+    note = getattr(model, _SOURCE, None)
+    return [note] if isinstance(note, str) else []

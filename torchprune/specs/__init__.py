@@ -1,1 +1,1 @@
-"""What a user asks for, as frozen values without tensors; imports the errors alone."""
+"""What a user asks for, as frozen values, and what a method is asked; imports the errors alone."""

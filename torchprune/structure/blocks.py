@@ -26,8 +26,8 @@ from torchprune.masking.selection import (
     tied_to,
 )
 from torchprune.reports.report import RunRecord
-from torchprune.specs.structured import LayerSpec
 from torchprune.structure.scores import default_loss, loss_on
+from torchprune.structure.specs import LayerSpec
 
 
 def prune_blocks(

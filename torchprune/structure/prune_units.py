@@ -36,7 +36,6 @@ from torchprune.reports.report import RunRecord
 from torchprune.specs.goals import Goal
 from torchprune.specs.options import Reconstruct
 from torchprune.specs.patterns import Unstructured
-from torchprune.specs.structured import StructuredSpec
 from torchprune.structure.parameter_edits import Edits
 from torchprune.structure.refit_readers import refit
 from torchprune.structure.scores import (
@@ -48,6 +47,7 @@ from torchprune.structure.scores import (
     weight_scores,
 )
 from torchprune.structure.share import across, uniform
+from torchprune.structure.specs import StructuredSpec
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -19,25 +19,20 @@ from torch import Tensor, nn
 from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.lockstep import Calibration
+from torchprune.calibration.moments import Moments
 from torchprune.errors import SpecError
 from torchprune.graph.groups import Structure, read_groups
 from torchprune.graph.trace import exported, trace_program
 from torchprune.masking.mask import masked_layers
 from torchprune.masking.plain_state import Slot, obstacle, slots_of
 from torchprune.masking.targets import Plan, Target
-from torchprune.methods.decide import groups_of
-from torchprune.methods.magnitude import magnitude_score
+from torchprune.methods.decide import group_scores, groups_of
 from torchprune.methods.permute import best_order, retained
-from torchprune.methods.ria import ria_score
-from torchprune.methods.wanda import wanda_score
 from torchprune.reports.report import RunRecord
-from torchprune.specs.methods import MagnitudeSpec, RIASpec, Spec
 from torchprune.specs.patterns import NM
+from torchprune.specs.spec import Spec
 from torchprune.structure.channels import Channels, Place, neurons
 from torchprune.structure.head_values import head_values
-
-Inputs = tuple[Tensor, list[int]]
-"""Of a layer's inputs: `Moments.square` and `Moments.rows`."""
 
 Score = Callable[[str, int], Tensor]
 """(tensor key, group of its view) -> (rows, cols) what each weight is worth."""
@@ -201,39 +196,41 @@ def _inputs(
     targets: Sequence[Target],
     batches: Sequence[Batch],
     hold: torch.dtype | None,
-) -> dict[str, Inputs]:
+) -> dict[str, Moments]:
     """Statistics of the layers' inputs on the dense model, by layer key."""
-    if isinstance(spec, MagnitudeSpec) or not targets:
+    if spec.needs == "nothing" or not targets:
         return {}
     calibration = Calibration(
         model,
         targets,
         batches,
-        gram=False,
+        gram=spec.needs == "gram",
+        total=spec.needs_mean,
         blocks=plan.blocks,
         foresee=False,
         hold=hold,
         cap=spec.token_cap,
     )
-    found: dict[str, Inputs] = {}
+    found: dict[str, Moments] = {}
     with calibration:  # nothing is changed at the stops, and the model's tail is not run
         for stop in calibration.stops():
-            found |= {target.layer.key: (m.square, m.rows) for target, m in stop}
+            found |= {target.layer.key: _without_samples(moments) for target, moments in stop}
     return found
 
 
-def _scores(spec: Spec, targets: Sequence[Target], inputs: Mapping[str, Inputs]) -> Score:
+def _without_samples(moments: Moments) -> Moments:
+    """The statistics alone: sampled rows of all layers together would be large."""
+    return replace(moments, sample=[[] for _ in moments.rows])
+
+
+def _scores(spec: Spec, targets: Sequence[Target], inputs: Mapping[str, Moments]) -> Score:
     by_key = {target.layer.key: target for target in targets}
 
     @lru_cache(maxsize=1)  # the heads of one layer follow one another
     def score(key: str, group: int) -> Tensor:
-        weight = groups_of(by_key[key])[group]
-        square, rows = inputs.get(key, (weight, [0] * (group + 1)))
-        if not rows[group]:
-            return magnitude_score(weight).square()
-        if isinstance(spec, RIASpec):
-            return ria_score(weight, square[group], spec.power).square()
-        return wanda_score(weight, square[group]).square()
+        target = by_key[key]
+        weight = groups_of(target)[group]
+        return group_scores(spec, target.name, weight, inputs.get(key), group).square()
 
     return score
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchprune.specs.structured import StructuredSpec, standardised
+from torchprune.structure.specs import StructuredSpec, standardised
 
 
 def uniform(score: Tensor, spec: StructuredSpec) -> Tensor:

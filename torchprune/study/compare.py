@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -21,9 +21,10 @@ from torchprune.checkpoint.whole_files import write_whole
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.reports.report import report
 from torchprune.sparsify import sparsify
-from torchprune.specs.methods import Spec
+from torchprune.specs.functions import described
 from torchprune.specs.patterns import NM
-from torchprune.specs.structured import LayerSpec, StructuredSpec
+from torchprune.specs.spec import Spec
+from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.study.evaluation import Perplexity
 from torchprune.study.results import Comparison, ComparisonError, Row
 
@@ -74,9 +75,9 @@ def compare(
         max_batches: read at most so many batches of each draw.
         progress: show a progress bar over the runs.
         path: a JSON file that is written after each result. Rows it already holds, of an equal spec
-            (by its `repr`) on a draw of the same name and equal batches, are not run again; failed
-            ones are. Other rows stay in the file. The model and `eval_fn` are not compared: give
-            another path when they change.
+            (by its `repr`; functions in it by their names and code) on a draw of the same name and
+            equal batches, are not run again; failed ones are. Other rows stay in the file. The
+            model and `eval_fn` are not compared: give another path when they change.
 
     Returns:
         the rows, in the order of the specs. Their seconds are informative and no benchmark: single
@@ -193,7 +194,7 @@ def _label(spec: Any) -> str:
 
 def _method(spec: AnySpec) -> str:
     if isinstance(spec, Spec):
-        return spec.method
+        return spec.label
     return spec.score_name if isinstance(spec, StructuredSpec) else spec.score
 
 
@@ -204,7 +205,9 @@ def _pattern(spec: AnySpec) -> str:
 def _options(spec: AnySpec) -> str:
     """The options that are not those of a spec with the same goal and score alone."""
     values = {f.name: getattr(spec, f.name) for f in fields(spec)}
-    goal = {k: v for k, v in values.items() if k in ("sparsity", "pattern", "drop", "score")}
+    needed = [f.name for f in fields(spec) if f.default is f.default_factory is MISSING]
+    told = ("sparsity", "pattern", "drop", "score", *needed)
+    goal = {k: v for k, v in values.items() if k in told}
     usual = type(spec)(**goal)
     return ", ".join(f"{k}={v}" for k, v in values.items() if v != getattr(usual, k))
 
@@ -248,7 +251,7 @@ class _Run:
             options=_options(self.spec),
             pattern=_pattern(self.spec),
             draw=self.draw.name,
-            spec=repr(self.spec),
+            spec=described(self.spec),
             data=self.draw.digest if self.spec.needs_data else "",
         )
 

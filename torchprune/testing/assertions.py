@@ -13,7 +13,7 @@ from torchprune.errors import SpecError, TargetError
 from torchprune.masking.mask import masked_layers, original_of
 from torchprune.masking.matrices import view_of
 from torchprune.masking.targets import make_plan
-from torchprune.specs.methods import MagnitudeSpec
+from torchprune.methods.magnitude import MagnitudeSpec
 from torchprune.specs.patterns import NM, Block, Pattern, check_shape, prune_count
 
 _SCOPES = (None, "row", "layer", "global")

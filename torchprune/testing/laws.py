@@ -24,7 +24,7 @@ from torchprune.masking.mask import (
 from torchprune.masking.selection import Layer
 from torchprune.masking.targets import make_plan
 from torchprune.sparsify import sparsify
-from torchprune.specs.methods import Spec
+from torchprune.specs.spec import Spec
 from torchprune.testing.assertions import assert_sparsity
 
 
@@ -247,7 +247,8 @@ def _refusal(subject: _Subject) -> None:
     model = subject.fresh().train()
     before, around = _snapshot(model), _surroundings(model)
     try:
-        sparsify(model, type(subject.spec)(targets="no layer has this name"), progress=False)
+        nowhere = replace(subject.spec, targets="no layer has this name")
+        sparsify(model, nowhere, subject.data, progress=False)
     except TargetError:
         pass
     else:

@@ -11,16 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchprune.errors import MissingExtraError
-from torchprune.specs.methods import (
-    ADMMSpec,
-    MagnitudeSpec,
-    RIASpec,
-    SparseGPTSpec,
-    Spec,
-    WandaSpec,
-)
+from torchprune.methods.admm import ADMMSpec
+from torchprune.methods.magnitude import MagnitudeSpec
+from torchprune.methods.ria import RIASpec
+from torchprune.methods.sparsegpt import SparseGPTSpec
+from torchprune.methods.wanda import WandaSpec
 from torchprune.specs.options import PCG, Swaps
 from torchprune.specs.patterns import NM, Block, Pattern, Unstructured
+from torchprune.specs.spec import Spec
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy

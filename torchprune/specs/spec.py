@@ -1,7 +1,8 @@
-"""What the user asks for: frozen specs, checked when they are made.
+"""What the user asks for: the fields that all methods share, checked when they are made.
 
-A spec says which method, how sparse, in which pattern, and where. It knows no model; `plan.py`
-meets it with one.
+A spec says which method, how sparse, in which pattern, and where. It knows no model; a plan meets
+it with one (`masking/targets.py`). Each method's own spec stands beside its arithmetic, in
+`methods/NAME.py`, and says itself what it needs, scores and solves.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchprune.errors import SpecError
 from torchprune.specs.allocation import Uneven, read_allocation
 from torchprune.specs.goals import Goal, Override, goal_of, read_override
+from torchprune.specs.method import GroupMoments, Needs, Solution, Task
 from torchprune.specs.options import (
     PCG,
     Checked,
@@ -23,7 +25,6 @@ from torchprune.specs.options import (
     as_reconstruct,
     check_above_zero,
     check_share,
-    check_whole,
 )
 from torchprune.specs.patterns import NM, Block, Pattern, Unstructured, parse_pattern
 
@@ -34,7 +35,7 @@ Sequential = Literal["layer", "block", "none"]
 
 @dataclass(frozen=True)
 class Spec(Checked):
-    """The fields all methods share. Use `MagnitudeSpec`, `WandaSpec` or `SparseGPTSpec`.
+    """The fields all methods share. Use `WandaSpec`, `BestSpec` or another method's own.
 
     Args:
         sparsity: share of weights to prune, 0 <= sparsity < 1. Default 0.5, or what an n:m pattern
@@ -94,15 +95,19 @@ class Spec(Checked):
     token_cap: float | None = None
 
     method: ClassVar[str]
+    """The method's name, in reports and in saved files."""
+
     scopes: ClassVar[tuple[str, ...]]
+    """Where counts can be exact; the first is the default."""
+
     chooses_weights: ClassVar[bool] = False
-    chooses_masks_ahead: ClassVar[bool] = False
+    """Whether `solution` decides, from the second moment; otherwise `scores` do."""
 
     def __post_init__(self) -> None:
         goal = goal_of(type(self).__name__, parse_pattern(self.pattern), self.sparsity)
-        _set(self, pattern=goal.pattern, sparsity=goal.sparsity)
+        set_values(self, pattern=goal.pattern, sparsity=goal.sparsity)
         if self.scope is None:
-            _set(self, scope=self.scopes[0])
+            set_values(self, scope=self.scopes[0])
         if self.scope not in self.scopes:
             raise SpecError(
                 f"{type(self).__name__}: scope {self.scope!r} is not offered; "
@@ -113,7 +118,7 @@ class Spec(Checked):
                 f"{type(self).__name__}: overrides must map selector strings to values, "
                 f"got {type(self.overrides).__name__}"
             )
-        _set(self, overrides=dict(self.overrides))
+        set_values(self, overrides=dict(self.overrides))
         for key in self.overrides:
             self.override_goal(key)
         if self.token_cap is not None:
@@ -123,14 +128,63 @@ class Spec(Checked):
         _resolve_allocation(self)
         _check_permute(self)
 
+    # -- what a method says of itself --------------------------------------------------------------
+
+    @property
+    def needs(self) -> Needs:
+        """What `scores` takes of a layer's inputs."""
+        return "square"
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether it also takes their mean."""
+        return False
+
+    def scores(self, weight: Tensor, moments: GroupMoments) -> Tensor:
+        """What each weight is worth: of those that a pattern lets go, the least go.
+
+        Of methods that choose weights: what stands for them where masks are wanted before they run
+        (allocation, permutation).
+
+        Args:
+            weight: (rows, cols), any floating dtype, zero where an earlier mask pruned.
+            moments: of its inputs, holding what the method needs.
+
+        Returns:
+            (rows, cols) float32, at least 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no scores")
+
+    def solution(self, task: Task) -> list[Solution]:
+        """New weights and masks, of methods that choose weights: one of each of a task's."""
+        raise NotImplementedError(f"{type(self).__name__} changes no weights")
+
     def usual_sequence(self) -> Sequential:
         """How fine calibration is unless asked otherwise."""
         return "none" if self.scope == "global" and not self.chooses_masks_ahead else "layer"
 
     @property
+    def windows(self) -> int:
+        """Up to how many windows a language model's own text is added to what calibrates."""
+        return 0
+
+    @property
+    def label(self) -> str:
+        """What reports call the method."""
+        return self.method
+
+    # -- what follows from it ----------------------------------------------------------------------
+
+    @property
+    def chooses_masks_ahead(self) -> bool:
+        """Whether masks are known before any data is."""
+        return self.needs == "nothing" and not self.chooses_weights
+
+    @property
     def needs_data(self) -> bool:
         """Whether there is anything to calibrate."""
-        return True
+        options = (self.needs_gram, self.reconstruct, self.uneven is not None, self.permute)
+        return not self.chooses_masks_ahead or any(options)
 
     @property
     def fits_weights(self) -> bool:
@@ -145,12 +199,7 @@ class Spec(Checked):
     @property
     def needs_gram(self) -> bool:
         """Whether a layer's decision takes its inputs' second moment."""
-        return self.chooses_weights or self.refine is not None
-
-    @property
-    def windows(self) -> int:
-        """Up to how many windows a language model's own text is added to what calibrates."""
-        return 0
+        return self.chooses_weights or self.refine is not None or self.needs == "gram"
 
     @property
     def uneven(self) -> Uneven | None:
@@ -169,169 +218,13 @@ class Spec(Checked):
         return read_override(f"overrides[{key!r}]", self.overrides[key], self.goal)
 
 
-@dataclass(frozen=True)
-class MagnitudeSpec(Spec):
-    """Prune the weights of smallest absolute value. Needs no data.
-
-    Scope "layer" (default: the whole matrix, as the references), "row" or "global".
-    """
-
-    method: ClassVar[str] = "magnitude"
-    scopes: ClassVar[tuple[str, ...]] = ("layer", "row", "global")
-    chooses_masks_ahead: ClassVar[bool] = True
-
-    @property
-    def needs_data(self) -> bool:
-        options = (self.needs_gram, self.reconstruct, self.uneven is not None, self.permute)
-        return any(options)
-
-
-@dataclass(frozen=True)
-class WandaSpec(Spec):
-    """Prune by |W_ij| * ||X_j||, weights unchanged (Sun et al., arXiv 2306.11695).
-
-    Scope "row" (default, as the paper), "layer" or "global" (implies sequential="none").
-    """
-
-    method: ClassVar[str] = "wanda"
-    scopes: ClassVar[tuple[str, ...]] = ("row", "layer", "global")
-
-
-@dataclass(frozen=True)
-class RIASpec(Spec):
-    """Prune by relative importance and activations, weights unchanged (Zhang et al., RIA, ICLR
-    2024, "Plug-and-Play").
-
-    The score (|W_ij| / sum over row i + |W_ij| / sum over column j) * ||X_j||^power. Scope "row"
-    (default) or "layer".
-
-    Args:
-        power: of the input's norm; the paper's is 0.5.
-    """
-
-    power: float = 0.5
-
-    method: ClassVar[str] = "ria"
-    scopes: ClassVar[tuple[str, ...]] = ("row", "layer")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above_zero("RIASpec", "power", self.power)
-
-
-@dataclass(frozen=True)
-class SparseGPTSpec(Spec):
-    """Prune and update the surviving weights by OBS (Frantar & Alistarh, arXiv 2301.00774).
-
-    Scope "layer" (default: scores pooled over all rows within each block of columns, as the
-    reference) or "row" (the same count in every row).
-
-    Args:
-        damping: added to the Hessian's diagonal, as a share of its mean. Raised tenfold, and
-            reported, if the factorisation fails.
-        block_size: input columns whose mask is chosen together; rounded up to whole groups of an
-            n:m or block pattern.
-    """
-
-    damping: float = 0.01
-    block_size: int = 128
-
-    method: ClassVar[str] = "sparsegpt"
-    scopes: ClassVar[tuple[str, ...]] = ("layer", "row")
-    chooses_weights: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above_zero("SparseGPTSpec", "damping", self.damping)
-        check_whole("SparseGPTSpec", "block_size", self.block_size)
-
-    def usual_sequence(self) -> Sequential:
-        # As measured by benchmarks/calibration/sequence.py: by block is some 2 % better at 2:4 and
-        # no better unstructured, for 1.4 times the time.
-        together = isinstance(self.pattern, NM) and not self.alpha and not self.reconstruct
-        return "block" if together else "layer"
-
-
-_LONG = PCG(15)
-
-
-@dataclass(frozen=True)
-class ADMMSpec(Spec):
-    """Prune and update by ADMM, then refit (Boza, arXiv 2401.02938; ALPS, arXiv 2406.07831).
-
-    Better than SparseGPT at the same sparsity, for about twice its time. Works for every pattern.
-    Scope "row" (default) or "layer".
-
-    Args:
-        refine: by default "pcg" with 15 steps; None leaves the weights ADMM ends with.
-        steps: rounds.
-        ramp: rounds in which the sparsity grows, with the cube of the round.
-        ridge: as for `PCG`.
-    """
-
-    refine: str | PCG | None = _LONG
-    steps: int = 20
-    ramp: int = 15
-    ridge: float = 0.1
-
-    method: ClassVar[str] = "admm"
-    scopes: ClassVar[tuple[str, ...]] = ("row", "layer")
-    chooses_weights: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("ADMMSpec", "steps", self.steps)
-        check_whole("ADMMSpec", "ramp", self.ramp)
-        check_above_zero("ADMMSpec", "ridge", self.ridge)
-        if self.ramp > self.steps:
-            raise SpecError(f"ADMMSpec: ramp {self.ramp} is longer than its {self.steps} steps")
-
-
-@dataclass(frozen=True)
-class BestSpec(ADMMSpec):
-    """The recommended combination, for those who do not want to choose.
-
-    ADMM toward what the dense model gives: each layer a little, or each block, whose kept weights
-    are trained for it, or both. What a level reaches and costs is measured in the README. For other
-    combinations use `ADMMSpec`.
-
-    Args:
-        effort: "fast": `ADMMSpec(alpha=0.25)`, about three times as long as SparseGPT on a CPU.
-            "balanced": `ADMMSpec(reconstruct=Reconstruct())`, about eight times. "max": both, on
-            more text, for 32 windows some forty times. A decoder-only transformers language model
-            brings the calibration windows up to 128 by continuations of them that it samples; what
-            trained weights are judged by stays the given ones. Other models, and 128 windows and
-            more, make do with what is given.
-    """
-
-    effort: Literal["fast", "balanced", "max"] = "balanced"
-
-    method: ClassVar[str] = "best"
-
-    def __post_init__(self) -> None:
-        if self.effort not in ("fast", "balanced", "max"):
-            raise SpecError(
-                f"BestSpec: effort {self.effort!r} is not understood; "
-                'accepted: "fast", "balanced", "max"'
-            )
-        if not self.alpha and self.effort != "balanced":
-            _set(self, alpha=0.25)
-        if self.effort != "fast" and isinstance(self.reconstruct, bool):
-            _set(self, reconstruct=Reconstruct())
-        super().__post_init__()
-
-    @property
-    def windows(self) -> int:
-        return 128 if self.effort == "max" else 0
-
-
 def _resolve_changes(spec: Spec) -> None:
     """Read `refine`, `alpha` and `reconstruct` once, and check them."""
     name = type(spec).__name__
     if spec.refine == "pcg":
-        _set(spec, refine=PCG())
+        set_values(spec, refine=PCG())
     elif spec.refine == "swaps":
-        _set(spec, refine=Swaps())
+        set_values(spec, refine=Swaps())
     if not isinstance(spec.refine, PCG | Swaps | None):
         raise SpecError(
             f'{name}: refine must be "pcg", a PCG(...), "swaps", a Swaps(...) or None, '
@@ -339,7 +232,7 @@ def _resolve_changes(spec: Spec) -> None:
         )
     if isinstance(spec.refine, Swaps):
         _check_swaps(spec)
-    _set(spec, reconstruct=as_reconstruct(name, spec.reconstruct))
+    set_values(spec, reconstruct=as_reconstruct(name, spec.reconstruct))
     check_share(name, "alpha", spec.alpha)
     if spec.alpha and not spec.fits_weights:
         raise SpecError(
@@ -363,7 +256,8 @@ def _check_swaps(spec: Spec) -> None:
             )
 
 
-def _set(spec: Spec, **values: Any) -> None:
+def set_values(spec: Spec, **values: Any) -> None:
+    """Write down what a field that was left open, or given as a string, comes to."""
     for name, value in values.items():
         object.__setattr__(spec, name, value)
 
@@ -379,7 +273,7 @@ def _resolve_sequential(spec: Spec) -> None:
                 )
         return
     if spec.sequential is None:
-        _set(spec, sequential=spec.usual_sequence())
+        set_values(spec, sequential=spec.usual_sequence())
     if spec.sequential not in ("layer", "block", "none"):
         raise SpecError(
             f"{name}: sequential {spec.sequential!r} is not understood; "
@@ -402,7 +296,7 @@ def _resolve_allocation(spec: Spec) -> None:
     name, uneven = type(spec).__name__, read_allocation(type(spec).__name__, spec.allocation)
     if uneven is None:
         return
-    _set(spec, allocation=uneven)
+    set_values(spec, allocation=uneven)
     if isinstance(spec.pattern, NM):
         raise SpecError(
             f"{name}: allocation shares zeros unevenly, but pattern {spec.pattern} fixes the "

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from torchprune.errors import SpecError
 from torchprune.specs.allocation import Loss
-from torchprune.specs.methods import Selectors
 from torchprune.specs.options import Checked, Reconstruct, as_reconstruct
+from torchprune.specs.spec import Selectors
 
 if TYPE_CHECKING:
     from torchprune.graph.groups import Group, Kind

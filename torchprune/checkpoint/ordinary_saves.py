@@ -1,0 +1,251 @@
+"""transformers' own ways to save and load, taught about masks.
+
+`save_pretrained`, which `push_to_hub` and every checkpoint of `Trainer` go through, would write a
+masked weight under names that stock `from_pretrained` passes over, and the model would come back
+with random weights. As soon as transformers is imported, with or without a mask in sight, these
+of its methods are wrapped, and do for a model without masks what they did before:
+
+- `PreTrainedModel.save_pretrained` writes folded plain weights, and the masks beside them;
+- `PreTrainedModel.from_pretrained` refuses a checkpoint that holds masks under parametrized names;
+- `Trainer` resumes, and goes back to its best checkpoint, with the masks beside it.
+
+Nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from torchprune.checkpoint.beside import (
+    Folded,
+    folded_state,
+    is_mask_name,
+    remove_beside,
+    write_beside,
+)
+from torchprune.checkpoint.manifest import BITS_BESIDE, Manifest, has_masks_beside
+from torchprune.checkpoint.save_load import load_into, versions
+from torchprune.checkpoint.skeleton import CONFIG, GENERATION
+from torchprune.errors import CheckpointError
+from torchprune.lowering.modules import BitmaskLinear
+from torchprune.masking.mask import masked_layers
+from torchprune.reports.report import runs_of
+from torchprune.structure.size_record import resized_of
+
+_RESUMABLE: ContextVar[bool] = ContextVar("resumable", default=False)
+"""Whether a checkpoint is being written that training is to go on from."""
+
+_TAUGHT = "_torchprune_taught"
+
+
+def teach() -> None:
+    """Wrap transformers' methods: now where it is imported, else when it is."""
+    waiting: dict[str, Callable[[ModuleType], None]] = {
+        "transformers.modeling_utils": _teach_models,
+        "transformers.trainer": _teach_trainer,
+    }
+    for name, lesson in list(waiting.items()):
+        if (module := sys.modules.get(name)) is not None:
+            lesson(module)
+            del waiting[name]
+    if waiting:
+        sys.meta_path.insert(0, _Awaited(waiting))
+
+
+class _Awaited(MetaPathFinder):
+    """Finds no module itself; tells when some have been imported."""
+
+    def __init__(self, waiting: dict[str, Callable[[ModuleType], None]]) -> None:
+        self._waiting = waiting
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        lesson = self._waiting.pop(name, None)
+        if lesson is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            try:
+                execute(module)
+            except BaseException:
+                self._waiting[name] = lesson  # it may be tried again
+                raise
+            lesson(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _wrapped(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put another function in a method's place, once."""
+    method = vars(owner).get(name)
+    kind = classmethod if isinstance(method, classmethod) else None
+    function = method.__func__ if kind else method
+    if function is None or hasattr(function, _TAUGHT):
+        return
+    taught = functools.wraps(function)(make(function))
+    setattr(taught, _TAUGHT, True)
+    setattr(owner, name, kind(taught) if kind else taught)
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def _teach_models(module: ModuleType) -> None:
+    _wrapped(module.PreTrainedModel, "save_pretrained", _saving)
+    _wrapped(module.PreTrainedModel, "from_pretrained", _loading)
+
+
+def _saving(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, save_directory, *args, **kwargs)
+        call.apply_defaults()
+        options, directory = call.arguments, Path(save_directory)
+        if getattr(self, "_hf_peft_config_loaded", False) or directory.is_file():
+            return original(self, save_directory, *args, **kwargs)
+        writes = _writes(self, bool(options.get("is_main_process", True)))
+        _check_lifted(self)
+        if next(masked_layers(self), None) is None:
+            result = original(self, save_directory, *args, **kwargs)
+            if writes:
+                remove_beside(directory)
+            return result
+        _check_options(self, options)
+        given = options.get("state_dict")
+        folded = folded_state(self, self.state_dict() if given is None else given)
+        if writes:
+            directory.mkdir(parents=True, exist_ok=True)
+            # Before the checkpoint, which may be pushed to the hub as soon as it is written.
+            _write_masks(self, directory, folded, options.get("variant"))
+        options["state_dict"] = folded.state
+        return original(*call.args, **call.kwargs)
+
+    return save_pretrained
+
+
+def _write_masks(model: Any, directory: Path, folded: Folded, variant: str | None) -> None:
+    manifest = Manifest(
+        tensors={},
+        runs=runs_of(model),
+        architecture=type(model).__name__,
+        config=CONFIG,
+        generation=GENERATION if model.can_generate() else None,
+        weights=BITS_BESIDE,
+        made_with=versions(),
+        resized=resized_of(model),
+        variant=variant,
+        beside=True,
+    )
+    write_beside(directory, model, folded, manifest, hidden=_RESUMABLE.get())
+
+
+def _writes(model: Any, is_main_process: bool) -> bool:
+    """Whether this process writes the files."""
+    decide = getattr(model, "should_save_on_this_rank", None)
+    return bool(decide(is_main_process)) if callable(decide) else is_main_process
+
+
+def _check_lifted(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, BitmaskLinear):
+            raise CheckpointError(
+                f"{path or 'the model'} is lowered, which transformers cannot read; call "
+                "torchprune.lift(model) before save_pretrained"
+            )
+
+
+def _check_options(model: Any, options: dict[str, Any]) -> None:
+    if options.get("distributed_checkpoint"):
+        raise CheckpointError(
+            "a distributed checkpoint cannot hold masks; save_pretrained without "
+            "distributed_checkpoint, or torchprune.fold(model) first"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise CheckpointError(
+            "this model is also quantized; torchprune.fold(model) before save_pretrained"
+        )
+
+
+def _loading(original: Any) -> Any:
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop("output_loading_info", False)
+        model, found = original(cls, *args, output_loading_info=True, **kwargs)
+        names = set(found["unexpected_keys"])
+        for name in sorted(names):
+            if is_mask_name(name, names):
+                raise CheckpointError(
+                    f"this checkpoint is of a masked {cls.__name__} and holds {name!r:.200}: its "
+                    "weights would come back random. Where it was written, save it with "
+                    "model.save_pretrained or torchprune.save; or mask such a model likewise and "
+                    "read the file with safetensors.torch.load_model(model, file)"
+                )
+        return (model, found) if wanted else model
+
+    return from_pretrained
+
+
+# -- Trainer ---------------------------------------------------------------------------------------
+
+
+def _teach_trainer(module: ModuleType) -> None:
+    _wrapped(module.Trainer, "_save_checkpoint", _checkpointing)
+    _wrapped(module.Trainer, "_load_from_checkpoint", _resuming)
+    _wrapped(module.Trainer, "_load_best_model", _going_back)
+
+
+def _checkpointing(original: Any) -> Any:
+    def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _RESUMABLE.set(not self.args.save_only_model)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _RESUMABLE.reset(token)
+
+    return _save_checkpoint
+
+
+def _resuming(original: Any) -> Any:
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: Any, model: Any = None) -> Any:
+        if not _restored(self, self.model if model is None else model, resume_from_checkpoint):
+            return original(self, resume_from_checkpoint, model)
+        return None
+
+    return _load_from_checkpoint
+
+
+def _going_back(original: Any) -> Any:
+    def _load_best_model(self: Any) -> Any:
+        if not _restored(self, self.model, self.state.best_model_checkpoint):
+            return original(self)
+        return None
+
+    return _load_best_model
+
+
+def _restored(trainer: Any, model: Any, directory: str | os.PathLike[str] | None) -> bool:
+    """Give a Trainer's model what a checkpoint with masks beside it holds, if it is one."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if directory is None or sharded or not has_masks_beside(Path(directory)):
+        return False
+    load_into(trainer.accelerator.unwrap_model(model, keep_torch_compile=False), directory)
+    return True

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from saved import QUIET as QUIET
+from saved import prune as prune
 from torch import Tensor, nn
 
-import torchprune
 from torchprune import SparseGPTSpec, WandaSpec
 from torchprune.calibration.moments import Moments
 from torchprune.masking.projection import project
@@ -18,11 +19,20 @@ from torchprune.methods.sparsegpt import sparsegpt
 from torchprune.methods.wanda import wanda_score
 
 Spec = WandaSpec | SparseGPTSpec
-QUIET: dict[str, Any] = {"progress": False}
 
 
-def prune(model: nn.Module, spec: torchprune.specs.Spec, data: Any = None, **options: Any) -> Any:
-    return torchprune.sparsify(model, spec, data, **{**QUIET, **options})
+def second_moment(x: Tensor) -> Tensor:
+    """sum of x x^T, rounded once to float32: what the library hands its solvers."""
+    return (x.double().T @ x.double()).float()
+
+
+def moments_of(x: Tensor, dense: Tensor | None = None, **kept: bool) -> Moments:
+    """What calibration keeps of one layer's inputs, of a dense run's inputs with them if given."""
+    kept = {"gram": True, "cross": dense is not None, **kept}
+    moments = Moments.empty(1, x.shape[1], x.device, **kept)
+    moments.add([x], dense=None if dense is None else [dense])
+    moments.finish()
+    return moments
 
 
 # -- the flow by hand -----------------------------------------------------------------------------

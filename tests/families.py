@@ -93,61 +93,59 @@ _DECODER = {
 }
 
 
+def causal(name: str, **settings: Any) -> nn.Module:
+    """A causal language model of transformers, by the name that its classes begin with."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
+    return model
+
+
+def decoder(name: str, **changes: Any) -> nn.Module:
+    """A Llama, or one of the many models that are configured like it."""
+    return causal(name, **{**_DECODER, **changes})
+
+
 def llama(**changes: Any) -> nn.Module:
     """A Llama with grouped-query attention."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**{**_DECODER, **changes}))
+    return decoder("Llama", **changes)
 
 
 def qwen3() -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=8))
+    return decoder("Qwen3", head_dim=8)
 
 
 def gemma() -> nn.Module:
-    from transformers import GemmaConfig, GemmaForCausalLM
-
-    return GemmaForCausalLM(GemmaConfig(**_DECODER, head_dim=8))
+    return decoder("Gemma", head_dim=8)
 
 
 def mixtral(**changes: Any) -> nn.Module:
     """Fused experts: 3-D parameters, two of four experts a token."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    extra = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**{**_DECODER, **extra, **changes}))
+    return decoder("Mixtral", **{"num_local_experts": 4, "num_experts_per_tok": 2, **changes})
 
 
 def qwen2_moe() -> nn.Module:
     """Fused experts beside a shared one."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
-            **_DECODER,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=32,
-            num_experts=4,
-            num_experts_per_tok=2,
-        )
+    return decoder(
+        "Qwen2Moe",
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
     )
 
 
 def opt() -> nn.Module:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=32,
-            max_position_embeddings=64,
-        )
+    return causal(
+        "OPT",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
     )
 
 

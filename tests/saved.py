@@ -73,6 +73,11 @@ def prune(model: nn.Module, spec: Any = None, data: Any = None, **options: Any) 
     return torchprune.sparsify(model, spec or MagnitudeSpec(), data, **{**QUIET, **options})
 
 
+def pruned(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """A family's model, masked by magnitude."""
+    return prune(FAMILIES[name].make(), MagnitudeSpec(**options)).to(dtype)
+
+
 class Net(nn.Module):
     """Convolutions, running statistics, a tie, a shared module, a table outside the state_dict."""
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, Family
-from torch import Tensor, nn
+from saved import output
 
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
@@ -31,13 +30,6 @@ def _unreached() -> Iterator[None]:
         yield
 
 
-def run(model: nn.Module, batch: Any) -> Tensor:
-    """The main output of one batch."""
-    with torch.no_grad():
-        out = model(**batch) if isinstance(batch, dict) else model(batch)
-    return out if isinstance(out, Tensor) else out[0]
-
-
 def check_pruned(family: Family, spec: Spec, dtype: torch.dtype) -> None:
     model, data = family.make(dtype), family.data(dtype)
     chosen = {target.layer.key for target in make_plan(model, spec).targets}
@@ -45,13 +37,13 @@ def check_pruned(family: Family, spec: Spec, dtype: torch.dtype) -> None:
     torchprune.sparsify(model, spec, data, progress=False)
     assert set(torchprune.masks(model)) == chosen
     assert_sparsity(model, spec.goal.pattern, spec.goal.sparsity, scope=spec.scope)
-    masked = run(model, data[0])
+    masked = output(model, data[0])
     assert masked.isfinite().all()
     torchprune.fold(model)
     assert_sparsity(
         model, spec.goal.pattern, spec.goal.sparsity, scope=spec.scope, exact=dtype == torch.float32
     )
-    assert torch.equal(run(model, data[0]), masked)
+    assert torch.equal(output(model, data[0]), masked)
     after = model.state_dict()
     assert list(after) == list(before)
     for key, value in before.items():
@@ -123,9 +115,9 @@ def test_generation_works_masked_and_folded(name: str) -> None:
 def test_pruned_weights_make_other_outputs(family: Family) -> None:
     """So that the tests above compare something: calibrated pruning acts, and beats chance."""
     model, data = family.make(), family.data()
-    dense = run(model, data[0])
+    dense = output(model, data[0])
     torchprune.sparsify(model, WandaSpec(0.9), data, progress=False)
-    pruned = run(model, data[0])
+    pruned = output(model, data[0])
     assert not torch.equal(dense, pruned)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -17,14 +17,10 @@ import torchprune
 from torchprune import MagnitudeSpec
 from torchprune.lowering import backend
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [  # of torch.compile
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 class Block(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,14 +14,10 @@ import torchprune
 from torchprune import MagnitudeSpec
 from torchprune.lowering import backend
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [  # of torch.compile
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 def made(*, folded: bool, inference: bool) -> nn.Module:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from families import FAMILIES
-from torch import Tensor, nn
+from saved import output
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchprune
 from torchprune import MagnitudeSpec
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile and transformers
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        y = model(tokens)
-    return y.logits if hasattr(y, "logits") else y.last_hidden_state  # type: ignore[no-any-return]
+pytestmark = [  # of torch.compile and transformers
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 @pytest.mark.parametrize("lowered", [False, True], ids=["masked", "lowered"])
@@ -38,10 +27,10 @@ def test_models_compile_whole_and_compute_the_same(name: str, lowered: bool) -> 
     if lowered:
         torchprune.lower(model, "bitmask")
     tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
-    expected = logits(model, tokens)
+    expected = output(model, tokens)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    torch.testing.assert_close(logits(compiled, tokens), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(compiled, tokens), expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from by_hand import assert_as_it_was, fingerprint
 from families import FAMILIES, tokens
+from saved import output, pruned
 from torch import Tensor, nn
 
 import torchprune
@@ -19,11 +20,6 @@ from torchprune.lowering.modules import BitmaskLinear
 GENERATIVE = ["llama", "qwen3", "gemma", "mixtral", "gpt2", "opt"]
 
 
-def pruned(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    spec = MagnitudeSpec(**options)
-    return torchprune.sparsify(FAMILIES[name].make(), spec, progress=False).to(dtype)
-
-
 def folded_copy(model: nn.Module) -> nn.Module:
     return torchprune.fold(copy.deepcopy(model))
 
@@ -32,27 +28,19 @@ def lowered_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, BitmaskLinear)]
 
 
-def outputs(model: nn.Module, batch: Any) -> Tensor:
-    with torch.no_grad():
-        y = model(**batch) if isinstance(batch, dict) else model(batch)
-    if isinstance(y, Tensor):
-        return y
-    return y.logits if "logits" in y else y.last_hidden_state  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_computes_the_same_and_comes_back(name: str) -> None:
     model = pruned(name)
     batch = FAMILIES[name].data()[0]
     folded = folded_copy(model)
-    expected = outputs(folded, batch)
+    expected = output(folded, batch)
     plan = torchprune.plan_lowering(model, "bitmask")
     if not plan.layers:
         assert any("no linear layer" in why for why in plan.left.values())  # a CNN
         return
     assert torchprune.lower(model, "bitmask") is model
     assert lowered_names(model) == [y.name for y in plan.layers]
-    torch.testing.assert_close(outputs(model, batch), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output(model, batch), expected, rtol=1e-4, atol=1e-4)
     assert not torchprune.masks(model)
     torchprune.lift(model)
     assert not lowered_names(model)
@@ -60,7 +48,7 @@ def test_every_family_computes_the_same_and_comes_back(name: str) -> None:
     assert list(state) == list(like)
     assert all(torch.equal(state[key], like[key]) for key in like)
     assert [type(m) for m in model.modules()] == [type(m) for m in folded.modules()]
-    assert torch.equal(outputs(model, batch), expected)
+    assert torch.equal(output(model, batch), expected)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
@@ -81,7 +69,7 @@ def test_other_dtypes_and_patterns(dtype: torch.dtype, pattern: str) -> None:
     torchprune.lower(model, "bitmask")
     batch = tokens()[0]
     torch.testing.assert_close(
-        outputs(model, batch).float(), outputs(folded, batch).float(), rtol=0.1, atol=0.1
+        output(model, batch).float(), output(folded, batch).float(), rtol=0.1, atol=0.1
     )
     layer = model.model.layers[0].mlp.down_proj
     assert isinstance(layer, BitmaskLinear)

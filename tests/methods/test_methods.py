@@ -11,6 +11,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import second_moment
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,11 +26,6 @@ from torchprune.methods.wanda import wanda_score
 from torchprune.specs.patterns import NM, Block, Pattern, Unstructured
 
 # -- oracles --------------------------------------------------------------------------------------
-
-
-def second_moment(x: Tensor) -> Tensor:
-    """sum of x x^T, rounded once to float32: what the library hands its solvers."""
-    return (x.double().T @ x.double()).float()
 
 
 def wanda_by_the_paper(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from families import FAMILIES
-from saved import state
+from saved import QUIET, state
 from torch import Tensor, nn
 
 import torchprune
@@ -35,8 +35,6 @@ from torchprune.specs.method import GroupMoments
 from torchprune.specs.patterns import prune_count
 from torchprune.specs.spec import Spec
 from torchprune.testing import check_laws
-
-QUIET: dict[str, Any] = {"progress": False}
 
 
 def wanda(weight: Tensor, moments: Any) -> Tensor:

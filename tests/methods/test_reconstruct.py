@@ -13,6 +13,7 @@ from by_hand import assert_as_it_was, fingerprint, prune
 from families import FAMILIES, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saved import output
 from torch import Tensor, nn
 
 import torchprune
@@ -157,12 +158,6 @@ def test_nothing_to_learn_from_changes_nothing() -> None:
 FAMILY_NAMES = ["llama", "gemma", "mixtral", "gpt2", "opt", "bert", "t5", "vit", "resnet"]
 
 
-def outputs(model: nn.Module, batch: Any) -> Tensor:
-    with torch.no_grad():
-        out = model(**batch) if isinstance(batch, dict) else model(batch)
-    return out if isinstance(out, Tensor) else out[0]
-
-
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_families_keep_their_counts_and_come_nearer(name: str) -> None:
     family = FAMILIES[name]
@@ -175,11 +170,11 @@ def test_families_keep_their_counts_and_come_nearer(name: str) -> None:
     assert [y.zeros for y in after.layers] == [y.zeros for y in before.layers]
     assert all(y.zeros == y.size // 2 for y in after.layers)
     assert "reconstructed" in after.notes[-1]
-    wanted = [outputs(dense, b) for b in data]
+    wanted = [output(dense, b) for b in data]
 
     def distance(model: nn.Module) -> float:
         return sum(
-            float((outputs(model, b) - w).square().sum()) for b, w in zip(data, wanted, strict=True)
+            float((output(model, b) - w).square().sum()) for b, w in zip(data, wanted, strict=True)
         )
 
     assert distance(trained) < distance(plain)
@@ -322,9 +317,9 @@ def test_activations_held_in_sixteen_bits_are_at_hand_again() -> None:
     prune(exact, spec, data)
     prune(held, spec, data, hold=torch.bfloat16)
     dense = family.make()
-    wanted = [outputs(dense, b) for b in data]
+    wanted = [output(dense, b) for b in data]
     missed_by = [
-        sum(float((outputs(m, b) - w).square().sum()) for b, w in zip(data, wanted, strict=True))
+        sum(float((output(m, b) - w).square().sum()) for b, w in zip(data, wanted, strict=True))
         for m in (exact, held)
     ]
     assert missed_by[1] < 1.2 * missed_by[0]
@@ -393,9 +388,9 @@ def test_structures_are_still_removed_exactly() -> None:
     family = FAMILIES["llama"]
     model, data = family.make(), family.data(count=4)
     prune(model, NeuronSpec(0.5, reconstruct=SHORT), data)
-    masked = outputs(model, data[0])
+    masked = output(model, data[0])
     torchprune.shrink(model, torchprune.plan_shrink(model, data[0]))
-    torch.testing.assert_close(outputs(model, data[0]), masked, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(model, data[0]), masked, rtol=1e-5, atol=1e-5)
 
 
 class Spy(nn.Module):

@@ -7,13 +7,13 @@ import statistics
 
 import pytest
 import torch
+from by_hand import moments_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchprune
 from torchprune import PCG, ADMMSpec, BestSpec, MagnitudeSpec, RIASpec, SparseGPTSpec, WandaSpec
-from torchprune.calibration.moments import Moments
 from torchprune.errors import SpecError
 from torchprune.masking.projection import BARRED, project, project_partly
 from torchprune.methods.factor import factorise
@@ -49,14 +49,6 @@ def correlated(seed: int, tokens: int, cols: int, dead: tuple[int, ...] = ()) ->
 
 def weights(seed: int, rows: int, cols: int) -> Tensor:
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed + 1000))
-
-
-def moments_of(x: Tensor, dense: Tensor | None = None) -> Moments:
-    cols = x.shape[1]
-    moments = Moments.empty(1, cols, x.device, gram=True, cross=dense is not None)
-    moments.add([x], dense=None if dense is None else [dense])
-    moments.finish()
-    return moments
 
 
 def error(w: Tensor, new: Tensor, x: Tensor) -> float:

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import QUIET, assert_as_it_was, fingerprint, inputs_of, llama_layers, prune
+from by_hand import (
+    QUIET,
+    assert_as_it_was,
+    fingerprint,
+    inputs_of,
+    llama_layers,
+    prune,
+    second_moment,
+)
 from families import FAMILIES
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
@@ -134,10 +142,6 @@ def by_loops(
 
 
 # -- layers to try --------------------------------------------------------------------------------
-
-
-def second_moment(x: Tensor) -> Tensor:
-    return (x.double().T @ x.double()).float()
 
 
 def inputs(rows: int, cols: int, seed: int) -> Tensor:

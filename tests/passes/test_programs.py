@@ -11,6 +11,7 @@ import structures
 import torch
 from families import FAMILIES
 from programs import Tied, assert_untouched, exported, operators, outputs, state_of
+from saved import QUIET
 from sweeps import sample
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -21,7 +22,6 @@ from torchprune.errors import CalibrationError, SpecError, TargetError
 from torchprune.specs.spec import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.export
-QUIET: dict[str, Any] = {"progress": False}
 
 FAMILIES_HERE = ["llama", "qwen3", "gemma", "gpt2", "opt", "bert", "t5", "vit", "mlp", "resnet"]
 

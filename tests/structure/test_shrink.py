@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cnns import CNNS, awake, image_batches
-from families import _DECODER, FAMILIES, llama, tokens
+from families import FAMILIES, decoder, llama, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structures import close, mask_random_units, outputs, random_units, unit_masks
@@ -33,12 +33,8 @@ Made = tuple[Callable[[], nn.Module], Any]
 
 def _stock(name: str, **changes: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import transformers
-
         torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**{**_DECODER, **changes})
-        model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-        return model
+        return decoder(name, **changes).eval()
 
     return build
 
@@ -482,7 +478,15 @@ STOCK = [
 ]
 
 
-def test_stock_transformers_reload_in_a_fresh_process(tmp_path: Path) -> None:
+SOME = [("Llama", "h"), ("Qwen2", "n"), ("Gemma2", "l"), ("Phi3", "p"), ("Llama8", "h")]
+
+
+@pytest.mark.parametrize(
+    "stock", [SOME, pytest.param(STOCK, marks=pytest.mark.sweep)], ids=["some", "all"]
+)
+def test_stock_transformers_reload_in_a_fresh_process(
+    stock: list[tuple[str, str]], tmp_path: Path
+) -> None:
     from torchprune.export import to_hf
 
     specs = {
@@ -496,7 +500,7 @@ def test_stock_transformers_reload_in_a_fresh_process(tmp_path: Path) -> None:
     }
     batch = tokens()[0]
     wanted = {}
-    for name, kind in STOCK:
+    for name, kind in stock:
         extra: dict[str, Any] = {} if name in ("Mistral", "Qwen2", "Phi3") else {"head_dim": 8}
         chosen = specs[kind]
         if (name, kind) == ("Phi3", "p"):  # its code counts heads by one number for all blocks
@@ -541,7 +545,7 @@ print("equal", len(wanted))
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert done.stdout.strip().endswith(f"equal {len(STOCK)}"), done.stderr[-2000:]
+    assert done.stdout.strip().endswith(f"equal {len(stock)}"), done.stderr[-2000:]
 
 
 def test_what_stock_classes_cannot_say_is_refused() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import moments_of
 from cnns import CNNS, awake, image_batches
 from families import FAMILIES, llama, tokens
 from hypothesis import given
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec, plan_shrink, shrink
-from torchprune.calibration.moments import Moments
 from torchprune.errors import CalibrationError, MaskError, SpecError, TargetError
 from torchprune.graph.groups import structure_of
 from torchprune.structure.refit_readers import refit
@@ -24,13 +24,6 @@ from torchprune.structure.scores import read_scores, taylor_scores
 from torchprune.structure.share import across, uniform
 
 SPECS = {"heads": HeadSpec, "neurons": NeuronSpec, "channels": ChannelSpec}
-
-
-def moments_of(x: Tensor, *, gram: bool = True) -> Moments:
-    moments = Moments.empty(1, x.shape[1], torch.device("cpu"), gram=gram, total=True)
-    moments.add([x])
-    moments.finish()
-    return moments
 
 
 # -- specs -----------------------------------------------------------------------------------------
@@ -84,7 +77,7 @@ def test_wide_groups_keep_multiples_of_64() -> None:
 
 def test_flap_is_the_variance_and_activation_the_energy() -> None:
     x, w = torch.randn(200, 5) + 2, torch.randn(3, 5)
-    moments = moments_of(x, gram=False)
+    moments = moments_of(x, gram=False, total=True)
     square = w.double().square().sum(0)
     flap = x.double().var(0, correction=0) * square
     assert torch.allclose(read_scores("flap", w, moments).double(), flap, rtol=1e-3)
@@ -108,7 +101,7 @@ def test_the_refit_is_ridge_least_squares_in_float64(
     keep = torch.rand(cols, generator=generator) < 0.6
     keep[seed % cols] = True
     damping = 0.05
-    found = refit(w, moments_of(x), keep, damping, bias=bias)
+    found = refit(w, moments_of(x, total=True), keep, damping, bias=bias)
     assert torch.equal(found.weight[:, ~keep], torch.zeros(outputs, int((~keep).sum())))
     # brute force: the normal equations of the whole problem, the bias a column without ridge
     a, target = x.double(), x.double() @ w.double().T
@@ -137,7 +130,7 @@ def test_inputs_that_say_the_same_are_made_up_for() -> None:
     x = torch.randn(100, 4)
     x[:, 3] = x[:, 0] - 2 * x[:, 1]
     w = torch.randn(2, 4)
-    found = refit(w, moments_of(x), torch.tensor([True, True, True, False]), 1e-6)
+    found = refit(w, moments_of(x, total=True), torch.tensor([True, True, True, False]), 1e-6)
     assert found.lost < 1e-6 * found.total
 
 

@@ -220,12 +220,14 @@ def test_the_counts_of_blocks_add_up(
     stops = [min(at + width, cols) for at in range(0, cols, width)]
     budget = budget_of((rows, cols), idle, bar, Unstructured(), share, scope, stops)
     assert budget.goes is not None
-    assert budget.stays is not None
     pool = 1 if scope == "row" else rows
     for at, wanted in enumerate(budget.counts.expand(rows // pool, -1).tolist()):
         here = slice(at, at + pool)
-        must, may = budget.goes[here].sum(0).tolist(), (~budget.stays[here]).sum(0).tolist()
-        assert sum(wanted) == max(prune_count(pool * cols, share), int(bar[here].sum()))
+        asked = max(prune_count(pool * cols, share), int(bar[here].sum()))
+        must, may = budget.goes[here].sum(0).tolist(), [pool] * cols
+        if bool((idle & ~budget.goes[here]).any()):
+            may = must  # dead weights stay: nothing else goes
+        assert sum(wanted) == asked
         for count, start, stop in zip(wanted, [0, *stops[:-1]], stops, strict=True):
             assert sum(must[start:stop]) <= count <= sum(may[start:stop])
     if not idle.any():  # as if nothing had been looked at
@@ -257,6 +259,27 @@ def test_an_earlier_mask_in_one_block_does_not_add_to_the_count() -> None:
     prune(other, SparseGPTSpec(0.5, scope="row", block_size=16), [x])
     rows = (~torchprune.masks(other)["weight"]).sum(1)
     assert rows.tolist() == [32] * 3 + [46] + [32] * 4  # one row was sparser before
+
+
+def test_swaps_do_not_bring_back_what_reads_nothing() -> None:
+    """Even where that would let two live weights go that cancel each other. What of it was kept
+    goes for a live weight."""
+    x = torch.eye(4)[:, [0, 0, 1, 2]]  # two equal inputs
+    x[:, 2] = 0
+    for pattern in ("unstructured", "2:4"):
+        layer = nn.Linear(4, 1)
+        layer.weight.data = torch.tensor([[1.0, -1.0, 0.5, 2.0]])
+        prune(layer, WandaSpec(pattern=pattern, refine="swaps"), [x])
+        assert torchprune.masks(layer)["weight"].tolist() == [[False, True, False, True]]
+        layer = nn.Linear(4, 1)
+        layer.weight.data = torch.tensor([[1.0, 1.0, 4.0, 2.0]])
+        prune(layer, MagnitudeSpec(pattern=pattern, refine="swaps"), [x])
+        assert torchprune.masks(layer)["weight"][0, 2:].tolist() == [False, True]
+    layer = nn.Linear(5, 1)
+    layer.weight.data = torch.tensor([[1.0, -1.0, 0.5, 2.0, 3.0]])
+    torchprune.apply_masks(layer, {"weight": torch.arange(5)[None] < 4})
+    prune(layer, WandaSpec(0.6, refine="swaps"), [torch.cat([x, x[:, 3:]], 1)])
+    assert torchprune.masks(layer)["weight"].tolist() == [[False, True, False, True, False]]
 
 
 # -- against float64, and against the layer without its dead inputs --------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchprune.masking.projection import BARRED, project, spread_tiles, tile_scores
-from torchprune.specs.patterns import Block, Pattern, exact_share, prune_count
+from torchprune.specs.patterns import Block, Pattern, prune_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +28,11 @@ class Budget:
             for the whole matrix, or for each row where all rows have the same; otherwise
             (rows, blocks). Of no use for n:m, whose groups have their own.
         goes: (rows, cols) bool, what goes whatever the weights are; `counts` includes it. None is
-            nothing.
-        stays: (rows, cols) bool, what stays whatever the weights are, likewise.
+            nothing. Where weights on dead inputs stay, it is all that goes.
     """
 
     counts: Tensor
     goes: Tensor | None = None
-    stays: Tensor | None = None
 
 
 def budget_of(
@@ -49,7 +47,7 @@ def budget_of(
     """The budget of a matrix.
 
     As many weights on dead inputs (whole tiles of them, for `Block`) go as are asked for, of equal
-    ones those of lower index; the others stay. If that is not enough, live weights go too.
+    ones those of lower index. If that is not enough, live weights go too.
 
     Args:
         shape: (rows, cols).
@@ -66,14 +64,14 @@ def budget_of(
     price = (~dead).float().expand(shape)
     if barred is not None:
         price = price.masked_fill(barred, BARRED)
-    keep = project(price, pattern, sparsity, scope)
+    goes = ~project(price, pattern, sparsity, scope)
     if isinstance(pattern, Block):
         price = spread_tiles(tile_scores(price, pattern), pattern)
-    goes, stays = (price <= 0) & ~keep, (price <= 0) & keep
+    goes &= price <= 0
     if barred is not None:
-        goes, stays = goes | barred, stays & ~barred
+        goes |= barred
     tiles = goes.reshape(rows, tall, -1, wide).all(3).all(1)
-    return Budget(block_counts(stops, idle, rows, sparsity, scope, tiles), goes, stays)
+    return Budget(block_counts(stops, idle, rows, sparsity, scope, tiles), goes)
 
 
 def block_counts(
@@ -86,34 +84,33 @@ def block_counts(
 ) -> Tensor:
     """How many to prune of each block of columns, as `Budget.counts`.
 
-    Live columns share what dead ones leave to be pruned evenly. A block out of which more must go
-    loses that, and the others, in proportion to what they can spare, so much less.
+    Each block is to lose the same share of its live columns; the counts of successive blocks
+    telescope. What must go of dead columns, or of a block beyond its share, the others are spared
+    in proportion to what they would lose.
 
     Args:
         stops: the column after each block.
         dead: (cols,) bool, columns that are dead throughout.
-        goes: (rows, cols) bool, what goes whatever else does, or None.
+        rows: of the matrix.
         scope: "row" or "layer".
+        goes: (rows, cols) bool, what goes whatever else does, or None.
 
     Returns:
         int64 that sum to the exact count of the row or the matrix, unless more than that must go.
     """
-    cols, per = len(dead), 1 if scope == "row" else rows
-    live = cols - int(dead.sum())
-    missing = cols * exact_share(sparsity) - (cols - live)
-    share = max(missing / live, Fraction(0)) if live else Fraction(0)
-    before = [0, *(~dead).cumsum(0).tolist()]
-    ends = [0, *(per * before[stop] * share // 1 for stop in stops)]
+    per = 1 if scope == "row" else rows
+    before = [0, *(~dead).cumsum(0).tolist()]  # live columns
+    ends = [0, *(prune_count(per * before[stop], sparsity) for stop in stops)]
     counts = torch.tensor([[b - a for a, b in pairwise(ends)]], device=dead.device)
     if goes is None:
         return counts
     gone, idle = _of_blocks(goes & ~dead, stops, scope), _of_blocks(goes & dead, stops, scope)
-    total = prune_count(per * cols, sparsity) - idle.sum(1, keepdim=True)
+    total = prune_count(per * len(dead), sparsity) - idle.sum(1, keepdim=True)
     counts = counts.maximum(gone)
-    slack = counts - gone
-    most = slack.sum(1, keepdim=True)
+    spare = counts - gone
+    most = spare.sum(1, keepdim=True)
     excess = (counts.sum(1, keepdim=True) - total).clamp_min(0).minimum(most)
-    less = slack.cumsum(1) * excess // most.clamp_min(1)
+    less = spare.cumsum(1) * excess // most.clamp_min(1)
     counts = counts - less.diff(dim=1, prepend=torch.zeros_like(most)) + idle
     return counts[:1] if bool((counts == counts[:1]).all()) else counts
 

@@ -92,7 +92,7 @@ def sparsegpt(
         budget_of((rows, cols), factor.dead, bar, pattern, sparsity, scope, stops)
         for rows, bar in zip(heights, _bars(weights, barred), strict=True)
     ]
-    settled = _Settled.of(budgets)
+    goes = _across(budgets)
     w = dense.T.contiguous()
     w[factor.dead] = 0.0  # they have no part in the sweep
     squared = torch.zeros(len(dense), device=w.device)
@@ -100,20 +100,21 @@ def sparsegpt(
     for number, stop in enumerate(stops):
         start = number * width
         panel, gone = w[start:stop], pruned[start:stop]
-        here = settled.at(slice(start, stop))
+        goes_here = None if goes is None else goes[start:stop]
         block = upper[start:stop, start:stop]
         inverse = 1 / block.diagonal().unsqueeze(1)
         if not isinstance(pattern, NM):
-            score = here.settle(_score(panel, inverse))
+            score = _score(panel, inverse, goes_here)
             at = 0
             for rows, budget in zip(heights, budgets, strict=True):
                 own, count = score[:, at : at + rows], budget.counts[:, number]
                 keep = _keep_of_block(own, pattern, scope, count)
                 torch.logical_not(keep, out=gone[:, at : at + rows])
                 at += rows
-            here.add_to(gone)
+            if goes_here is not None:
+                gone.logical_or_(goes_here)
         with one_thread():
-            errors = _solve_block(panel, gone, block, inverse, pattern, here)
+            errors = _solve_block(panel, gone, block, inverse, pattern, goes_here)
         squared += errors.square().sum(0)
         if stop < cols:
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
@@ -144,42 +145,16 @@ def _bars(
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class _Settled:
-    """What goes and what stays whatever it costs, (columns, all rows) bool; None is nothing."""
-
-    goes: Tensor | None
-    stays: Tensor | None
-
-    @staticmethod
-    def of(budgets: Sequence[Budget]) -> _Settled:
-        goes = [b.goes for b in budgets if b.goes is not None]
-        stays = [b.stays for b in budgets if b.stays is not None]
-        if not goes:
-            return _Settled(None, None)
-        return _Settled(torch.cat(goes).T.contiguous(), torch.cat(stays).T.contiguous())
-
-    def at(self, columns: slice) -> _Settled:
-        goes, stays = self.goes, self.stays
-        return _Settled(
-            None if goes is None else goes[columns], None if stays is None else stays[columns]
-        )
-
-    def settle(self, score: Tensor) -> Tensor:
-        """The score, in place, so that what goes goes first and what stays goes last."""
-        if self.goes is not None:
-            score.masked_fill_(self.goes, BARRED)
-        return score if self.stays is None else score.masked_fill_(self.stays, torch.inf)
-
-    def add_to(self, gone: Tensor) -> None:
-        """Mark what goes, also where a tile is kept or a group loses more than it must."""
-        if self.goes is not None:
-            gone.logical_or_(self.goes)
+def _across(budgets: Sequence[Budget]) -> Tensor | None:
+    """(cols, all rows) bool: what goes whatever the weights are, None if nothing."""
+    goes = [budget.goes for budget in budgets if budget.goes is not None]
+    return torch.cat(goes).T.contiguous() if goes else None
 
 
-def _score(panel: Tensor, inverse: Tensor) -> Tensor:
+def _score(panel: Tensor, inverse: Tensor, goes: Tensor | None) -> Tensor:
     """w^2 / U_jj^2: what pruning a weight costs."""
-    return (panel * inverse).square_()
+    score = (panel * inverse).square_()
+    return score if goes is None else score.masked_fill_(goes, BARRED)
 
 
 def _solve_block(
@@ -188,7 +163,7 @@ def _solve_block(
     upper: Tensor,
     inverse: Tensor,
     pattern: Pattern,
-    settled: _Settled,
+    goes: Tensor | None,
 ) -> Tensor:
     """Sweep a block of columns (rows of `panel` here), updating `panel`.
 
@@ -196,7 +171,7 @@ def _solve_block(
         gone: bool like `panel`, the weights to prune; filled here if the pattern is n:m.
         upper: the block of U on the diagonal.
         inverse: (columns, 1) 1 / U_jj.
-        settled: what an n:m pattern prunes and keeps whatever it costs, like `panel`.
+        goes: bool like `panel`, what an n:m pattern must prune.
 
     Returns:
         the errors of the columns, like `panel`.
@@ -209,10 +184,11 @@ def _solve_block(
         if at:
             columns.addmm_(owed[now, :at], errors[:at], alpha=-1)
         if isinstance(pattern, NM):
-            here = settled.at(now)
-            score = here.settle(_score(columns, inverse[now]))
+            taken = None if goes is None else goes[now]
+            score = _score(columns, inverse[now], taken)
             torch.logical_not(keep_of_lanes(score, pattern.n), out=mine)
-            here.add_to(mine)
+            if taken is not None:
+                mine |= taken
         _sweep(columns, errors[now], owed[now, now], torch.mul(mine, inverse[now]))
     return errors
 

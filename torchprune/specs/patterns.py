@@ -102,17 +102,8 @@ def prune_count(total: int, sparsity: float | Fraction) -> int:
     >>> prune_count(100, 0.29)
     29
     """
-    share = exact_share(sparsity)
+    share = sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
     return total * share.numerator // share.denominator
-
-
-def exact_share(sparsity: float | Fraction) -> Fraction:
-    """The decimal that was written, as a fraction.
-
-    >>> exact_share(0.29)
-    Fraction(29, 100)
-    """
-    return sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
 
 
 def check_shape(pattern: Pattern, rows: int, cols: int, name: str) -> None:

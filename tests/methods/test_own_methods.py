@@ -418,6 +418,23 @@ def test_a_solver_may_not_revive_what_an_earlier_mask_pruned() -> None:
         assert torchprune.report(model).sparsity == 0.5
 
 
+def test_a_function_is_told_the_layer_it_is_called_for() -> None:
+    met: list[str] = []
+
+    def scored(weight: Tensor, moments: Any) -> Tensor:
+        met.append(moments.layer)
+        return weight.abs()
+
+    def solved(weight: Tensor, moments: Any, pattern: Any, sparsity: float) -> Any:
+        met.append(moments.layer)
+        return weight, project(weight.abs(), pattern, sparsity, "row")
+
+    for spec in (ScoreSpec(score=scored), SolverSpec(solve=solved)):
+        met.clear()
+        model = pruned("llama", spec)  # q, k and v share their moments
+        assert sorted(met) == sorted(layer.name for layer in torchprune.report(model).layers)
+
+
 def test_an_error_inside_a_function_says_where_it_came_up() -> None:
     def broken(weight: Tensor, moments: Any) -> Tensor:
         raise ZeroDivisionError("mine")

@@ -110,7 +110,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(weights))
         return sparsegpt(weights, *args)
 
-    monkeypatch.setattr("torchprune.methods.solve.sparsegpt", watched)
+    monkeypatch.setattr("torchprune.methods.sparsegpt.sparsegpt", watched)
     return seen
 
 

@@ -145,7 +145,7 @@ def test_layers_that_read_the_same_tensor_share_everything(
 
     monkeypatch.setattr(Moments, "empty", staticmethod(counting_empty))
     monkeypatch.setattr(torch.linalg, "cholesky_ex", counting_cholesky)
-    monkeypatch.setattr("torchprune.methods.solve.sparsegpt", counting_solve)
+    monkeypatch.setattr("torchprune.methods.sparsegpt.sparsegpt", counting_solve)
     prune(FAMILIES["llama"].make(), SparseGPTSpec(sequential=mode), tokens(count=3))
     # q, k and v share; o; gate and up share; down: in each of two blocks.
     assert len(made) == len(factorised) == 8

@@ -89,7 +89,7 @@ class ScoreSpec(Spec):
         return function_name(self.score)
 
     def scores(self, weight: Tensor, moments: GroupMoments) -> Tensor:
-        told = moments.copied(*_TOLD[self.needs])
+        told = moments.copied(_TOLD[self.needs], moments.layer)
         found = _called(self.score, moments.layer, _copy(weight), told)
         where = f"{moments.layer}: the scores that {self.label} gives"
         _check_tensor(where, found, weight)
@@ -159,7 +159,7 @@ class SolverSpec(Spec):
         ]
 
     def _solved(self, task: Task, layer: str, weight: Tensor, bar: Tensor | None) -> Solution:
-        goal, told = task.goal, task.moments.copied(*_TOLD["gram"])
+        goal, told = task.goal, task.moments.copied(_TOLD["gram"], layer)
         share = plain_share(goal.sparsity)
         found = _called(self.solve, layer, _copy(weight), told, goal.pattern, share)
         if not (isinstance(found, tuple | list) and len(found) == 2):

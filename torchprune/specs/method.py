@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
 
@@ -57,10 +57,10 @@ class GroupMoments:
     def cross(self) -> Tensor:
         return self._get("cross")
 
-    def copied(self, *names: str) -> GroupMoments:
-        """Copies of these alone, for functions that nobody knows."""
+    def copied(self, names: Collection[str], layer: str) -> GroupMoments:
+        """Copies of these alone, for functions that nobody knows; `layer` reads the same inputs."""
         kept = {name: value.clone() for name, value in self.found.items() if name in names}
-        return GroupMoments(self.layer, self.rows, kept)
+        return GroupMoments(layer, self.rows, kept)
 
     def _get(self, name: str) -> Tensor:
         if name not in self.found:

@@ -20,7 +20,7 @@ from saved import HUGGING, bits, output, prune, raw, state
 from torch import Tensor, nn
 
 import torchprune
-from torchprune import MagnitudeSpec, SparseGPTSpec
+from torchprune import HeadSpec, MagnitudeSpec, SparseGPTSpec
 from torchprune.errors import CheckpointError, MaskError
 
 MASKS = ("torchprune_masks.json", "torchprune_masks.data")
@@ -280,8 +280,9 @@ def test_save_model_of_safetensors_comes_back_masked_or_is_refused(tmp_path: Pat
     safetensors.torch.load_model(masked, str(path))
     assert state(masked)["weights"] == state(model)["weights"]
     assert same_masks(masked, model)
-    with pytest.raises(RuntimeError, match=r"parametrizations"):
-        safetensors.torch.load_model(llama(), str(path))
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=r"of a masked model.*torchprune.fold"):
+            safetensors.torch.load_model(llama(), str(path), strict=strict)
     with pytest.raises(CheckpointError, match=r"would come back random.*save_pretrained"):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
@@ -310,6 +311,53 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+@pytest.mark.parametrize("size", ["10GB", "8KB"])
+def test_accelerate_saves_a_model(size: str, tmp_path: Path) -> None:
+    from accelerate import Accelerator, load_checkpoint_in_model
+
+    model, accelerator = masked_llama(), Accelerator(cpu=True)
+    before = raw(model)
+    accelerator.save_model(model, str(tmp_path), max_shard_size=size)
+    assert raw(model) == before
+    plain = llama().eval()
+    load_checkpoint_in_model(plain, str(tmp_path))
+    assert torch.equal(output(plain, tokens()[0]), output(model, tokens()[0]))
+    assert state(torchprune.load_into(llama().eval(), tmp_path)) == state(model)
+    with pytest.raises(CheckpointError, match="safe_serialization=True"):
+        accelerator.save_model(model, str(tmp_path), safe_serialization=False)
+    accelerator.save_model(torchprune.fold(model), str(tmp_path), max_shard_size=size)
+    assert not any((tmp_path / name).exists() for name in MASKS)
+
+
+def test_modules_with_the_mixin_of_the_hub(tmp_path: Path) -> None:
+    from huggingface_hub import PyTorchModelHubMixin
+
+    class Own(nn.Module, PyTorchModelHubMixin):
+        def __init__(self, width: int = 6) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, 4)
+
+    model = prune(Own(8), MagnitudeSpec())
+    model.save_pretrained(tmp_path)
+    plain = Own.from_pretrained(tmp_path, strict=True)
+    x = torch.randn(3, 8)
+    assert torch.equal(plain.linear(x), model.linear(x))
+    assert state(torchprune.load_into(Own(8), tmp_path)) == state(model)
+    with pytest.raises(CheckpointError, match=r"no class of transformers.*load_into"):
+        torchprune.load(tmp_path)
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_masks_of_whole_units_and_shrunk_models(shrink: bool, tmp_path: Path) -> None:
+    model = prune(llama(attention_bias=True, mlp_bias=True).eval(), HeadSpec(0.5), tokens())
+    if shrink:
+        torchprune.shrink(model, torchprune.plan_shrink(model, tokens()[0]))
+        prune(model, MagnitudeSpec())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(stock(model, tmp_path), tokens()[0]), output(model, tokens()[0]))
+    assert state(torchprune.load(tmp_path)) == state(model)
 
 
 FAKE = {

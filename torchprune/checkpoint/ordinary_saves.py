@@ -1,15 +1,17 @@
-"""transformers' own ways to save and load, taught about masks.
+"""The ways to save and load of transformers and its kin, taught about masks.
 
 `save_pretrained`, which `push_to_hub` and every checkpoint of `Trainer` go through, would write a
 masked weight under names that stock `from_pretrained` passes over, and the model would come back
-with random weights. As soon as transformers is imported, with or without a mask in sight, these
-of its methods are wrapped, and do for a model without masks what they did before:
+with random weights. As soon as these libraries are imported, with or without a mask in sight, some
+of their methods are wrapped, and do for a model without masks what they did before:
 
-- `PreTrainedModel.save_pretrained` writes folded plain weights, and the masks beside them;
-- `PreTrainedModel.from_pretrained` refuses a checkpoint that holds masks under parametrized names;
+- `PreTrainedModel.save_pretrained`, `PyTorchModelHubMixin.save_pretrained` and
+  `Accelerator.save_model` write folded plain weights, and the masks beside them;
+- `PreTrainedModel.from_pretrained` refuses a checkpoint that holds masks under parametrized names,
+  and `safetensors.torch.load_model` refuses them for a model without;
 - `Trainer` resumes, and goes back to its best checkpoint, with the masks beside it.
 
-Nothing here imports transformers.
+Nothing here imports any of them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -27,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from torchprune.checkpoint.beside import (
@@ -49,13 +53,17 @@ _RESUMABLE: ContextVar[bool] = ContextVar("resumable", default=False)
 """Whether a checkpoint is being written that training is to go on from."""
 
 _TAUGHT = "_torchprune_taught"
+_INSTEAD = "Where it was written, save it with torchprune.save, or with"
 
 
 def teach() -> None:
-    """Wrap transformers' methods: now where it is imported, else when it is."""
+    """Wrap the libraries' methods: now where they are imported, else when they are."""
     waiting: dict[str, Callable[[ModuleType], None]] = {
         "transformers.modeling_utils": _teach_models,
         "transformers.trainer": _teach_trainer,
+        "huggingface_hub.hub_mixin": _teach_mixin,
+        "accelerate.accelerator": _teach_accelerator,
+        "safetensors.torch": _teach_safetensors,
     }
     for name, lesson in list(waiting.items()):
         if (module := sys.modules.get(name)) is not None:
@@ -143,13 +151,15 @@ def _saving(original: Any) -> Any:
     return save_pretrained
 
 
-def _write_masks(model: Any, directory: Path, folded: Folded, variant: str | None) -> None:
+def _write_masks(model: Any, directory: Path, folded: Folded, variant: str | None = None) -> None:
+    models = sys.modules.get("transformers.modeling_utils")
+    stock = models is not None and isinstance(model, models.PreTrainedModel)
     manifest = Manifest(
         tensors={},
         runs=runs_of(model),
         architecture=type(model).__name__,
-        config=CONFIG,
-        generation=GENERATION if model.can_generate() else None,
+        config=CONFIG if stock else None,
+        generation=GENERATION if stock and model.can_generate() else None,
         weights=BITS_BESIDE,
         made_with=versions(),
         resized=resized_of(model),
@@ -169,8 +179,8 @@ def _check_lifted(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, BitmaskLinear):
             raise CheckpointError(
-                f"{path or 'the model'} is lowered, which transformers cannot read; call "
-                "torchprune.lift(model) before save_pretrained"
+                f"{path or 'the model'} is lowered, and would be saved in a form that no plain "
+                "model can read; call torchprune.lift(model) before saving it so"
             )
 
 
@@ -195,9 +205,9 @@ def _loading(original: Any) -> Any:
             if is_mask_name(name, names):
                 raise CheckpointError(
                     f"this checkpoint is of a masked {cls.__name__} and holds {name!r:.200}: its "
-                    "weights would come back random. Where it was written, save it with "
-                    "model.save_pretrained or torchprune.save; or mask such a model likewise and "
-                    "read the file with safetensors.torch.load_model(model, file)"
+                    f"weights would come back random. {_INSTEAD} model.save_pretrained; or mask "
+                    "such a model likewise and read the file with "
+                    "safetensors.torch.load_model(model, file)"
                 )
         return (model, found) if wanted else model
 
@@ -249,3 +259,89 @@ def _restored(trainer: Any, model: Any, directory: str | os.PathLike[str] | None
         return False
     load_into(trainer.accelerator.unwrap_model(model, keep_torch_compile=False), directory)
     return True
+
+
+# -- modules of one's own -------------------------------------------------------------------------
+
+
+def _teach_mixin(module: ModuleType) -> None:
+    _wrapped(module.PyTorchModelHubMixin, "_save_pretrained", _saving_mixed)
+
+
+def _teach_accelerator(module: ModuleType) -> None:
+    _wrapped(module.Accelerator, "save_model", _saving_by_accelerator)
+
+
+def _teach_safetensors(module: ModuleType) -> None:
+    _wrapped(module, "load_model", _reading)
+
+
+def _reading(original: Any) -> Any:
+    def load_model(model: nn.Module, filename: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with safe_open(str(filename), framework="pt") as file:
+                names = set(file.keys())
+        except (SafetensorError, OSError):
+            names = set()  # the function itself says what is wrong with it
+        for name in sorted(name for name in names if is_mask_name(name, names)):
+            if name not in model.state_dict():
+                raise CheckpointError(
+                    f"{filename} is of a masked model and holds {name!r:.200}, which this "
+                    f"{type(model).__name__} has not. {_INSTEAD} safetensors.torch.save_model "
+                    "after torchprune.fold(model); or mask this model likewise before reading it"
+                )
+        return original(model, filename, *args, **kwargs)
+
+    return load_model
+
+
+def _saving_mixed(original: Any) -> Any:
+    def _save_pretrained(self: Any, save_directory: Path) -> Any:
+        with _folding(self, Path(save_directory), True):
+            return original(self, save_directory)
+
+    return _save_pretrained
+
+
+def _saving_by_accelerator(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def save_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        model = self.unwrap_model(call.arguments["model"])
+        masked = next(masked_layers(model), None) is not None
+        if masked and not call.arguments.get("safe_serialization", True):
+            raise CheckpointError(
+                "masks stand beside safetensors files only; save_model with "
+                "safe_serialization=True, or torchprune.fold(model) first"
+            )
+        directory = Path(call.arguments["save_directory"])
+        with _folding(model, directory, bool(self.is_main_process)):
+            return original(self, *args, **kwargs)
+
+    return save_model
+
+
+@contextmanager
+def _folding(model: nn.Module, directory: Path, writes: bool) -> Iterator[None]:
+    """While a model is saved into a directory its `state_dict` is that of the folded one."""
+    _check_lifted(model)
+    if next(masked_layers(model), None) is None:
+        yield
+        if writes:
+            remove_beside(directory)
+        return
+    folded: list[Folded] = []
+
+    def state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        folded.append(folded_state(model, type(model).state_dict(model, *args, **kwargs)))
+        return folded[-1].state
+
+    vars(model)["state_dict"] = state_dict
+    try:
+        yield
+    finally:
+        del vars(model)["state_dict"]
+    if writes and folded:
+        _write_masks(model, directory, folded[-1])

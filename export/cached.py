@@ -47,7 +47,8 @@ class CachedModel(nn.Module):
             raise MissingExtraError("transformers", "transformers", "with_cache") from None
         self.model, self._cache = model, DynamicCache
         if hasattr(model, "generation_config"):  # what a user set for texts is not for a step
-            model.generation_config = GenerationConfig()
+            usual: Any = GenerationConfig
+            model.generation_config = usual()
         self.layers, self.empty = _layers_of(model)
         self.count = max(self.layers) + 1
         first, second = (self._prepared(*self._text(None, *step), step[1])[0] for step in _STEPS)
@@ -209,15 +210,17 @@ def _layers_of(model: nn.Module) -> tuple[list[int], list[tuple[tuple[int, ...],
     """
     with torch.no_grad():
         out: Any = model(torch.ones(2, PAST, dtype=torch.int64), use_cache=True)
-    cache, name = getattr(out, "past_key_values", None), type(model).__name__
+    cache: Any = getattr(out, "past_key_values", None)
+    name = type(model).__name__
     if not hasattr(cache, "layers") or not hasattr(out, "logits"):
         raise ExportError(
             "with_cache is for decoder-only language models; a "
             f"{name} gives no logits with a cache of layers"
         )
-    layers, empty = [], []
+    layers: list[int] = []
+    empty: list[tuple[tuple[int, ...], torch.dtype]] = []
     for at, layer in enumerate(cache.layers):
-        parts = getattr(layer, "keys", None), getattr(layer, "values", None)
+        parts: list[Any] = [getattr(layer, "keys", None), getattr(layer, "values", None)]
         states = any(hasattr(layer, key) for key in ("conv_states", "recurrent_states"))
         if not states and not getattr(layer, "is_initialized", True):
             continue  # a layer that reads another's

@@ -106,9 +106,8 @@ def prepare(
     sizes = measure(lambda made: run(plain, *pytree.tree_unflatten(made, tree)), leaves, asked)
     new_args, new_kwargs = pytree.tree_unflatten(sizes.leaves, tree)
     shapes = pytree.tree_unflatten([dims or None for dims in sizes.shapes], tree)
-    checks = [
-        Sample(*pytree.tree_unflatten(check.leaves, tree), check.outputs) for check in sizes.checks
-    ]
+    given = [(pytree.tree_unflatten(check.leaves, tree), check) for check in sizes.checks]
+    checks = [Sample(some[0], some[1], check.outputs) for some, check in given]
     return replace(
         fixed,
         args=new_args,
@@ -139,7 +138,8 @@ def admit(program: ExportedProgram, call: Call) -> None:
     """
     values = written.input_values(program)
     for at, value in enumerate(values):
-        for axis, size in enumerate(value.shape):
+        shape: tuple[Any, ...] = tuple(value.shape)
+        for axis, size in enumerate(shape):
             known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
             least = min(sample.tensors[at].shape[axis] for sample in call.samples)
             if known is not None and least < known.lower:
@@ -315,7 +315,7 @@ def _exportable(model: nn.Module) -> nn.Module:
 def _without_cache(model: nn.Module) -> None:
     """No key-value caches among the outputs of a transformers model."""
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "use_cache"):
             config.use_cache = False
 
@@ -374,10 +374,13 @@ def _collected(value: Any, dims: Any) -> Shapes:
 def _names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Names of a call's inputs, flat: of parameters, and of the place in what they hold."""
     parameters = list(inspect.signature(module.forward).parameters)
+    paths: list[Any] = [path for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
     names = []
-    for (where, first, *rest), _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        at = where.idx if isinstance(where, pytree.SequenceKey) else 0
-        name = first.key if at else (parameters[first.idx :] or [f"input {first.idx}"])[0]
+    for which, first, *rest in paths:
+        if which.idx:
+            name = first.key
+        else:
+            name = parameters[first.idx] if first.idx < len(parameters) else f"input {first.idx}"
         names.append(f"{name}{pytree.keystr(tuple(rest))}")
     return names
 

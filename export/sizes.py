@@ -184,7 +184,7 @@ def _split(asked: Shapes) -> tuple[list[list[tuple[Axis, Any]]], list[Axis]]:
             if is_hint(dim):
                 hints.append((leaf, axis))
             else:
-                root = getattr(dim, "root", dim)
+                root: Any = getattr(dim, "root", dim)
                 name = root if isinstance(root, str) else root.__name__
                 named.setdefault(name, []).append(((leaf, axis), dim))
     return list(named.values()), hints

@@ -22,11 +22,11 @@ HOUSE = {*FILES, *EXPORT.rglob("*.py")}
 
 ARROWS = {
     "__main__": "cli",
-    "cli": "export __init__ study checkpoint reports calibration specs errors",
-    "__init__": "study sparsify checkpoint structure reports lowering lowering.kernels masking"
-    " specs errors",
-    "testing": "sparsify structure graph calibration masking specs modes errors",
-    "study": "sparsify checkpoint reports calibration specs modes errors",
+    "cli": "export __init__ study sparsify checkpoint reports calibration specs errors",
+    "__init__": "study sparsify checkpoint structure methods reports lowering lowering.kernels"
+    " calibration masking specs errors process",
+    "testing": "sparsify structure graph methods calibration masking specs modes errors",
+    "study": "sparsify checkpoint structure reports calibration specs modes errors",
     "sparsify": "allocation structure passes methods reports calibration masking specs modes"
     " errors",
     "export": "checkpoint structure passes reports lowering masking errors",
@@ -39,20 +39,22 @@ ARROWS = {
     "reports": "calibration masking specs errors",
     "lowering": "lowering.kernels masking specs errors",
     "lowering.kernels": "masking",
-    "calibration": "masking modes errors",
+    "calibration": "masking specs modes errors",
     "masking": "specs modes errors",
     "specs": "errors",
     "modes": "",
     "errors": "",
+    "process": "",
 }
 """From the top floor down: each room, and the rooms that its files import, in functions too."""
 
-FOR_TYPES = {
-    ("specs", "graph"): "a user's own score is a function of a model and one of its groups"
-}
+FOR_TYPES: dict[tuple[str, str], str] = {}
 """Arrows that only a type checker follows, and why."""
 
-SAME_NAME: dict[str, str] = {}
+SAME_NAME = {
+    "documents": "texts read as calibration data, and the command line's options that name them",
+    "spec": "the base of all specs, and the command line's options that become one",
+}
 """Names that two files of the library share, and why."""
 
 PUBLIC_PACKAGES = {"torchprune", "torchprune.passes", "torchprune.testing", "torchprune.export"}

@@ -78,6 +78,7 @@ def sparsify(
     Raises:
         SpecError, TargetError: the spec does not fit the model. Nothing was touched.
         CalibrationError: no usable data, or a layer's statistics are not finite.
+        InputError: texts that cannot be read, or that the tokenizer cannot take.
         Exception: whatever the model raises. After any error the model is as it was.
     """
     _check_request(spec, hold)

@@ -12,6 +12,9 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
     "torchao": ("Failed to load ",),
     # And it registers enums with torch in the old way.
     "torch.utils._pytree": ("%s is an Enum subclass and is now natively supported",),
+    # A data set of the cache is what we ask for first, and not for want of a hub.
+    "datasets.load": ("Using the latest cached version of the dataset",),
+    "datasets.packaged_modules.cache.cache": ("Found the latest cached dataset configuration",),
 }
 """Logger to how its harmless messages begin."""
 

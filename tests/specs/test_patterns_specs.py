@@ -16,7 +16,7 @@ import torchprune
 from torchprune import NM, Block, MagnitudeSpec, SparseGPTSpec, Unstructured, WandaSpec
 from torchprune.errors import SpecError, TorchpruneError
 from torchprune.specs.goals import Goal
-from torchprune.specs.patterns import check_shape, parse_pattern, prune_count
+from torchprune.specs.patterns import Pattern, check_shape, parse_pattern, prune_count
 from torchprune.specs.spec import Spec
 
 SPECS = [MagnitudeSpec, WandaSpec, SparseGPTSpec]
@@ -37,7 +37,7 @@ each_spec = pytest.mark.parametrize("kind", SPECS)
         ("BLOCK:1x1", Block(1, 1)),
     ],
 )
-def test_strings_name_patterns(text: str, pattern: torchprune.patterns.Pattern) -> None:
+def test_strings_name_patterns(text: str, pattern: Pattern) -> None:
     assert parse_pattern(text) == pattern
     assert parse_pattern(pattern) is pattern
 
@@ -86,7 +86,7 @@ def test_patterns_are_values() -> None:
     ],
 )
 def test_shapes_a_pattern_does_not_fit(
-    pattern: torchprune.patterns.Pattern, rows: int, cols: int, words: tuple[str, ...]
+    pattern: Pattern, rows: int, cols: int, words: tuple[str, ...]
 ) -> None:
     with pytest.raises(SpecError) as error:
         check_shape(pattern, rows, cols, "up")

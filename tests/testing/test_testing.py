@@ -318,7 +318,7 @@ def test_weights_are_infinite_only_when_asked() -> None:
 
 @given(patterns(fits=(4, 6)))
 def test_patterns_fit(pattern: Pattern) -> None:
-    torchprune.patterns.check_shape(pattern, 4, 6, "x")
+    torchprune.specs.patterns.check_shape(pattern, 4, 6, "x")
 
 
 @pytest.mark.parametrize("kind", [Unstructured, NM, Block])

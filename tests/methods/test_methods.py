@@ -147,18 +147,24 @@ class SlowSparseGPT:
         cost = self._cost(start, stop)
         cost = cost.unflatten(1, (-1, wide)).sum(2).unflatten(0, (-1, tall)).sum(1)
         per = 1 if self.scope == "row" else len(cost)
-        live = int((~self.idle).sum())
-        share = 0 * self.share
-        if live and int(self.idle.sum()) < len(self.idle) * self.share:
-            share = (len(self.idle) * self.share - int(self.idle.sum())) / live
         here = slice(start // wide, stop // wide)
-        before, until = (int((~self.idle[:at]).sum()) for at in (here.start, here.stop))
-        count = int(per * until * share // 1 - per * before * share // 1)
+        count = self._until(here.stop, per) - self._until(here.start, per)
         chosen = ~self.idle[here]
         flat = cost[:, chosen] if self.scope == "row" else cost[:, chosen].reshape(1, -1)
         drop = self.first[:, here].clone()
         drop[:, chosen] = self._lowest(flat, count).reshape(len(cost), -1)
         self.keep[:, start:stop] = ~drop.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
+
+    def _until(self, stop: int, per: int) -> int:
+        """How many live tiles go before a column: an even share of them, less what dead ones save.
+
+        Of a row, or of the whole matrix.
+        """
+        usual, every = (
+            int(per * int((~self.idle[:at]).sum()) * self.share) for at in (stop, len(self.idle))
+        )
+        missing = int(per * len(self.idle) * self.share) - int(self.first[:per].sum())
+        return usual - (usual * (every - missing) // every if every else 0)
 
     def _lowest(self, cost: Tensor, count: int) -> Tensor:
         order = cost.argsort(dim=1, stable=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchprune.calibration.text import InputError, first_line, looks_like_path
-from torchprune.checkpoint.manifest import is_saved
+from torchprune.checkpoint.manifest import has_masks_beside, is_saved
 from torchprune.checkpoint.save_load import load
 from torchprune.errors import MissingExtraError
 
@@ -33,7 +33,7 @@ def load_model(
     Args:
         dtype: to load it in; None is the checkpoint's own.
     """
-    if is_saved(Path(name)):
+    if is_saved(Path(name)) or has_masks_beside(Path(name)):
         model: Any = load(name)
         return model.to(device=device, dtype=dtype)
     _check_name(name)

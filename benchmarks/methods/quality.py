@@ -171,7 +171,7 @@ def with_peer(
                 threads=torch.get_num_threads(),
                 **goal,
             )
-            command = [str(peer_python()), str(ROOT / "benchmarks" / "peer.py")]
+            command = [str(peer_python()), str(ROOT / "benchmarks" / "methods" / "peer.py")]
             result = run([*command, json.dumps(asdict(job))], job.threads)
             same = [
                 replace(

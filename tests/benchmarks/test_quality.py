@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/quality.py, whose table README shows."""
+"""The arithmetic of benchmarks/methods/quality.py, whose table docs/results shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for folder in ("benchmarks", "examples"):
+    for folder in ("benchmarks/methods", "examples"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
     yield importlib.import_module("quality")
     for name in ("effort", "quality", "prune", "peer"):  # another test may mean others by them
@@ -71,7 +71,7 @@ def test_costs_are_compared_round_by_round(quality):
 
 
 def test_the_runs_on_a_gpu_are_of_specs_the_benchmark_has(quality):
-    text = (ROOT / "benchmarks" / "quality_cuda.json").read_text("utf-8")
+    text = (ROOT / "benchmarks" / "methods" / "quality_cuda.json").read_text("utf-8")
     for found in Comparison.from_json(text).rows:
         name, goal = found.label.split(" | ")
         assert found.spec == repr(quality.specs(quality.GOALS[goal])[name])

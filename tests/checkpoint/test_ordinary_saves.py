@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def test_ties_and_kept_dense_weights(tie: bool, tmp_path: Path) -> None:
     assert state(loaded) == state(model)
     torchprune.densify(loaded)
     assert {k: bits(v) for k, v in loaded.state_dict().items()} == dense
+
+
+def test_commands_take_such_a_directory(tmp_path: Path) -> None:
+    import transformers
+
+    from torchprune.cli.models import load_model
+
+    model = masked_llama()
+    model.save_pretrained(tmp_path)
+    named = load_model(transformers, str(tmp_path), torch.bfloat16, torch.device("cpu"))
+    assert same_masks(named, model)
+    assert named.dtype == torch.bfloat16
 
 
 def test_pruned_values_are_not_given_away(tmp_path: Path) -> None:
@@ -235,6 +248,33 @@ def test_masks_of_another_save_and_damage_are_refused(tmp_path: Path) -> None:
     (tmp_path / MASKS[1]).unlink()
     with pytest.raises(CheckpointError, match="missing"):
         torchprune.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", *MASKS])
+def test_no_flipped_bit_beside_a_checkpoint_loads_as_something_else(
+    name: str, tmp_path: Path
+) -> None:
+    small = llama(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    prune(small.eval(), MagnitudeSpec()).save_pretrained(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    expected, draw = state(small), random.Random(name)
+    end = 8 + int.from_bytes(content[:8], "little")
+    for trial in range(12):
+        header = trial % 3 == 0 and not name.endswith(".json")
+        at = draw.randrange(8 * min(end, len(content)) if header else 8 * len(content))
+        spoilt = bytearray(content)
+        spoilt[at // 8] ^= 1 << at % 8
+        (tmp_path / name).write_bytes(spoilt)
+        said = refusal(tmp_path)
+        assert name in said if isinstance(said, str) else state(said) == expected
+
+
+def refusal(directory: Path) -> str | nn.Module:
+    """What `load` says against a directory, or what it makes of it."""
+    try:
+        return torchprune.load(directory)
+    except CheckpointError as error:
+        return str(error)
 
 
 def test_hostile_entries_beside_a_checkpoint(tmp_path: Path) -> None:

@@ -256,18 +256,26 @@ class PlainFiles:
                     )
                 if shape == entry.shape:
                     return path, file.get_tensor(name).clone()
-        if self._converted is None:  # transformers writes it under other names, or in parts
-            whole = {name: file.get_tensor(name) for name, (_, file) in self._plain.items()}
-            wide = any(e.dtype == "float64" for e in self._entries.values())
-            # A cast to a wider dtype and back changes no bit.
-            self._converted = self._convert(whole, torch.float64 if wide else torch.float32)
-        home, found = self._masks.path.parent, self._converted.get(key)
+        first = next((path for path, _ in self._plain.values()), self._masks.path)
+        converted = self._as_model(first)
+        found = converted.get(key)
         if found is None or tuple(found.shape) != entry.shape:
             got = "nothing" if found is None else tuple(found.shape)
-            raise CheckpointError(
-                f"{key}: expected {entry.shape} in the checkpoint in {home}, got {got}"
-            )
-        return home, found.to(entry.torch_dtype, copy=True).contiguous()
+            raise CheckpointError(f"{first}: {key}: expected {entry.shape}, got {got}")
+        return first, found.to(entry.torch_dtype, copy=True).contiguous()
+
+    def _as_model(self, first: Path) -> dict[str, Tensor]:
+        """All plain values, where transformers writes them under other names or in parts."""
+        if self._converted is None:
+            whole = {name: file.get_tensor(name) for name, (_, file) in self._plain.items()}
+            wide = any(e.dtype == "float64" for e in self._entries.values())
+            try:  # a cast to a wider dtype and back changes no bit
+                self._converted = self._convert(whole, torch.float64 if wide else torch.float32)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{first}: its tensors are not those that were saved ({error!s:.400})"
+                ) from error
+        return self._converted
 
 
 @contextmanager

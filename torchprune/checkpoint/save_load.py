@@ -108,6 +108,8 @@ def load(directory: Directory, *, verify: bool = True) -> nn.Module:
     outside transformers is run.
 
     Args:
+        directory: of `save`, or of a masked model's own `save_pretrained`, which a checkpoint of
+            `Trainer` is too: folded plain weights, and the masks beside them.
         verify: compare every file and tensor with its checksum. Directories from before there were
             checksums load too; the model's report says so.
 
@@ -152,6 +154,7 @@ def load_into(model: Model, directory: Directory, *, verify: bool = True) -> Mod
 
     Args:
         model: of the saved model's architecture and dtypes, masked or not.
+        directory: as for `load`.
         verify: compare the manifest and every tensor with its checksum, as for `load`.
 
     Returns:

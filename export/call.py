@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from torchprune.errors import ExportError
@@ -23,7 +24,7 @@ from torchprune.lowering.lower import lift
 
 T = TypeVar("T")
 
-_UNUSUAL, _CHECKED = ((5, 7, 11), (2, 3, 4)), ((1, 0, 5), (3, 9, 1))
+_UNUSUAL, _CHECKED = ((5, 7, 11), (2, 3, 4)), ((1, 0, 1), (3, 9, 1), (2, 0, 5))
 """Batch, past and new tokens of a step: to export with (the first that works), to check at."""
 
 
@@ -129,6 +130,34 @@ def holding(call: Call, write: Callable[[Call], T]) -> T:
         if call.retreat is None:
             raise
         return write(replace(call.retreat, note=str(error)))
+
+
+def admit(program: ExportedProgram, call: Call) -> None:
+    """Let a program take the sizes that it will be checked at.
+
+    torch bounds a sum of sizes by the sum of their bounds, and takes each for two or more.
+    """
+    values = written.input_values(program)
+    for at, value in enumerate(values):
+        for axis, size in enumerate(value.shape):
+            known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
+            least = min(sample.tensors[at].shape[axis] for sample in call.samples)
+            if known is not None and least < known.lower:
+                program.range_constraints[size.node.expr] = type(known)(least, known.upper)
+
+
+def told(program: ExportedProgram, call: Call) -> dict[str, Any]:
+    """What a report says of sizes; see `written.sizes_of`.
+
+    Raises:
+        SizesError: one is fixed, and not at the example's.
+    """
+    found = written.sizes_of(program, call.inputs, call.wanted)
+    for tensor, (name, sizes) in zip(call.samples[0].tensors, found["sizes"].items(), strict=True):
+        for axis, size in enumerate(sizes):
+            if isinstance(size, int) and size != tensor.shape[axis]:
+                raise SizesError(f"torch could not let axis {axis} of {name} vary in this model")
+    return found
 
 
 def check(

@@ -22,9 +22,10 @@ from torchprune.export.call import (
     folder_of,
     prepare,
     reason_of,
+    told,
 )
 from torchprune.export.pt2 import exported
-from torchprune.export.written import ExportReport, sizes_of
+from torchprune.export.written import ExportReport
 
 _ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2}
 """Difference from torch, relative to the largest output, beyond which a program is wrong."""
@@ -79,7 +80,7 @@ def to_executorch(
     )
     allowed = _ALLOWED[dtype_of(call.module, tuple(_ALLOWED), "to_executorch")]
     program = exported(call)
-    sizes = sizes_of(program, call.inputs, call.wanted)
+    sizes = told(program, call)
     # What torch decomposes attention to lays its output out otherwise than its fused kernels do.
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")  # of ExecuTorch's own making

@@ -18,6 +18,7 @@ from torchprune.export.call import (
     Call,
     Sample,
     SizesError,
+    admit,
     check,
     dtype_of,
     file_bytes,
@@ -25,9 +26,10 @@ from torchprune.export.call import (
     holding,
     prepare,
     reason_of,
+    told,
 )
 from torchprune.export.quiet import without_torchvision_notes
-from torchprune.export.written import WEIGHTS, ExportReport, sizes_of
+from torchprune.export.written import WEIGHTS, ExportReport
 
 _EXTERNAL = 1 << 30
 """Bytes of initialisers above which they go to a file of their own (protobuf ends at 2 GiB)."""
@@ -121,7 +123,8 @@ def write_onnx(
 
     allowed = _ALLOWED[dtype_of(call.module, tuple(_ALLOWED)[: 1 if int8 else 2], "to_onnx")]
     program = _exported(call)
-    sizes = sizes_of(program.exported_program, call.inputs, call.wanted)
+    admit(program.exported_program, call)
+    sizes = told(program.exported_program, call)
     simplify(program.model)
     graph: Any = program.model
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
@@ -208,8 +211,11 @@ def _session(path: Path) -> tuple[float, Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     start = time.perf_counter()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return time.perf_counter() - start, session
+    try:
+        made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot run this graph: {reason_of(error)}") from error
+    return time.perf_counter() - start, made
 
 
 def _inputs(session: Any, call: Call) -> list[str]:

@@ -16,10 +16,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from torchprune import passes
-from torchprune.errors import CheckpointError, ExportError
+from torchprune.errors import CheckpointError, ExportError, LoweringError
 from torchprune.export.call import (
     Call,
     SizesError,
+    admit,
     check,
     file_bytes,
     folder_of,
@@ -27,8 +28,10 @@ from torchprune.export.call import (
     prepare,
     reason_of,
     run,
+    told,
 )
-from torchprune.export.written import WEIGHTS, ExportReport, sizes_of
+from torchprune.export.written import WEIGHTS, ExportReport
+from torchprune.passes.pack_linears import check_packed
 
 _ALLOWED = 3e-2
 """Largest difference from torch, relative to the largest output, beyond which a program is wrong.
@@ -90,7 +93,7 @@ def to_pt2(
 
 def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> ExportReport:
     program = exported(call)
-    sizes = sizes_of(program, call.inputs, call.wanted)
+    sizes = told(program, call)
     packed: list[str] = []
     dense = _bytes_of(program)
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home, warnings.catch_warnings():
@@ -135,7 +138,8 @@ def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
     that an archive gives for its sizes.
 
     Raises:
-        CheckpointError: no such archive, or it holds pickled tensors, constants or example inputs.
+        CheckpointError: no such archive, it holds pickled tensors, constants or example inputs, or
+            packed weights whose parts contradict each other.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -145,9 +149,14 @@ def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
     if why is not None:
         raise CheckpointError(f"{path}: {why}")
     try:
-        return torch.export.load(path)
+        program = torch.export.load(path)
     except Exception as error:
         raise CheckpointError(f"{path}: torch could not load it: {reason_of(error)}") from error
+    try:
+        check_packed(program)
+    except LoweringError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return program
 
 
 def _objection(archive: zipfile.ZipFile) -> str | None:
@@ -176,11 +185,13 @@ def exported(call: Call) -> ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch.export's own making
         try:
-            return torch.export.export(
+            program = torch.export.export(
                 call.module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes
             )
         except Exception as error:
             raise SizesError(f"torch could not export this model: {reason_of(error)}") from error
+    admit(program, call)
+    return program
 
 
 def _bytes_of(program: ExportedProgram) -> int:

@@ -73,7 +73,9 @@ class ExportReport:
         if self.sizes:
             lines.append(f"sizes (numbers are fixed, letters vary): {few(self._shown())}")
         for letter, (low, high) in self.bounds.items():
-            lines.append(f"{letter} is at least {low}" + (f" and at most {high}" if high else ""))
+            said = [f"at least {low}"] if low else []
+            said += [] if high is None else [f"at most {high}"]
+            lines.append(f"{letter} is {' and '.join(said)}")
         if self.unmoved:
             why = f": {self.note}" if self.note else ", the model or the graph allows no other"
             lines.append(f"fixed, though it was to vary{why}: {few(self.unmoved)}")
@@ -98,9 +100,7 @@ def sizes_of(
         program: as torch exported it; its tensor inputs have the names `inputs`.
         wanted: for each of them the axes that were to vary.
     """
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    given = [nodes[n] for n in program.graph_signature.user_inputs if n in nodes]
-    values = [node.meta["val"] for node in given if isinstance(node.meta["val"], Tensor)]
+    values = input_values(program)
     letters: dict[str, str] = {}
     bounds: dict[str, tuple[int, int | None]] = {}
     for symbol in (symbol for value in values for size in value.shape for symbol in _symbols(size)):
@@ -109,8 +109,9 @@ def sizes_of(
             known = program.range_constraints.get(symbol)
             low, high = (0, None) if known is None else (known.lower, known.upper)
             high = int(high) if high is not None and high < sys.maxsize else None
-            if low > 2 or high is not None:  # torch says 2 of what was exported at more than 1
-                bounds[letter] = int(low), high
+            low = int(low) if low > 2 else 0  # torch says 2 of all that was exported at more
+            if low or high is not None:
+                bounds[letter] = low, high
 
     def said(size: Any) -> int | str:
         if isinstance(size, int):
@@ -125,6 +126,13 @@ def sizes_of(
         if isinstance(sizes[name][axis], int)
     ]
     return {"sizes": sizes, "bounds": bounds, "unmoved": unmoved}
+
+
+def input_values(program: ExportedProgram) -> list[Tensor]:
+    """Fake tensors of the inputs that are tensors."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    given = [nodes[n] for n in program.graph_signature.user_inputs if n in nodes]
+    return [node.meta["val"] for node in given if isinstance(node.meta["val"], Tensor)]
 
 
 def _symbols(size: Any) -> list[Any]:

@@ -135,6 +135,14 @@ def test_links_between_pages_lead_somewhere(page):
             assert anchor in anchors_of(target), f"{name_of(page)}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_a_page_names_are_there(page):
+    named = re.findall(
+        r"\b(?:benchmarks|examples|tests|torchprune|export)/[\w/]+\.\w+", page.read_text("utf-8")
+    )
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_every_page_is_reached_from_the_first():
     seen, ahead = set(), [README]
     while ahead:

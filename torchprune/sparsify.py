@@ -19,6 +19,7 @@ from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.data import Data
 from torchprune.calibration.lockstep import Calibration, Unforeseen
 from torchprune.errors import CalibrationError, SpecError
+from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import decider_for, without_data
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="nn.Module | ExportedProgram")
 
 
+@on_ordinary_tensors
 def sparsify(
     model: Model,
     spec: Spec | StructuredSpec | LayerSpec,
@@ -92,7 +94,7 @@ def sparsify(
         _prune_structures(model, spec, calibration, run, keep_dense, hold)
     remember_run(model, run)
     for warning in run.warnings:
-        warnings.warn(warning, stacklevel=2)
+        warnings.warn(warning, stacklevel=3)
     return model
 
 
@@ -197,7 +199,7 @@ class _Weights:
         ahead = spec.sequential == "none"
         waiting = {target.layer.key: target for target in plan.targets}
         quiet = not self.data.progress
-        bar = tqdm(total=len(waiting), desc=spec.method, unit="layer", disable=quiet)
+        bar = tqdm(total=len(waiting), desc=spec.label, unit="layer", disable=quiet)
         with calibration, bar:
             for stop in [calibration.collect()] if ahead else calibration.stops():
                 changes.settle()
@@ -306,5 +308,5 @@ def _prune_program(
         batches, _ = read_batches(data.given, program.module(), data.max_batches)
     pruned, found = prune_program(program, spec, batches, progress=data.progress)
     for warning in found:
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=4)  # through the decorator of `sparsify`
     return pruned

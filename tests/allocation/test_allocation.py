@@ -17,6 +17,7 @@ from by_hand import assert_as_it_was, fingerprint, inputs_of, llama_layers, prun
 from families import FAMILIES, llama
 from hypothesis import given
 from hypothesis import strategies as st
+from saved import reseal
 from torch import Tensor, nn
 
 import torchprune
@@ -626,6 +627,7 @@ def test_saved_models_remember_their_allocation(tmp_path: Path, spec: Spec) -> N
     manifest = json.loads((tmp_path / "saved" / "manifest.json").read_text())
     manifest["runs"][0]["spec"]["allocation"] = {"Spec": {}}
     (tmp_path / "saved" / "manifest.json").write_text(json.dumps(manifest))
+    reseal(tmp_path / "saved")
     with pytest.raises(CheckpointError, match=r"'Spec': .* is none of"):
         torchprune.load_into(FAMILIES["llama"].make(), tmp_path / "saved")
 

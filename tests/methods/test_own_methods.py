@@ -188,6 +188,21 @@ def test_a_score_that_needs_nothing_takes_no_data(options: dict[str, Any]) -> No
         assert_same(pruned("mlp", more), ours)
 
 
+def test_a_score_that_needs_nothing_decides_where_no_token_came_too() -> None:
+    def largest_go(weight: Tensor, moments: Any) -> Tensor:
+        return 1 / (1 + weight.abs())
+
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
+    model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
+    spec = ScoreSpec(score=largest_go, needs="nothing", refine="pcg")
+    with pytest.warns(UserWarning, match=r"^idle: no calibration batch .* by .*largest_go$"):
+        torchprune.sparsify(model, spec, [torch.randn(9, 8)], **QUIET)
+    weight = model["idle"].parametrizations.weight.original.detach()
+    kept = torchprune.masks(model)["idle.weight"]
+    assert float(weight[kept].abs().sum()) < float(weight[~kept].abs().sum())
+    assert torchprune.report(model).layers[1].method == spec.label
+
+
 @pytest.mark.parametrize("family", ["mlp", "mixtral"])
 def test_a_score_of_the_second_moment(family: str) -> None:
     spec = ScoreSpec(score=by_diagonal, needs="gram")
@@ -203,6 +218,8 @@ def test_permuting_goes_by_the_own_score() -> None:
     for score, needs in ((wanda, "square"), (by_diagonal, "gram")):
         own = ScoreSpec(score=score, needs=needs, **options)
         assert_same(pruned("mlp", own), ours)
+    check_means = ScoreSpec(score=spread_out, **options)
+    assert torchprune.report(pruned("mlp", check_means)).sparsity == 0.5
 
 
 def test_search_goes_by_the_own_score() -> None:
@@ -240,6 +257,7 @@ def test_a_solver_that_only_masks_is_wanda() -> None:
         {"refine": "pcg"},
         {"alpha": 0.5},
         {"allocation": "error", "sparsity": 0.3},
+        {"pattern": "2:4", "permute": True},
         {"sequential": "block"},
         {"reconstruct": torchprune.Reconstruct(epochs=1)},
     ],
@@ -270,6 +288,9 @@ def test_a_solver_in_a_program_and_where_no_token_came() -> None:
         one, two = (torchprune.sparsify(program, spec, data, **QUIET) for spec in (own, ours))
         for key, value in two.state_dict.items():
             assert torch.equal(one.state_dict[key], value), key
+    spec = ScoreSpec(score=spread_out)
+    run = torchprune.sparsify(program, spec, data, **QUIET).module()
+    assert torch.equal(run(data[0]), pruned("mlp", spec)(data[0]))
     idle = nn.ModuleDict({"used": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
     idle.forward = lambda x: idle["used"](x)  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="no calibration batch reached it: pruned by magnitude"):
@@ -283,7 +304,7 @@ LAWFUL: list[Spec] = [
     ScoreSpec(score=wanda, sparsity=0.63),
     ScoreSpec(score=spread_out, pattern="2:4", refine="swaps"),
     ScoreSpec(score=by_diagonal, needs="gram", scope="global"),
-    ScoreSpec(score=wanda, allocation="owl"),
+    ScoreSpec(score=spread_out, allocation="error"),
     SolverSpec(solve=refitted, pattern="block:4x2"),
     SolverSpec(solve=refitted, alpha=0.5, refine="pcg"),
     SolverSpec(solve=refitted, allocation="owl", sparsity=0.3),
@@ -384,10 +405,14 @@ def test_a_solver_may_not_revive_what_an_earlier_mask_pruned() -> None:
     spec = SolverSpec(solve=lambda w, m, p, s: (w, torch.ones_like(w, dtype=torch.bool)))
     with pytest.raises(SpecError, match=r"0: the mask .* keeps 96 weights that an earlier mask"):
         pruned("mlp", spec, MagnitudeSpec(0.25))
+
+    def careful(weight: Tensor, moments: Any, pattern: Any, sparsity: float) -> Any:
+        assert bool(((weight == 0).sum(1) == weight.shape[1] // 4).all())
+        return refitted(weight, moments, pattern, sparsity)
+
     for alpha in (0.0, 0.5):
-        model = pruned(
-            "mlp", SolverSpec(solve=refitted, alpha=alpha), MagnitudeSpec(0.25, scope="row")
-        )
+        spec = SolverSpec(solve=careful, alpha=alpha)
+        model = pruned("mlp", spec, MagnitudeSpec(0.25, scope="row"))
         assert torchprune.report(model).sparsity == 0.5
 
 
@@ -545,11 +570,12 @@ def test_methods_of_ones_own_are_compared(tmp_path: Path) -> None:
     ]
     assert found.rows[0].metrics == found.rows[1].metrics
     calls.clear()
-    compared(power(1), power(2))
+    scores = [power(1), power(2), power(1), power(2), power(3)]  # alive: all lie elsewhere
+    compared(*scores[:2])
     assert len(calls) == 3  # dense, and each
-    compared(power(1), power(2))
+    compared(*scores[2:4])
     assert len(calls) == 3
-    compared(power(1), power(3))
+    compared(scores[2], scores[4])
     assert len(calls) == 4
 
 

@@ -18,6 +18,7 @@ from torchprune import NM, Block, MagnitudeSpec, SparseGPTSpec, Unstructured, Wa
 from torchprune.errors import SpecError
 from torchprune.masking.mask import Mask, masked_layers, original_of
 from torchprune.masking.transaction import Changes
+from torchprune.methods import block_counts, sparsegpt
 from torchprune.specs.patterns import Pattern
 from torchprune.specs.spec import Spec
 from torchprune.testing import (
@@ -185,6 +186,14 @@ def change_bias(model: nn.Module) -> None:
     model[0].bias.data.add_(1.0)
 
 
+def exchange(model: nn.Module) -> None:
+    """Restore the first pruned weight of a row and prune the last kept one: as many as before."""
+    for mask in torchprune.masks(model).values():
+        row = mask[0]
+        first, last = int((~row).nonzero()[0]), int(row.nonzero()[-1])
+        row[first], row[last] = True, False
+
+
 def toss_a_row(model: nn.Module) -> None:
     mask = next(iter(torchprune.masks(model).values()))
     row = int(torch.randint(len(mask), ()))
@@ -221,6 +230,12 @@ def unsaved(self: Mask, mask: Tensor, *rest: Any) -> None:
 
 INIT = Mask.__init__
 
+
+def blind_budget(shape: Any, dead: Tensor, *rest: Any) -> block_counts.Budget:
+    """Counts as if every input were alive."""
+    return block_counts.budget_of(shape, torch.zeros_like(dead), *rest)
+
+
 BREACHES: list[tuple[str, str, Any, Any]] = [
     ("count", "laws.sparsify", pruned_then(unmask_one), WandaSpec()),
     ("support", "laws.sparsify", pruned_then(change_kept), WandaSpec()),
@@ -232,6 +247,9 @@ BREACHES: list[tuple[str, str, Any, Any]] = [
     ("round trip", "Mask.__init__", unsaved, WandaSpec()),
     ("copy", "Mask.__deepcopy__", mask_elsewhere, WandaSpec()),
     ("determinism", "laws.sparsify", pruned_then(toss_a_row), WandaSpec()),
+    ("dead inputs", "laws.sparsify", pruned_then(exchange), WandaSpec()),
+    ("dead inputs", "laws.sparsify", pruned_then(change_kept), SparseGPTSpec()),
+    ("dead inputs", "sparsegpt.budget_of", blind_budget, SparseGPTSpec(block_size=4)),
     ("refusal", "Changes.undo", keep_changes, WandaSpec()),
     ("refusal", "Changes.undo", keep_changes, SparseGPTSpec()),
 ]
@@ -250,7 +268,7 @@ def test_a_breach_of_a_law_is_found_and_named(
     data = FAMILIES["mlp"].data()
     check_laws(make, spec, data)
     owner, name = where.split(".")
-    home = {"laws": laws, "Mask": Mask, "Changes": Changes}[owner]
+    home = {"laws": laws, "Mask": Mask, "Changes": Changes, "sparsegpt": sparsegpt}[owner]
     monkeypatch.setattr(home, name, what, raising=False)
     with pytest.raises(AssertionError, match=f"^law '{law}': "):
         check_laws(make, spec, data)

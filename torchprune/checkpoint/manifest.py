@@ -378,8 +378,8 @@ def _run(data: object, where: str) -> RunRecord:
 def _spec(data: object, where: str) -> Checked:
     known = dict[str, Any]()
     for kind in _spec_classes(Checked):
-        if "method" in vars(kind):  # says so itself: a user's subclass of it does not stand for it
-            known.setdefault(kind.method, kind)
+        if hasattr(kind, "method"):
+            known.setdefault(kind.method, kind)  # a user's subclass does not stand for its parent
     method = data.get("method") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(method, str) or method not in known:
         raise CheckpointError(f"{where}: expected an object with a method: {', '.join(known)}")

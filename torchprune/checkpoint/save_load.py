@@ -38,6 +38,7 @@ from torchprune.checkpoint.whole_files import staged
 from torchprune.errors import CheckpointError, ShrinkError
 from torchprune.lowering.modules import BitmaskLinear
 from torchprune.masking.mask import attach, detach, mask_of
+from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, obstacle, slots_of, ties_of
 from torchprune.masking.selection import maskable_of
 from torchprune.reports.report import keep_runs, remember_source, runs_of
@@ -99,6 +100,7 @@ def save(model: nn.Module, directory: Directory, *, tokenizer: Any = None) -> No
         write_manifest(partial, manifest, model)
 
 
+@on_ordinary_tensors
 def load(directory: Directory, *, verify: bool = True) -> nn.Module:
     """The transformers model that `save` wrote: same class, dtypes, masks and records, on the CPU.
 
@@ -141,6 +143,7 @@ def load(directory: Directory, *, verify: bool = True) -> nn.Module:
     return model.eval()
 
 
+@on_ordinary_tensors
 def load_into(model: Model, directory: Directory, *, verify: bool = True) -> Model:
     """Give a model the tensors, masks and records that `save` wrote, in place.
 

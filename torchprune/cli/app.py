@@ -121,12 +121,13 @@ def evaluate(
       torchprune eval ./model --text Salesforce/wikitext:wikitext-2-raw-v1:test
     """
     with one_line(debug):
+        bars = bars_wanted(quiet or as_json)
+        documents = read_documents(text, column, progress=bars)
+
         from torchprune.calibration.text import tokenise
         from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.study.evaluation import default_seqlen, perplexity
 
-        bars = bars_wanted(quiet or as_json)
-        documents = read_documents(text, column, progress=bars)
         transformers = import_transformers(bars)
         net = load_model(transformers, model, dtype.to_torch(), device_of(device))
         known = load_tokenizer(transformers, tokenizer or model, required=True)

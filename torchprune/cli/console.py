@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
+from torchprune.cli.noise import FOR_DEVELOPERS, hush
 from torchprune.errors import MissingExtraError, TorchpruneError
 
 if TYPE_CHECKING:
@@ -71,17 +71,18 @@ def bars_wanted(quiet: bool) -> bool:
 
 @contextmanager
 def one_line(debug: bool) -> Iterator[None]:
-    """Make an error one plain line and exit code 1, or 2 for wrong usage; with debug leave
-    everything as it comes.
+    """Make an error one plain line and exit code 1, or 2 for wrong usage, and a warning one line;
+    with debug leave everything as it comes.
     """
     if debug:
         yield
         return
-    for library in ("transformers", "datasets", "huggingface_hub", "torch", "torchao"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    hush()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sparsify's own are in the report
+            for category in FOR_DEVELOPERS:
+                warnings.simplefilter("ignore", category)
+            warnings.showwarning = _show
             yield
     except typer.Exit:
         raise
@@ -91,6 +92,11 @@ def one_line(debug: bool) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         typer.echo(f"error: {_message(error)}", err=True)
         raise typer.Exit(1) from None
+
+
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    """In place of `warnings.showwarning`: one line, without the place in the code."""
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 def _message(error: BaseException) -> str:

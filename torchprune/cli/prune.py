@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -204,7 +205,11 @@ def prune(
             note += f"of {data}" if data else "sampled from the model itself"
         say(f"pruning by {method.value} to {spec.goal}")
         started = time.perf_counter()
-        sparsify(net, spec, batches, progress=bars_wanted(quiet), max_batches=samples, seed=seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=__name__)  # sparsify's own are in the report
+            sparsify(
+                net, spec, batches, progress=bars_wanted(quiet), max_batches=samples, seed=seed
+            )
         say(f"pruned in {time.perf_counter() - started:.1f} s")
         if note:
             runs_of(net)[-1].notes.append(note)

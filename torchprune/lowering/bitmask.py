@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchprune.errors import LoweringError
-from torchprune.lowering.kernels import operators  # noqa: F401  (defines torch.ops.torchprune)
+from torchprune.lowering.kernels import operators
 from torchprune.masking.packing import as_words, pack_bits, pack_values, unpack_bits
 
 WORD = 64
@@ -57,29 +58,8 @@ class Bitmask:
             raise LoweringError(
                 f"bitmask values are float32, float16, bfloat16 or int8, got {weight.dtype}"
             )
-        weight = weight.detach()
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise LoweringError("the weight holds inf or NaN")
-        rows, cols = weight.shape
-        mask = weight != 0
-        counts = mask.sum(1)
-        starts = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
-        torch.cumsum(counts, 0, out=starts[1:])
-        if int(starts[-1]) >= 2**31:
-            raise LoweringError(f"{int(starts[-1])} nonzeros; a bitmask holds less than 2^31")
-        words = -(-cols // WORD)
-        wide = torch.zeros(rows, words * WORD, dtype=torch.bool, device=weight.device)
-        wide[:, :cols] = mask
-        bits = pack_bits(wide).view(torch.int64).reshape(rows, words)
-        values = pack_values(weight, mask)
-        slack = values.new_zeros(SLACK)
-        return Bitmask(
-            bits,
-            torch.cat([values, slack]),
-            starts.int(),
-            None if scales is None else scales.detach().float().contiguous(),
-            cols,
-        )
+        with torch.inference_mode(False), torch.no_grad():
+            return _packed(weight.detach(), scales)
 
     @property
     def rows(self) -> int:
@@ -94,32 +74,44 @@ class Bitmask:
 
     def unpack(self) -> Tensor:
         """The (rows, cols) matrix, in the values' dtype; float32 where there are scales."""
-        dense: Tensor = torch.ops.torchprune.bitmask_unpack(
-            self.bits, self.values, self.starts, self.cols
-        )
+        unpack: Callable[..., Tensor] = torch.ops.torchprune.bitmask_unpack
+        if self.values.dtype not in (*DTYPES, torch.int8):  # as `.to()` may have made them
+            unpack = operators.unpack_in_torch
+        dense = unpack(self.bits, self.values, self.starts, self.cols)
         return dense if self.scales is None else dense.float() * self.scales[:, None]
 
     def check(self, name: str, *, rows: int) -> None:
-        """See that the parts fit together. Kernels trust them: check what comes from a file.
+        """See that the parts fit together. Kernels do too, but cannot name the layer at fault.
 
         Raises:
-            LoweringError: they do not; reading them would go beyond their ends.
+            LoweringError: they do not. Parts without data (on "meta") are only held to be of the
+                right shapes.
         """
         words = -(-self.cols // WORD)
         kinds = (self.bits.dtype, self.starts.dtype)
+        parts = [p for p in (self.bits, self.values, self.starts, self.scales) if p is not None]
         if (
             kinds != (torch.int64, torch.int32)
             or self.bits.shape != (rows, words)
             or self.starts.shape != (rows + 1,)
             or self.values.dim() != 1
             or (self.scales is not None and self.scales.shape != (rows,))
+            or (self.scales is not None and self.scales.dtype != torch.float32)
         ):
-            raise LoweringError(
-                f"{name}: expected bits int64 {(rows, words)}, starts int32 {(rows + 1,)}, values "
-                f"of one dimension, got bits {self.bits.dtype} {tuple(self.bits.shape)}, starts "
-                f"{self.starts.dtype} {tuple(self.starts.shape)}, values "
-                f"{tuple(self.values.shape)}"
+            scales = "" if self.scales is None else f", scales float32 {(rows,)}"
+            got = "".join(
+                f", {kind} {part.dtype} {tuple(part.shape)}"
+                for kind, part in zip(("bits", "values", "starts", "scales"), parts, strict=False)
             )
+            raise LoweringError(
+                f"{name}: expected bits int64 {(rows, words)}, values of one dimension, starts "
+                f"int32 {(rows + 1,)}{scales}, got{got[1:]}"
+            )
+        if len({(part.device, part.layout) for part in parts}) > 1:
+            where = ", ".join(f"{part.layout} on {part.device}" for part in parts)
+            raise LoweringError(f"{name}: its parts must lie alike and in one place, got {where}")
+        if self.bits.is_meta:
+            return
         found = unpack_bits(as_words(self.bits).view(torch.uint8), (rows, words * WORD))
         counts = torch.zeros(rows + 1, dtype=torch.int64, device=self.bits.device)
         torch.cumsum(found.sum(1), 0, out=counts[1:])
@@ -131,13 +123,40 @@ class Bitmask:
             raise LoweringError(f"{name}: its bits, starts and values contradict each other")
 
 
+def _packed(weight: Tensor, scales: Tensor | None) -> Bitmask:
+    if weight.is_floating_point() and not bool(weight.isfinite().all()):
+        raise LoweringError("the weight holds inf or NaN")
+    rows, cols = weight.shape
+    mask = weight != 0
+    counts = mask.sum(1)
+    starts = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
+    torch.cumsum(counts, 0, out=starts[1:])
+    if int(starts[-1]) >= 2**31:
+        raise LoweringError(f"{int(starts[-1])} nonzeros; a bitmask holds less than 2^31")
+    words = -(-cols // WORD)
+    wide = torch.zeros(rows, words * WORD, dtype=torch.bool, device=weight.device)
+    wide[:, :cols] = mask
+    bits = pack_bits(wide).view(torch.int64).reshape(rows, words)
+    values = pack_values(weight, mask)
+    slack = values.new_zeros(SLACK)
+    return Bitmask(
+        bits,
+        torch.cat([values, slack]),
+        starts.int(),
+        None if scales is None else scales.detach().float().contiguous(),
+        cols,
+    )
+
+
 def obstacle(weight: Tensor, min_sparsity: float) -> str | None:
     """Why a weight, in its module's layout, should not become a bitmask, or None."""
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}"
     if weight.device.type != "cpu":
         return f"it is on {weight.device}, and the kernels are for CPUs"
-    if 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1) < min_sparsity:
+    if not weight.numel():
+        return "it has no elements"
+    if 1 - int(torch.count_nonzero(weight)) / weight.numel() < min_sparsity:
         return f"less than {min_sparsity:.0%} of it is zero (min_sparsity)"
     if not bool(weight.isfinite().all()):
         return "it holds inf or NaN"

@@ -15,6 +15,7 @@ from torchprune.lowering.kernels import operators as kernels
 from torchprune.lowering.modules import BitmaskLinear
 from torchprune.masking.mask import detach, fold, mask_of, obstacle, original_of
 from torchprune.masking.matrices import is_transposed_linear, view_of
+from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked
 from torchprune.masking.selection import (
     Layer,
@@ -92,6 +93,7 @@ def plan_lowering(
     return _plan(model, target, dtype, targets, ignore, min_sparsity)[0]
 
 
+@on_ordinary_tensors
 def lower(
     model: Model,
     target: str,
@@ -150,6 +152,7 @@ def lower(
     return model
 
 
+@on_ordinary_tensors
 def lift(model: Model) -> Model:
     """Undo `lower`, in place: the folded dense weights return, bit for bit (int8: as rounded).
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, did_you_mean
+from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked, pack_bits, unpack_bits
 from torchprune.masking.selection import Layer, maskable_of, tied_to
 
@@ -25,7 +26,8 @@ class Record:
     """How a mask came about: what `report` shows beside what it counts.
 
     Attributes:
-        method: "magnitude", "wanda", "sparsegpt" or "given" (by `apply_masks`).
+        method: "magnitude", "wanda", "sparsegpt" and so on, the qualified name of a user's own
+            function, or "given" (by `apply_masks`).
         pattern: the pattern's name, with the asked sparsity where the pattern implies none.
         updates_weights: whether the method changed kept weights.
         error: relative squared error of the layer's output on calibration inputs,
@@ -228,6 +230,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     return {layer.key: mask.mask for layer, mask in masked_layers(model)}
 
 
+@on_ordinary_tensors
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Attach given masks (True = kept) to a model, in place; weights are not changed.
 
@@ -262,6 +265,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
+@on_ordinary_tensors
 def densify(model: nn.Module) -> nn.Module:
     """Take the pruning back, in place: masks go, the dense weights return bit for bit.
 
@@ -290,6 +294,7 @@ def densify(model: nn.Module) -> nn.Module:
     return model
 
 
+@on_ordinary_tensors
 def fold(model: nn.Module) -> nn.Module:
     """Bake the masks into the weights, in place: plain modules again, zeros exact.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.fx import Node
 from torchprune.errors import LoweringError
 from torchprune.lowering.bitmask import Bitmask, obstacle
 from torchprune.passes.linears import Product, product_of, products_in
-from torchprune.passes.program import Draft, Passed, tied
+from torchprune.passes.program import Draft, Passed, calls, tied
 
 FORMATS = ("bitmask",)
 
@@ -69,6 +69,26 @@ def pack_linears(
         draft.drop(node)
         modified.append(name)
     return Passed("pack_linears", draft.finish(), modified, left)
+
+
+def check_packed(program: ExportedProgram) -> None:
+    """See that the packed weights that a program holds are whole: check what comes from a file.
+
+    Raises:
+        LoweringError: the parts of one contradict each other; running it would raise.
+    """
+    draft = Draft(program)
+    operator = torch.ops.torchprune.bitmask_linear.default
+    for node in calls(draft.graph, operator):
+        given = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+        parts = {part: draft.value_of(given.get(part)) for part in _ARGUMENTS[1:5]}
+        cols = given.get("cols")
+        if all(parts[part] is not None for part in ("bits", "values", "starts")):
+            packed = Bitmask(**cast(Any, parts), cols=cast(int, cols))
+            packed.check(f"the packed weight of {node.name}", rows=len(packed.bits))
+
+
+_ARGUMENTS = ("x", "bits", "values", "starts", "scales", "bias", "cols")
 
 
 def _obstacle(weight: Tensor, min_sparsity: float, others: list[str] | None) -> str | None:

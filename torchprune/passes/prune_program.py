@@ -117,9 +117,7 @@ def prune_program(
             found = [_Use(t, places[t.layer.key]) for t in plan.targets]
             blocks = [tuple(name.split(".")) for name in plan.blocks]
             run = _Run(running, found, batches, decider, blocks)
-            with tqdm(
-                total=len(found), desc=spec.method, unit="layer", disable=not progress
-            ) as bar:
+            with tqdm(total=len(found), desc=spec.label, unit="layer", disable=not progress) as bar:
                 for change in run.changes(spec.sequential or "layer"):
                     changes.append(change)
                     bar.update()

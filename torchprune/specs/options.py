@@ -44,7 +44,8 @@ class PCG(Checked):
 class Swaps(Checked):
     """Better each mask by exchanges of pruned for kept weights (`refine=`), weights unchanged.
 
-    Always two weights of one row (for n:m, of one group), so counts stay as they were.
+    Always two weights of one row (for n:m, of one group), so counts stay as they were. Pruned
+    weights on inputs that are always zero stay pruned: to restore one gains nothing by itself.
 
     Args:
         rounds: at most so many, of up to 16 exchanges a row each. Rows end early when nothing

@@ -16,6 +16,7 @@ from torchprune.errors import ShrinkError
 from torchprune.graph.groups import Frozen, Group, Structure, read_groups, reasons_of
 from torchprune.graph.labels import axes_of
 from torchprune.graph.trace import as_batch, trace
+from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import layers_of, repeated_blocks
@@ -98,6 +99,7 @@ class ShrinkPlan:
         return "\n".join(lines if self else ["nothing to remove: no unit is all zero", *lines])
 
 
+@on_ordinary_tensors
 def plan_shrink(model: nn.Module, example_inputs: Any) -> ShrinkPlan:
     """Find what masks, or weights that are zero anyway, allow to be removed physically.
 

@@ -13,6 +13,7 @@ from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.errors import ShrinkError
 from torchprune.masking.mask import detach, masked_layers
+from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.structure.config import (
     apply_settings,
@@ -40,6 +41,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, tor
 """Largest difference of outputs before and after, of the largest output: sums are reordered."""
 
 
+@on_ordinary_tensors
 def shrink(model: Model, plan: ShrinkPlan) -> Model:
     """Remove what the plan lists, in place: the same modules with smaller tensors, fewer blocks.
 

@@ -23,9 +23,12 @@ from torchprune.masking.mask import (
 )
 from torchprune.masking.selection import Layer
 from torchprune.masking.targets import make_plan
+from torchprune.methods.magnitude import MagnitudeSpec
 from torchprune.sparsify import sparsify
 from torchprune.specs.spec import Spec
 from torchprune.testing.assertions import assert_sparsity
+from torchprune.testing.silenced import Silenced, silenced, wasted
+from torchprune.testing.strategies import METHODS
 
 
 def check_laws(
@@ -37,7 +40,10 @@ def check_laws(
     that only mask, exactly +0.0 elsewhere), *reversal* (`densify` restores every bit), *fold*
     (outputs bit-equal), *training* (zeros survive an optimizer), *round trip* (a `state_dict` makes
     another masked model the same), *copy* (a deepcopy shares nothing), *determinism* (the same call
-    gives the same bits) and *refusal* (an error leaves the model as it was).
+    gives the same bits), *dead inputs* (where some of a layer's inputs are always zero its counts
+    are as exact, what stays of their weights keeps its value and, for methods that look at inputs,
+    no live weight goes while one of theirs stays) and *refusal* (an error leaves the model as it
+    was).
 
     Args:
         model_factory: makes a model; each one gets the first one's weights.
@@ -51,7 +57,7 @@ def check_laws(
     subject = _Subject(model_factory, spec, batches)
     # The copy comes early: the laws after it change copies.
     laws = (_count, _support, _copy, _reversal, _fold, _training, _round_trip)
-    for law in (*laws, _determinism, _refusal):
+    for law in (*laws, _determinism, _dead_inputs, _refusal):
         name = law.__name__.strip("_").replace("_", " ")
         try:
             law(subject)
@@ -109,7 +115,13 @@ class _Subject:
 
 
 def _count(subject: _Subject) -> None:
-    model, spec = subject.pruned, subject.spec
+    _count_of(subject, subject.pruned)
+    if subject.spec.uneven is not None:
+        _count_in_all(subject)
+
+
+def _count_of(subject: _Subject, model: nn.Module) -> None:
+    spec = subject.spec
     targets = make_plan(subject.fresh(), spec).targets
     found = {layer.key: (layer, mask) for layer, mask in masked_layers(model)}
     assert found.keys() == {t.layer.key for t in targets}, "not every chosen layer carries a mask"
@@ -117,7 +129,6 @@ def _count(subject: _Subject) -> None:
         assert_sparsity(model, spec.goal.pattern, spec.sparsity, scope="global")
         return
     if spec.uneven is not None:
-        _count_in_all(subject)
         return
     for target in targets:
         layer, _ = found[target.layer.key]
@@ -241,6 +252,45 @@ def _copy(subject: _Subject) -> None:
 def _determinism(subject: _Subject) -> None:
     one, two = subject.pruned, subject.prune()
     _assert_same(_snapshot(one), _snapshot(two), "the same call gave other bits")
+
+
+def _dead_inputs(subject: _Subject) -> None:
+    spec = subject.spec
+    if not subject.data or not isinstance(spec, METHODS) or spec.permute:
+        return
+    for share in (0.25, 0.75):
+        model = subject.fresh()
+        with silenced(make_plan(model, spec).targets, share) as layers:
+            sparsify(model, spec, subject.data, progress=False)
+        _count_of(subject, model)
+        total, usual = (
+            sum(int(torch.count_nonzero(~mask)) for mask in masks(m).values())
+            for m in (model, subject.pruned)
+        )
+        assert total == usual, f"{total} weights are pruned, without dead inputs {usual}"
+        _check_silenced(subject, model, [one for one in layers if one.live is not None])
+
+
+def _check_silenced(subject: _Subject, model: nn.Module, layers: Sequence[Silenced]) -> None:
+    spec, found = subject.spec, masks(model)
+    acting = {layer.key: weight for layer, _, weight in _layers(model)}
+    went_and_stay = []
+    for one in layers:
+        key, view = one.target.layer.key, one.target.view
+        keep, dense = found[key], subject.dense[key]
+        dead = view.from_matrix(one.dead.expand(view.groups, view.rows, -1), keep.shape)
+        kept = keep & dead.to(keep.device)
+        same = _same_bits(acting[key][kept], dense[kept])
+        assert same, f"{one.target.name}: kept weights on dead inputs changed"
+        went, stay = wasted(one, keep, dense, one.target.goal.pattern, str(spec.scope))
+        went_and_stay.append((one.target.name, went, stay))
+    if isinstance(spec, MagnitudeSpec):  # looks at no inputs
+        return
+    for name, went, stay in went_and_stay:
+        if spec.scope == "global":
+            stay = torch.stack([other.any() for _, _, other in went_and_stay]).any()
+        wrong = bool((went & stay).any())
+        assert not wrong, f"{name}: live weights went while weights on dead inputs stayed"
 
 
 def _refusal(subject: _Subject) -> None:

@@ -107,11 +107,17 @@ struct Floats {
 };
 
 template <int Bytes>
-void expand(const Packed& m, int64_t begin, int64_t end, int64_t cols, char* to) {
+bool expand(const Packed& m, int64_t begin, int64_t end, int64_t cols, char* to) {
+  bool right = true;
   for (int64_t r = begin; r < end; ++r) {
     const uint64_t* bits = m.bits + r * m.words;
-    const char* from = m.values + int64_t(m.starts[r]) * Bytes;
+    const char* from = nullptr;
+    int64_t counted = m.starts[r];
     for (int64_t at = 0; at < cols; at += 8) {
+      if (at % kWord == 0) {
+        from = values_at<Bytes>(m, counted);
+        counted += __builtin_popcountll(bits[at / kWord]);
+      }
       const int mask = int(bits[at / kWord] >> (at % kWord) & 255);
       alignas(32) char eight[8 * Bytes];
       if constexpr (Bytes == 1) {
@@ -126,7 +132,9 @@ void expand(const Packed& m, int64_t begin, int64_t end, int64_t cols, char* to)
       std::memcpy(to, eight, inside * Bytes);
       to += inside * Bytes;
     }
+    right &= agrees(m, r, counted);
   }
+  return right;
 }
 
 void arrange(Kind, const float* from, int64_t cols, float* to, int64_t words) {

@@ -106,12 +106,18 @@ struct Floats {
 };
 
 template <int Bytes>
-void expand(const Packed& m, int64_t begin, int64_t end, int64_t cols, char* to) {
+bool expand(const Packed& m, int64_t begin, int64_t end, int64_t cols, char* to) {
   constexpr int kLanes = 64 / Bytes;
+  bool right = true;
   for (int64_t r = begin; r < end; ++r) {
     const uint64_t* bits = m.bits + r * m.words;
-    const char* from = m.values + int64_t(m.starts[r]) * Bytes;
+    const char* from = nullptr;
+    int64_t counted = m.starts[r];
     for (int64_t at = 0; at < cols; at += kLanes) {
+      if (at % kWord == 0) {
+        from = values_at<Bytes>(m, counted);
+        counted += count(bits[at / kWord]);
+      }
       const uint64_t here = bits[at / kWord] >> (at % kWord);
       const int64_t left = cols - at < kLanes ? cols - at : kLanes;
       const uint64_t inside = ~uint64_t(0) >> (64 - left);
@@ -128,7 +134,9 @@ void expand(const Packed& m, int64_t begin, int64_t end, int64_t cols, char* to)
       }
       to += left * Bytes;
     }
+    right &= agrees(m, r, counted);
   }
+  return right;
 }
 
 void arrange(Kind kind, const float* from, int64_t cols, float* to, int64_t words) {

@@ -113,7 +113,7 @@ void arrange_fixed(Kind kind, const float* from, int64_t cols, float* to, int64_
 
 // The instruction multiplies unsigned bytes with signed ones, so weights are raised by 128, and sums
 // begin at what that will have added by their end.
-void one_fixed(const Packed& m, const void* x, int64_t, int64_t begin, int64_t end, float* out,
+bool one_fixed(const Packed& m, const void* x, int64_t, int64_t begin, int64_t end, float* out,
                int64_t) {
   const float unit = *static_cast<const float*>(x);
   const char* digits = static_cast<const char*>(x) + 64;
@@ -125,17 +125,19 @@ void one_fixed(const Packed& m, const void* x, int64_t, int64_t begin, int64_t e
       first[d] = _mm512_dpbusd_epi32(first[d], raise, now);
     }
   }
+  bool right = true;
   for (int64_t r = begin; r < end; ++r) {
     const uint64_t* bits = m.bits + r * m.words;
-    const char* from = m.values + m.starts[r];
+    int64_t counted = m.starts[r];
     __m512i sums[kDigits];
     UNROLLED for (int d = 0; d < kDigits; ++d) {
       sums[d] = _mm512_sub_epi32(_mm512_setzero_si512(), first[d]);
     }
     for (int64_t at = 0; at < m.words; ++at) {
+      const char* from = values_at<1>(m, counted);
       Floats::ahead(from);
       const __m512i weights = _mm512_xor_si512(expand8(bits[at], from), raise);
-      from += count(bits[at]);
+      counted += count(bits[at]);
       UNROLLED for (int d = 0; d < kDigits; ++d) {
         const __m512i now = _mm512_loadu_si512(digits + (at * kDigits + d) * kWord);
         sums[d] = _mm512_dpbusd_epi32(sums[d], weights, now);
@@ -146,7 +148,9 @@ void one_fixed(const Packed& m, const void* x, int64_t, int64_t begin, int64_t e
       sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[d]));
     }
     out[r] = unit * _mm512_reduce_add_ps(sum);
+    right &= agrees(m, r, counted);
   }
+  return right;
 }
 
 const Form form = {"AVX-512 BF16",

@@ -19,23 +19,30 @@ constexpr int64_t kFixedWords = 1 << 14;
 // The most rows of input that one pass over the weights serves without unpacking them to a buffer.
 constexpr int kFew = 8;
 
-// Bytes that may be read beyond the last value.
-constexpr int64_t kSlack = 64;
-
 // Columns that one word of the bitmask covers. Rows of the bitmask begin on a word.
 constexpr int64_t kWord = 64;
 
+// Values that may be read beyond the last one: as many as a word can ask for.
+constexpr int64_t kSlack = kWord;
+
 // A (rows, cols) matrix as a bitmask and its packed nonzeros, row after row.
+//
+// What bits and starts say of each other is nobody's word until it is looked at, which every kernel
+// does as it goes: it counts a row's bits from the row's start, takes each word's values from no
+// further than `total`, whatever it has counted, and tells whether each row ended where the next
+// one starts. So nothing beyond the slack is ever read, and parts that contradict each other show.
 struct Packed {
   const uint64_t* bits;   // rows x words, bit c % 64 of word c / 64 is column c; 0 past the end
-  const char* values;     // nonzeros, then at least kSlack bytes
+  const char* values;     // total nonzeros, then at least kSlack more
   const int32_t* starts;  // rows + 1: the index of a row's first nonzero
   int64_t words;
+  uint64_t past;          // the bits of a row's last word that no column belongs to
+  uint64_t total;
 };
 
 // out[b * out_stride + r] = sum over c of matrix[r, c] * x[b, c] for the rows r of [begin, end).
-// Rows of `x` are arranged, and words * kWord elements apart.
-using Product = void (*)(const Packed& matrix, const void* x, int64_t batch, int64_t begin,
+// Rows of `x` are arranged, and words * kWord elements apart. Whether their bits and starts agree.
+using Product = bool (*)(const Packed& matrix, const void* x, int64_t batch, int64_t begin,
                          int64_t end, float* out, int64_t out_stride);
 
 struct Form {
@@ -53,7 +60,8 @@ struct Form {
   Product many[kKinds];
 
   // The rows [begin, end) with their zeros; rows of `to` are cols apart. For 1, 2 and 4 bytes.
-  void (*expand[3])(const Packed& matrix, int64_t begin, int64_t end, int64_t cols, char* to);
+  // Whether their bits and starts agree.
+  bool (*expand[3])(const Packed& matrix, int64_t begin, int64_t end, int64_t cols, char* to);
 };
 
 const Form* portable_form();

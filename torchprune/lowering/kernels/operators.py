@@ -27,6 +27,7 @@ from torchprune.lowering.kernels.build import BuildError, library
 from torchprune.masking.packing import unpack_bits, unpack_values
 
 _WORD = 64
+_SLACK = 64
 
 _lib = torch.library.Library("torchprune", "FRAGMENT")
 _lib.define(
@@ -98,13 +99,52 @@ _loaded: list[tuple[ctypes.CDLL | None, str]] = []
 # -- the operators in torch: for other devices, without a compiler, and to compile on first use ----
 
 
+def _check_sizes(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> None:
+    """As far as one can see without their data."""
+    torch._check(
+        bits.dtype == torch.int64 and bits.dim() == 2 and bits.shape[1] == -(-cols // _WORD),
+        lambda: "torchprune: bits must be int64, (rows, ceil(cols / 64))",
+    )
+    torch._check(
+        starts.dtype == torch.int32 and starts.dim() == 1 and len(starts) == len(bits) + 1,
+        lambda: "torchprune: starts must be int32, (rows + 1,)",
+    )
+    torch._check(values.dim() == 1, lambda: "torchprune: values must be (nonzeros + slack,)")
+    torch._check(
+        bits.device == values.device == starts.device,
+        lambda: "torchprune: bits, values and starts must be on one device",
+    )
+
+
+def unpack_in_torch(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
+    """What `bitmask_unpack` gives, for values of any dtype on any device.
+
+    Raises:
+        RuntimeError: the parts do not fit together.
+    """
+    _check_sizes(bits, values, starts, cols)
+    flat = bits.contiguous().view(torch.uint8).reshape(-1)
+    wide = unpack_bits(flat, (len(bits), _WORD * bits.shape[1]))
+    ends = starts[1:].long()
+    total = int(starts[-1])
+    if (
+        int(starts[0]) != 0
+        or len(values) - total < _SLACK
+        or not torch.equal(wide.sum(1).cumsum(0), ends)
+        or bool(wide[:, cols:].any())
+    ):
+        raise RuntimeError(
+            "torchprune: bits, values and starts of a packed weight contradict each other: they "
+            "are parts of different weights, or damaged. Load or copy all of its parts together"
+        )
+    return unpack_values(values[:total], wide[:, :cols].contiguous())
+
+
 def _unpack(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
     if bits.device.type == "cpu" and not _loaded and _load()[0]:
         found: Tensor = torch.ops.torchprune.bitmask_unpack(bits, values, starts, cols)
         return found
-    wide = unpack_bits(bits.view(torch.uint8).reshape(-1), (len(bits), _WORD * bits.shape[1]))
-    mask = wide[:, :cols].contiguous()
-    return unpack_values(values[: int(starts[-1])], mask)
+    return unpack_in_torch(bits, values, starts, cols)
 
 
 def _linear(
@@ -121,7 +161,7 @@ def _linear(
             x, bits, values, starts, scales, bias, cols
         )
         return found
-    weight = _unpack(bits, values, starts, cols)
+    weight = unpack_in_torch(bits, values, starts, cols)
     if scales is not None:
         weight = weight.float() * scales.float()[:, None]
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -137,10 +177,16 @@ def _fake_linear(
     cols: int,
 ) -> Tensor:
     torch._check(x.shape[-1] == cols, lambda: f"the input's last size must be {cols}")
+    _check_sizes(bits, values, starts, cols)
+    torch._check(
+        x.device == bits.device,
+        lambda: f"the input is on {x.device}, the packed weight on {bits.device}",
+    )
     return x.new_empty((*x.shape[:-1], bits.shape[0]))
 
 
 def _fake_unpack(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
+    _check_sizes(bits, values, starts, cols)
     return values.new_empty((bits.shape[0], cols))
 
 

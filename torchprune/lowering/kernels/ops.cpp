@@ -82,8 +82,9 @@ Kind kind_of(ScalarType type) {
   }
 }
 
-// A matrix whose parts fit together; what its bits say of its values is not looked at.
+// A matrix whose parts fit together as far as their sizes go. Kernels see to the rest.
 Packed packed_of(const Tensor& bits, const Tensor& values, const Tensor& starts, int64_t cols) {
+  STD_TORCH_CHECK(cols >= 0, "torchprune: a matrix cannot have ", cols, " columns");
   STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Long && bits.dim() == 2 &&
                       bits.is_contiguous() && bits.size(1) == (cols + kWord - 1) / kWord,
                   "torchprune: bits must be contiguous int64, (rows, ceil(cols / 64))");
@@ -93,12 +94,30 @@ Packed packed_of(const Tensor& bits, const Tensor& values, const Tensor& starts,
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(),
                   "torchprune: values must be contiguous, (nonzeros + slack,)");
   const auto* first = static_cast<const int32_t*>(starts.data_ptr());
-  const int64_t size = int64_t(values.element_size());
-  STD_TORCH_CHECK(first[0] == 0 &&
-                      (values.size(0) - first[bits.size(0)]) * size >= kSlack,
-                  "torchprune: values must hold 64 bytes beyond the last nonzero");
+  const int64_t total = first[bits.size(0)];
+  STD_TORCH_CHECK(first[0] == 0 && total >= 0 && values.size(0) - total >= kSlack,
+                  "torchprune: starts must begin with 0, and values hold 64 more beyond the last "
+                  "nonzero, of which starts says that there are ",
+                  total);
+  const uint64_t past = cols % kWord ? ~uint64_t(0) << (cols % kWord) : 0;
   return {static_cast<const uint64_t*>(bits.data_ptr()),
-          static_cast<const char*>(values.data_ptr()), first, bits.size(1)};
+          static_cast<const char*>(values.data_ptr()),
+          first,
+          bits.size(1),
+          past,
+          uint64_t(total)};
+}
+
+// Run over rows in threads; an error if any of them found that its bits and starts disagree.
+template <class Run>
+void over_rows(int64_t begin, int64_t end, int64_t grain, const Run& run) {
+  std::atomic<bool> right{true};
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t until) {
+    if (!run(from, until)) right.store(false, std::memory_order_relaxed);
+  });
+  STD_TORCH_CHECK(right.load(),
+                  "torchprune: bits and starts of a packed weight contradict each other: they are "
+                  "parts of different weights, or damaged. Load or copy all of its parts together");
 }
 
 float widened(uint16_t bfloat16) {
@@ -149,13 +168,14 @@ void finish(ScalarType type, float* sums, int64_t count, const float* scales, co
 
 std::vector<float> floats_of(const std::optional<Tensor>& tensor, int64_t count, const char* what) {
   if (!tensor) return {};
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == count && tensor->is_contiguous(), what);
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == count, what);
   const ScalarType type = tensor->scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
                       type == ScalarType::BFloat16,
                   what);
   std::vector<float> found(count);
-  to_float(type, tensor->data_ptr(), count, found.data());
+  const Tensor flat = torch::stable::contiguous(*tensor);
+  to_float(type, flat.data_ptr(), count, found.data());
   return found;
 }
 
@@ -170,7 +190,9 @@ bool is_finite_half(ScalarType type, const void* x, int64_t count) {
 }
 
 // Rows that a thread takes at the least.
-int64_t grain(const Packed& m) { return std::max<int64_t>(1, kGrain / (m.words * kWord)); }
+int64_t grain(const Packed& m) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, m.words * kWord));
+}
 
 void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t batch, int64_t cols,
              int64_t rows, const float* scales, const float* bias, char* out) {
@@ -179,7 +201,7 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
   const bool pairs = type == ScalarType::BFloat16 && now.arrange_pairs &&
                      (kind == kBFloat16 || (kind == kInt8 && batch > 1));
   const bool fixed = kind == kInt8 && batch == 1 && now.few[kInt8Fixed][0] &&
-                     m.words <= kFixedWords && is_finite_half(type, x, cols);
+                     m.words > 0 && m.words <= kFixedWords && is_finite_half(type, x, cols);
   const Kind how = pairs ? (kind == kInt8 ? kInt8Pairs : kPairs) : fixed ? kInt8Fixed : kind;
   const int64_t wide = m.words * kWord, size = type == ScalarType::Float ? 4 : 2;
   // Bfloat16 of whole words is what the products with pairs read as it is.
@@ -206,8 +228,8 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
   }
   const void* input = as_it_is ? static_cast<const void*>(x) : arranged;
   const Product run = batch <= kFew ? now.few[how][batch - 1] : now.many[how];
-  torch::stable::parallel_for(0, rows, grain(m), [&](int64_t begin, int64_t end) {
-    run(m, input, batch, begin, end, sums, rows);
+  over_rows(0, rows, grain(m), [&](int64_t begin, int64_t end) {
+    return run(m, input, batch, begin, end, sums, rows);
   });
   torch::stable::parallel_for(0, batch, apiece, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -218,8 +240,8 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
 
 void unpack_rows(const Packed& m, int64_t size, int64_t begin, int64_t end, int64_t cols, char* to) {
   const auto run = form().expand[size == 1 ? 0 : size == 2 ? 1 : 2];
-  torch::stable::parallel_for(begin, end, grain(m), [&](int64_t from, int64_t until) {
-    run(m, from, until, cols, to + (from - begin) * cols * size);
+  over_rows(begin, end, grain(m), [&](int64_t from, int64_t until) {
+    return run(m, from, until, cols, to + (from - begin) * cols * size);
   });
 }
 
@@ -237,7 +259,8 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
 void product_by_tiles(const Packed& m, const Tensor& values, const Tensor& x, int64_t cols,
                       int64_t rows, const float* scales, const float* bias, Tensor& out) {
   const int64_t batch = x.size(0), size = int64_t(values.element_size());
-  const int64_t step = std::max(kTileRows, kTile / (cols * size) / kTileRows * kTileRows);
+  const int64_t fit = kTile / std::max<int64_t>(1, cols * size);
+  const int64_t step = std::max(kTileRows, fit / kTileRows * kTileRows);
   const ScalarType type = x.scalar_type();
   const int64_t each = type == ScalarType::Float ? 4 : 2;
   Tensor tile = torch::stable::new_empty(values, {std::min(step, rows), cols});
@@ -283,8 +306,8 @@ Tensor bitmask_linear(const Tensor& x, const Tensor& bits, const Tensor& values,
   shape.push_back(rows);
   Tensor out = torch::stable::new_empty(x, shape);
   if (batch == 0 || rows == 0) return out;
-  const auto scale = floats_of(scales, rows, "torchprune: scales must be contiguous, (rows,)");
-  const auto shift = floats_of(bias, rows, "torchprune: the bias must be contiguous, (rows,)");
+  const auto scale = floats_of(scales, rows, "torchprune: scales must be (rows,)");
+  const auto shift = floats_of(bias, rows, "torchprune: the bias must be (rows,)");
   const float* scale_at = scales ? scale.data() : nullptr;
   const float* shift_at = bias ? shift.data() : nullptr;
   const Tensor flat = torch::stable::contiguous(x);

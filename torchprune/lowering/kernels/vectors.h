@@ -12,9 +12,21 @@
 
 #define UNROLLED _Pragma("GCC unroll 16")
 
+// Where a word's values are, if its row has counted so many before them.
+template <int Bytes>
+const char* values_at(const Packed& m, int64_t counted) {
+  return m.values + (uint64_t(counted) < m.total ? uint64_t(counted) : m.total) * Bytes;
+}
+
+// Whether a row has counted as many values as it should have, and none for what is no column.
+bool agrees(const Packed& m, int64_t row, int64_t counted) {
+  const uint64_t beyond = m.past ? m.bits[(row + 1) * m.words - 1] & m.past : 0;
+  return counted == m.starts[row + 1] && beyond == 0;
+}
+
 // R rows of weights times B rows of input, weights expanded in registers.
 template <class V, Kind K, int R, int B>
-void direct(const Packed& m, const void* x, int64_t begin, float* out, int64_t out_stride) {
+bool direct(const Packed& m, const void* x, int64_t begin, float* out, int64_t out_stride) {
   using Vector = typename V::Vector;
   constexpr int kTakes = int(kWord) / (V::kTaken * V::kColumns);
   constexpr int kPerWord = kTakes * V::kTaken;
@@ -24,18 +36,21 @@ void direct(const Packed& m, const void* x, int64_t begin, float* out, int64_t o
   constexpr int kSums = kFull >= 6 ? 1 : kFull >= 3 ? 2 : 4;
   const int64_t stride = m.words * kPerWord;
   const uint64_t* bits = m.bits + begin * m.words;
-  const char* from[R];
+  int64_t counted[R];
   Vector sums[R][B][kSums];
   UNROLLED for (int r = 0; r < R; ++r) {
-    from[r] = m.values + int64_t(m.starts[begin + r]) * bytes_of<K>();
+    counted[r] = m.starts[begin + r];
     UNROLLED for (int b = 0; b < B; ++b) {
       UNROLLED for (int i = 0; i < kSums; ++i) sums[r][b][i] = V::zero();
     }
   }
   for (int64_t at = 0; at < m.words; ++at) {
     uint64_t words[R];
+    const char* from[R];
     UNROLLED for (int r = 0; r < R; ++r) {
       words[r] = bits[r * m.words + at];
+      from[r] = values_at<bytes_of<K>()>(m, counted[r]);
+      counted[r] += __builtin_popcountll(words[r]);
       V::ahead(from[r]);
     }
     UNROLLED for (int t = 0; t < kTakes; ++t) {
@@ -54,22 +69,27 @@ void direct(const Packed& m, const void* x, int64_t begin, float* out, int64_t o
       }
     }
   }
+  bool right = true;
   UNROLLED for (int r = 0; r < R; ++r) {
+    right &= agrees(m, begin + r, counted[r]);
     UNROLLED for (int b = 0; b < B; ++b) {
       float total = V::sum(sums[r][b][0]);
       UNROLLED for (int i = 1; i < kSums; ++i) total += V::sum(sums[r][b][i]);
       out[b * out_stride + begin + r] = total;
     }
   }
+  return right;
 }
 
 template <class V, Kind K, int B>
-void few(const Packed& m, const void* x, int64_t, int64_t begin, int64_t end, float* out,
+bool few(const Packed& m, const void* x, int64_t, int64_t begin, int64_t end, float* out,
          int64_t out_stride) {
   constexpr int R = B == 1 ? 1 : V::kFewRows;  // several where inputs would not stay in L1
+  bool right = true;
   int64_t r = begin;
-  for (; r + R <= end; r += R) direct<V, K, R, B>(m, x, r, out, out_stride);
-  for (; r < end; ++r) direct<V, K, 1, B>(m, x, r, out, out_stride);
+  for (; r + R <= end; r += R) right &= direct<V, K, R, B>(m, x, r, out, out_stride);
+  for (; r < end; ++r) right &= direct<V, K, 1, B>(m, x, r, out, out_stride);
+  return right;
 }
 
 // R unpacked rows of weights times B rows of input.
@@ -113,15 +133,17 @@ void tiles(const void* w, const void* x, int64_t batch, int64_t vectors, float* 
 }
 
 template <class V, Kind K, int R>
-void unpacked_rows(const Packed& m, const void* x, int64_t batch, int64_t begin, void* room,
+bool unpacked_rows(const Packed& m, const void* x, int64_t batch, int64_t begin, void* room,
                    float* out, int64_t out_stride) {
   constexpr int kTakes = int(kWord) / (V::kTaken * V::kColumns);
   const int64_t vectors = m.words * kTakes * V::kTaken;
+  bool right = true;
   UNROLLED for (int r = 0; r < R; ++r) {
     const uint64_t* bits = m.bits + (begin + r) * m.words;
-    const char* from = m.values + int64_t(m.starts[begin + r]) * bytes_of<K>();
-    int64_t to = r * vectors;
+    int64_t to = r * vectors, counted = m.starts[begin + r];
     for (int64_t at = 0; at < m.words; ++at) {
+      const char* from = values_at<bytes_of<K>()>(m, counted);
+      counted += __builtin_popcountll(bits[at]);
       V::ahead(from);
       UNROLLED for (int t = 0; t < kTakes; ++t) {
         typename V::Vector w[V::kTaken];
@@ -129,22 +151,26 @@ void unpacked_rows(const Packed& m, const void* x, int64_t batch, int64_t begin,
         UNROLLED for (int i = 0; i < V::kTaken; ++i) V::store(room, to++, w[i]);
       }
     }
+    right &= agrees(m, begin + r, counted);
   }
   tiles<V, R, V::kInputs>(room, x, batch, vectors, out + begin, out_stride);
+  return right;
 }
 
 // Some rows of weights at a time are unpacked to a buffer that stays in the nearest caches.
 template <class V, Kind K>
-void many(const Packed& m, const void* x, int64_t batch, int64_t begin, int64_t end, float* out,
+bool many(const Packed& m, const void* x, int64_t batch, int64_t begin, int64_t end, float* out,
           int64_t out_stride) {
   const int64_t row = m.words * kWord / V::kColumns * int64_t(sizeof(typename V::Vector));
   void* room = std::aligned_alloc(64, size_t((V::kRows * row + 63) / 64 * 64));
+  bool right = true;
   int64_t r = begin;
   for (; r + V::kRows <= end; r += V::kRows) {
-    unpacked_rows<V, K, V::kRows>(m, x, batch, r, room, out, out_stride);
+    right &= unpacked_rows<V, K, V::kRows>(m, x, batch, r, room, out, out_stride);
   }
-  for (; r < end; ++r) unpacked_rows<V, K, 1>(m, x, batch, r, room, out, out_stride);
+  for (; r < end; ++r) right &= unpacked_rows<V, K, 1>(m, x, batch, r, room, out, out_stride);
   std::free(room);
+  return right;
 }
 
 #define TORCHPRUNE_FEW(V, K)                                                                     \

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, llama
+from families import FAMILIES, VOCABULARY, causal, llama
 from sweeps import sample
 from torch import Tensor, nn
 
@@ -44,18 +44,15 @@ def gpt_neo() -> nn.Module:
 
 def gpt_big_code() -> nn.Module:
     """One head of keys and values for all queries."""
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
-
-    return GPTBigCodeForCausalLM(
-        GPTBigCodeConfig(
-            vocab_size=VOCABULARY,
-            n_embd=32,
-            n_layer=1,
-            n_head=4,
-            n_positions=64,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
+    return causal(
+        "GPTBigCode",
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
     )
 
 
@@ -70,38 +67,27 @@ def bloom() -> nn.Module:
 
 def mistral() -> nn.Module:
     """A window of eight tokens, shorter than the text."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=8,
-            max_position_embeddings=64,
-        )
+    return causal(
+        "Mistral",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        max_position_embeddings=64,
     )
 
 
 def falcon() -> nn.Module:
-    from transformers import FalconConfig, FalconForCausalLM
-
-    return FalconForCausalLM(
-        FalconConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
-        )
+    return causal(
+        "Falcon", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
     )
 
 
 def mpt() -> nn.Module:
-    from transformers import MptConfig, MptForCausalLM
-
-    return MptForCausalLM(
-        MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
-    )
+    return causal("Mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

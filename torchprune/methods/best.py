@@ -16,8 +16,8 @@ class BestSpec(ADMMSpec):
     """The recommended combination, for those who do not want to choose.
 
     ADMM toward what the dense model gives: each layer a little, or each block, whose kept weights
-    are trained for it, or both. What a level reaches and costs is measured in docs/results. For other
-    combinations use `ADMMSpec`.
+    are trained for it, or both. What a level reaches and costs is measured in docs/results. For
+    other combinations use `ADMMSpec`.
 
     Args:
         effort: "fast": `ADMMSpec(alpha=0.25)`, about three times as long as SparseGPT on a CPU.

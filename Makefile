@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test lint bench clean
 
 help:
-	@echo 'make demo     prune a real model, compare, save, reload, generate: three minutes (FULL=1: all of it, twenty)'
+	@echo 'make demo     prune a real model, compare, save, reload, generate: about four minutes (FULL=1: all, twenty)'
 	@echo 'make test     lint, types and tests (TESTS=tests/cli/test_cli.py: only some)'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make bench    time and memory against a peer (BENCH="--quick": its options)'

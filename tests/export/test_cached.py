@@ -168,6 +168,7 @@ def test_so_they_do_in_onnx_runtime(
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
     from decoding import no_past, step_inputs
+    from onnx_generate import generate
 
     model, (tokens, mask) = made(name), padded()
     torchprune.sparsify(model, MagnitudeSpec(), progress=False)
@@ -189,6 +190,9 @@ def test_so_they_do_in_onnx_runtime(
     for rows in (slice(None), slice(1)):  # all, and the one that is not padded
         some = tokens[rows], mask[rows]
         assert continued(step, no_past(session, len(some[0])), True, *some, 8) == expected[rows]
+    prompts = [row[keep.bool()].tolist() for row, keep in zip(tokens, mask, strict=True)]
+    texts = generate(session, prompts, 8)
+    assert [text[-8:] for text in texts] == [text[-8:] for text in expected]
 
 
 def test_a_loaded_program_takes_steps_of_any_length(tmp_path: Path) -> None:

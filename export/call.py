@@ -72,11 +72,18 @@ class Call:
 
 
 def prepare(
-    model: nn.Module, example_inputs: Any, *, with_cache: bool, dynamic_shapes: Any, vary: bool
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    with_cache: bool,
+    dynamic_shapes: Any,
+    vary: bool,
+    accept: Callable[[nn.Module], object] = lambda _: None,
 ) -> Call:
     """Fold a copy of the model and read the example; see `to_onnx` for the arguments.
 
     Args:
+        accept: is given the copy before anything runs, and raises what speaks against it.
         vary: let sizes vary where `dynamic_shapes` says nothing; else all are as in the example.
 
     Raises:
@@ -84,8 +91,10 @@ def prepare(
     """
     plain = _exportable(lift(folded_copy(model)).eval())
     args, kwargs = _as_call(example_inputs)
+    accept(plain)
     if with_cache:
-        return _cached(CachedModel(plain), _tokens_of(args, kwargs), dynamic_shapes, vary)
+        tokens = _tokens_of(args, kwargs)
+        return _cached(CachedModel(plain), tokens, dynamic_shapes, vary)
     _without_cache(plain)
     leaves, tree = pytree.tree_flatten((args, kwargs))
     asked: Shapes = [_usual(leaf) if vary else {} for leaf in leaves]

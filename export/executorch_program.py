@@ -77,8 +77,9 @@ def to_executorch(
         with_cache=with_cache,
         dynamic_shapes=dynamic_shapes,
         vary=False,
+        accept=_allowed_of,
     )
-    allowed = _ALLOWED[dtype_of(call.module, tuple(_ALLOWED), "to_executorch")]
+    allowed = _allowed_of(call.module)
     program = exported(call)
     sizes = told(program, call)
     # What torch decomposes attention to lays its output out otherwise than its fused kernels do.
@@ -112,6 +113,10 @@ def to_executorch(
         brings=_BRINGS,
         **sizes,
     )
+
+
+def _allowed_of(model: nn.Module) -> float:
+    return _ALLOWED[dtype_of(model, tuple(_ALLOWED), "to_executorch")]
 
 
 def _loaded(path: Path) -> tuple[float, Any]:

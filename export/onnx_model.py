@@ -103,6 +103,7 @@ def to_onnx(
         with_cache=with_cache,
         dynamic_shapes=dynamic_shapes,
         vary=True,
+        accept=lambda plain: allowed_of(plain, int8),
     )
     how = (weights == "packed", min_sparsity, int8, int8_ignore)
     return holding(call, lambda call: write_onnx(call, target, *how))
@@ -121,7 +122,7 @@ def write_onnx(
     from torchprune.export.packing_pass import pack_initializers
     from torchprune.export.simplify import simplify
 
-    allowed = _ALLOWED[dtype_of(call.module, tuple(_ALLOWED)[: 1 if int8 else 2], "to_onnx")]
+    allowed = allowed_of(call.module, int8)
     program = _exported(call)
     admit(program.exported_program, call)
     sizes = told(program.exported_program, call)
@@ -160,6 +161,11 @@ def write_onnx(
         **sizes,
         note=call.note,
     )
+
+
+def allowed_of(model: nn.Module, int8: bool = False) -> float:
+    """The difference allowed to a model's dtype; see `dtype_of` for errors."""
+    return _ALLOWED[dtype_of(model, tuple(_ALLOWED)[: 1 if int8 else 2], "to_onnx")]
 
 
 def require_onnx(caller: str) -> None:

@@ -22,7 +22,7 @@ from torchprune.export.call import (
     holding,
     prepare,
 )
-from torchprune.export.onnx_model import require_onnx, write_onnx
+from torchprune.export.onnx_model import allowed_of, require_onnx, write_onnx
 from torchprune.export.written import ExportReport
 
 _ALLOWED = 1e-3
@@ -66,7 +66,12 @@ def to_openvino(
         raise ExportError(f"OpenVINO's graphs are .xml files, got {target.name}")
     require_onnx("torchprune.export.to_openvino")
     call = prepare(
-        model, example_inputs, with_cache=with_cache, dynamic_shapes=dynamic_shapes, vary=True
+        model,
+        example_inputs,
+        with_cache=with_cache,
+        dynamic_shapes=dynamic_shapes,
+        vary=True,
+        accept=allowed_of,
     )
     return holding(call, lambda call: _write(call, target))
 

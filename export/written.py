@@ -114,8 +114,8 @@ def sizes_of(
                 bounds[letter] = low, high
 
     def said(size: Any) -> int | str:
-        if isinstance(size, int):
-            return size
+        if not _symbols(size):  # torch keeps some constants as symbolic sizes
+            return int(size)
         return re.sub(r"\bs\d+\b", lambda found: letters.get(found[0], found[0]), str(size))
 
     sizes = {n: tuple(map(said, v.shape)) for n, v in zip(inputs, values, strict=True)}

@@ -31,7 +31,7 @@ ARROWS = {
     " errors",
     "export": "checkpoint structure passes reports lowering masking errors",
     "allocation": "checkpoint structure methods calibration masking specs modes errors",
-    "checkpoint": "structure reports lowering masking specs errors",
+    "checkpoint": "structure methods reports lowering masking specs errors",
     "structure": "passes graph methods reports calibration masking specs modes errors",
     "passes": "methods lowering calibration masking specs modes errors",
     "graph": "calibration masking modes errors",

@@ -104,7 +104,7 @@ def test_weights_that_are_missing_are_told(home, tmp_path):
 @pytest.mark.filterwarnings("default")
 def test_what_pruning_warns_of_is_in_the_report_alone(home, tmp_path, monkeypatch):
     sparsify = importlib.import_module("torchprune.sparsify")
-    monkeypatch.setattr(sparsify, "by_magnitude", lambda targets, spec: iter(()))
+    monkeypatch.setattr(sparsify, "without_data", lambda targets, spec: iter(()))
 
     def remember(model, run):
         run.warnings.append("q_proj is pruned oddly")

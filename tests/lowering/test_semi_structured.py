@@ -23,8 +23,9 @@ from torch.sparse import (
 )
 
 import torchprune
-from torchprune import MagnitudeSpec, lowering
+from torchprune import MagnitudeSpec
 from torchprune.errors import LoweringError
+from torchprune.lowering import lower
 from torchprune.lowering import semi_structured as two_of_four
 
 CUTLASS = SparseSemiStructuredTensorCUTLASS
@@ -120,8 +121,8 @@ def reference_kernel() -> Iterator[None]:
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lower CPU models as if they were on a GPU without cuSPARSELt."""
-    asked = lowering._hindrance
-    monkeypatch.setattr(lowering, "_hindrance", lambda layer, ties, _: asked(layer, ties, "cpu"))
+    asked = lower._hindrance
+    monkeypatch.setattr(lower, "_hindrance", lambda layer, ties, _: asked(layer, ties, "cpu"))
     monkeypatch.setattr(two_of_four, "backend", lambda: CUTLASS)
 
 

@@ -17,6 +17,7 @@ from cnns import CNNS, awake, image_batches
 from families import FAMILIES, decoder, llama, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saved import reseal
 from structures import close, mask_random_units, outputs, random_units, unit_masks
 from sweeps import share
 from torch import Tensor, nn
@@ -439,6 +440,7 @@ def test_hostile_sizes_get_a_clear_error(change: Any, message: str, tmp_path: Pa
     if isinstance(change, dict):
         change = {**data["resized"], **change}
     path.write_text(json.dumps({**data, "resized": change}))
+    reseal(tmp_path / "small")
     with pytest.raises(CheckpointError, match=message):
         torchprune.load(tmp_path / "small")
 

@@ -7,8 +7,10 @@ model later, before anything of a claimed size is made.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
+import pkgutil
 import re
 import types
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
+from torchprune import methods
 from torchprune.checkpoint.checked_files import MAX_JSON, plain_file, read_json
 from torchprune.checkpoint.checksums import of_content
 from torchprune.checkpoint.whole_files import write_whole
@@ -30,6 +33,7 @@ from torchprune.reports.report import RunRecord
 from torchprune.specs.functions import FunctionName, function_name
 from torchprune.specs.options import Checked
 from torchprune.specs.patterns import NM, Block, Unstructured
+from torchprune.structure import specs as structured  # noqa: F401  (known by being imported)
 from torchprune.structure.size_record import Resized
 
 MANIFEST = "manifest.json"
@@ -377,6 +381,8 @@ def _run(data: object, where: str) -> RunRecord:
 
 def _spec(data: object, where: str) -> Checked:
     known = dict[str, Any]()
+    for file in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
+        importlib.import_module(file.name)  # a command has imported only what it runs
     for kind in _spec_classes(Checked):
         if hasattr(kind, "method"):
             known.setdefault(kind.method, kind)  # a user's subclass does not stand for its parent

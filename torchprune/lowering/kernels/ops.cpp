@@ -135,6 +135,7 @@ uint16_t narrowed(float value) {  // to the nearest bfloat16, ties to even
 }
 
 void to_float(ScalarType type, const void* from, int64_t count, float* to) {
+  if (count == 0) return;  // there may be no memory at all then
   if (type == ScalarType::Float) {
     std::memcpy(to, from, count * sizeof(float));
   } else if (type == ScalarType::BFloat16) {
@@ -211,7 +212,7 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
   float* arranged = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) / 4;
   float* sums = arranged + held;
   const int64_t apiece = std::max<int64_t>(1, kGrain / std::max(wide, rows));
-  if (!as_it_is) {
+  if (!as_it_is && cols > 0) {
     torch::stable::parallel_for(0, batch, apiece, [&](int64_t begin, int64_t end) {
       std::vector<float> plain(cols);
       for (int64_t b = begin; b < end; ++b) {
@@ -239,6 +240,7 @@ void product(const Packed& m, Kind kind, ScalarType type, const char* x, int64_t
 }
 
 void unpack_rows(const Packed& m, int64_t size, int64_t begin, int64_t end, int64_t cols, char* to) {
+  if (cols == 0) return;
   const auto run = form().expand[size == 1 ? 0 : size == 2 ? 1 : 2];
   over_rows(begin, end, grain(m), [&](int64_t from, int64_t until) {
     return run(m, from, until, cols, to + (from - begin) * cols * size);

@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test test-all lint bench clean spaceless
 
 help:
-	@echo 'make demo     prune a real model, compare, save, reload, generate: about four minutes (FULL=1: all, twenty)'
+	@echo 'make demo     prune a real model, compare, save, reload, generate: about five minutes (FULL=1: all, twenty)'
 	@echo 'make test     lint, types and tests (TESTS=tests/cli/test_cli.py: only some)'
 	@echo 'make test-all the same with every model of the sweeps that make test samples'
 	@echo 'make lint     ruff and mypy'

@@ -7,7 +7,7 @@ Every pruned model is saved, loaded again and must then have the very same perpl
 is shown at once; one is written as a plain transformers model, whose logits must be the same bit
 for bit, lowered, and written as ONNX, and a second table shows what ships and how fast it decodes.
 The exit code is 1 if anything differs. ``demo.md`` and ``demo.json`` beside the saved models hold
-the tables. It takes about four minutes; with ``--full``, on more windows, by every method and with
+the tables. It takes about five minutes; with ``--full``, on more windows, by every method and with
 2:4 too, about twenty.
 """
 

@@ -129,6 +129,7 @@ class _Weights:
         model, spec, run = self.model, self.spec, self.run
         plan = make_plan(model, spec)
         run.skipped.update(plan.skipped)
+        run.warnings += plan.warnings
         _check_weights(plan, finite=spec.changes_weights or spec.needs_gram)
         if not spec.needs_data:
             self._by_weights_alone(plan)

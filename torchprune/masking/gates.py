@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from torchprune.masking.mask import original_of
-from torchprune.masking.matrices import view_of
+from torchprune.masking.matrices import View, view_of
 from torchprune.masking.selection import layers_of
 
 
@@ -32,36 +32,46 @@ def gates_of(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[int, str
 
 
 def _beside(module: nn.Module, count: int, inside: set[int]) -> dict[int, str]:
-    """The routers and gates in a module that holds so many experts, made of these modules."""
+    """The routers and gates in a module that holds so many experts, made of these parameters.
+
+    Where a layer of the same parent reads as many inputs, it reads that layer: a shared expert may
+    by chance be as wide as experts are many (512 both in Qwen3-Next).
+    """
     found = {}
+    own: dict[int, dict[int, View]] = {}
+    """id of a module -> id of a parameter that it is a layer of -> how that reads."""
     for layer in layers_of(module):
         weight = original_of(layer.module, layer.tensor)
-        if id(layer.module) in inside or weight.dim() < 2:
-            continue
-        view = view_of(layer.module, weight.shape)
-        if (outputs := view.groups * view.rows) == count:
-            found[id(weight)] = f"a router: it has one output for each of {count} experts"
-        elif outputs == 1:
-            found[id(weight)] = "a gate: it has one output, and stands beside experts"
+        if weight is not None and weight.dim() > 1 and id(weight) not in inside:
+            own.setdefault(id(layer.module), {})[id(weight)] = view_of(layer.module, weight.shape)
+    for parts in ([module], *(list(m.children()) for m in module.modules())):
+        together = [v for m in parts for v in own.get(id(m), {}).items()]
+        read = {view.cols for _, view in together}
+        for key, view in together:
+            if (outputs := view.groups * view.rows) == count and count not in read:
+                found[key] = f"a router: it has one output for each of {count} experts"
+            elif outputs == 1:
+                found[key] = "a gate: it has one output, and stands beside experts"
     return found
 
 
 def _stacks(module: nn.Module, *, lists: bool) -> Iterator[tuple[int, set[int]]]:
-    """How many experts stand directly below a module, and the ids of what they are made of."""
+    """How many experts stand directly below a module, and the ids of their parameters."""
     for child in module.children():
-        inside = {id(m) for m in child.modules()}
+        inside = {id(p) for p in child.parameters()}
         if lists and not isinstance(child, nn.Sequential) and (count := alike(child)) > 1:
             yield count, inside
-        for count in _leading(child):
+        for count in {len(p) for p in _stacked(child)}:
             yield count, inside
-    for count in _leading(module):
-        yield count, {id(module)}
+    own = _stacked(module)
+    for count in {len(p) for p in own}:
+        yield count, {id(p) for p in own}
 
 
-def _leading(module: nn.Module) -> set[int]:
-    """The first axes of a module's own stacks of matrices."""
+def _stacked(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own stacks of matrices."""
     own = () if isinstance(module, _ConvNd) else module._parameters.values()
-    return {p.shape[0] for p in own if p is not None and p.dim() == 3 and min(p.shape) > 1}
+    return [p for p in own if p is not None and p.dim() == 3 and min(p.shape) > 1]
 
 
 def alike(module: nn.Module) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchprune.errors import SpecError, TargetError
 from torchprune.masking.coverage import coverage_of, percent, warning_of
@@ -173,7 +174,7 @@ def _lost(
         TargetError: they are more than half of what should be pruned.
     """
     lost = [x for x in left if x.kind == "obstacle" and obstacle(x.layer, {})]
-    sizes = [original_of(x.layer.module, x.layer.tensor).numel() for x in lost]
+    sizes = [_size(x.layer) for x in lost]
     if not any(sizes):
         return None
     share = sum(sizes) / (sum(sizes) + sum(t.weight.numel() for t in targets))
@@ -187,6 +188,14 @@ def _lost(
             "weights, or leave these layers out with ignore to prune the others"
         )
     return text + more
+
+
+def _size(layer: Layer) -> int:
+    """How many weights a layer holds, whatever computes them."""
+    if not parametrize.is_parametrized(layer.module, layer.tensor):
+        return original_of(layer.module, layer.tensor).numel()
+    chain = cast(nn.ModuleDict, layer.module.parametrizations)[layer.tensor]
+    return max((p.numel() for p in chain.parameters()), default=0)
 
 
 def _check_any(model: nn.Module, targets: Sequence[Target], left: Sequence[Left]) -> None:

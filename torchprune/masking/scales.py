@@ -1,8 +1,8 @@
 """Eight-bit floating weights and the scales beside them: a weight is a code times its scale.
 
 Codes of different blocks cannot be compared, so everything that ranks weights takes their values.
-A scale is told by what it is, a positive floating tensor on the weight's own module whose shape
-gives one number to the whole weight, or to each of its rows or blocks. Masks are of codes: a
+A scale is told by what it is: a floating tensor on the weight's own module, nowhere negative, whose
+shape gives one number to the whole weight, or to each of its rows or blocks. Masks are of codes: a
 masked code is zero, whatever its scale.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchprune.errors import SpecError
 
@@ -48,12 +50,12 @@ def values_of(module: nn.Module, tensor: str, weight: Tensor) -> Tensor:
 
 
 def scale_of(module: nn.Module, tensor: str, weight: Tensor) -> Scale | None:
-    """The scale of an eight-bit weight, None if there is none beside it.
+    """The scale of an eight-bit weight, None if there is none beside it; of others, None.
 
     Raises:
         SpecError: more than one tensor could be it.
     """
-    found = list(_candidates(module, tensor, weight))
+    found = list(_candidates(module, tensor, weight)) if is_coded(weight) else []
     if len(found) > 1:  # scales of inputs stand there too: take what is called after the weight
         found = [scale for scale in found if scale.name.startswith(tensor)] or found
     if len(found) > 1:  # one number for all changes no order inside a layer, so finer ones tell
@@ -69,9 +71,12 @@ def scale_of(module: nn.Module, tensor: str, weight: Tensor) -> Scale | None:
 
 def scales_of(module: nn.Module) -> set[int]:
     """The ids of the tensors of a module that could be scales of its own eight-bit weights."""
-    tensors = {n: p for n, p in module._parameters.items() if p is not None}
-    coded = {name: p for name, p in tensors.items() if is_coded(p)}
-    return {id(s.tensor) for name, p in coded.items() for s in _candidates(module, name, p)}
+    own = [(name, p) for name, p in module._parameters.items() if p is not None]
+    if parametrize.is_parametrized(module):  # masked ones stand elsewhere
+        chains = cast(nn.ModuleDict, module.parametrizations).items()
+        own += [(name, p) for name, chain in chains for p in chain.parameters(recurse=False)]
+    coded = [(name, p) for name, p in own if is_coded(p)]
+    return {id(s.tensor) for name, p in coded for s in _candidates(module, name, p)}
 
 
 def _candidates(module: nn.Module, tensor: str, weight: Tensor) -> Iterator[Scale]:
@@ -82,8 +87,9 @@ def _candidates(module: nn.Module, tensor: str, weight: Tensor) -> Iterator[Scal
             if other.is_meta or other.numel() == 0 or other.numel() >= max(2, weight.numel()):
                 continue
             spans = _spans(module, other.shape, weight.shape)
-            if spans and bool((other.detach().float() > 0).all()):
-                yield from (Scale(name, other.detach(), each) for each in spans)
+            values = other.detach().float()
+            if spans and bool((values > 0).any()) and not bool((values < 0).any()):
+                yield from (Scale(name, other, each) for each in spans)
 
 
 def _spans(module: nn.Module, scale: Sequence[int], weight: Sequence[int]) -> list[tuple[int, ...]]:

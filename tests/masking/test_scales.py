@@ -17,6 +17,7 @@ from torchprune import (
     ADMMSpec,
     BestSpec,
     MagnitudeSpec,
+    NeuronSpec,
     RIASpec,
     SparseGPTSpec,
     Swaps,
@@ -73,18 +74,18 @@ class Coded(nn.Linear):
         codes, scale = coded(weight, span, dtype)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_buffer(name, scale)
-        self.called, self.span = name, span
-        if not says:
-            del self.span
+        self.called, self.known = name, {"span": span}
+        if says:
+            self.block_size = span
 
     @property
-    def value(self) -> Tensor:
-        """An oracle of its own, with the blocks' length passed by hand."""
+    def codes(self) -> Tensor:
         return self.weight.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        values = values_of(self, "weight", self.weight)
-        return F.linear(x, values.to(x.dtype), self.bias)
+        """With the blocks' lengths passed by hand."""
+        scale = spread(getattr(self, self.called), self.known["span"], tuple(self.weight.shape))
+        return F.linear(x, self.weight.float() * scale, self.bias)
 
 
 def dense(layer: Coded, span: tuple[int, int]) -> nn.Linear:
@@ -186,7 +187,7 @@ def test_scales_are_found_under_any_name(
     if layer.weight.numel() == getattr(layer, name).numel():
         return  # a number for each weight is no scale
     values = values_of(layer, "weight", layer.weight)
-    wanted = layer.value * spread(getattr(layer, name), span, (rows, cols))
+    wanted = layer.codes * spread(getattr(layer, name), span, (rows, cols))
     assert torch.equal(values, wanted)
 
 
@@ -202,12 +203,12 @@ def test_scales_of_rows_and_of_all() -> None:
     weight = uneven(8, 16, (1, 16))
     layer = Coded(weight, (1, 16), name="s")
     layer.s = layer.s.squeeze(1)  # (8,)
-    assert torch.equal(values_of(layer, "weight", layer.weight), layer.value * layer.s[:, None])
+    assert torch.equal(values_of(layer, "weight", layer.weight), layer.codes * layer.s[:, None])
     for shape in ((), (1,), (1, 1)):
         layer.s = torch.full(shape, 3.0)
-        assert torch.equal(values_of(layer, "weight", layer.weight), layer.value * 3)
+        assert torch.equal(values_of(layer, "weight", layer.weight), layer.codes * 3)
     del layer.s
-    assert torch.equal(values_of(layer, "weight", layer.weight), layer.value)
+    assert torch.equal(values_of(layer, "weight", layer.weight), layer.codes)
 
 
 def test_a_block_of_zeros_may_have_the_scale_zero() -> None:
@@ -225,7 +226,7 @@ def test_exponents_are_scales() -> None:
     layer.weight_scale_inv = torch.exp2(layer.weight_scale_inv.log2().ceil()).to(
         torch.float8_e8m0fnu
     )
-    wanted = layer.value * spread(layer.weight_scale_inv.float(), (4, 4), (8, 16))
+    wanted = layer.codes * spread(layer.weight_scale_inv.float(), (4, 4), (8, 16))
     assert torch.equal(values_of(layer, "weight", layer.weight), wanted)
 
 
@@ -297,6 +298,19 @@ def test_methods_that_write_weights_say_what_to_call(spec: Any) -> None:
         torchprune.sparsify(model, spec, [torch.randn(9, 16)], progress=False)
     after = [p.detach().view(torch.uint8) for p in model.parameters()]
     assert all(map(torch.equal, before, after))
+
+
+def test_whole_units_are_cut_from_no_codes() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = Coded(uneven(8, 16, (4, 4)), (4, 4)), nn.Linear(8, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.up(x).relu())
+
+    with pytest.raises(TargetError, match=r"its weight is torch\.float8_e4m3fn.*dequantize first"):
+        torchprune.sparsify(Net(), NeuronSpec(0.5), [torch.randn(9, 16)], progress=False)
 
 
 def test_swaps_change_no_weights() -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchprune.errors import MaskError, did_you_mean
+from torchprune.errors import MaskError, SpecError, did_you_mean
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked, pack_bits, unpack_bits
+from torchprune.masking.scales import scale_of
 from torchprune.masking.selection import Layer, tied_to
 
 
@@ -210,11 +211,20 @@ def obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
     if not weight.is_floating_point():
         return f"its {tensor} is {weight.dtype}; prune before quantizing"
     if type(weight.data) is not Tensor and type(weight) is not nn.Parameter:
-        return f"its {tensor} is a {type(weight).__name__}, which holds no plain dense values"
+        return (
+            f"its {tensor} is a {type(weight).__name__}, which holds no plain dense values; prune "
+            f"before quantizing, or dequantize it: nn.Parameter(layer.{tensor}.dequantize())"
+        )
     if weight.device.type == "meta":
         return f"its {tensor} is on the meta device and has no values"
     if weight.numel() == 0:
         return f"its {tensor} is empty"
+    if weight.dtype == torch.float4_e2m1fn_x2:
+        return f"its {tensor} is {weight.dtype}, two values in each element; dequantize it first"
+    try:
+        scale_of(module, tensor, weight)
+    except SpecError as error:
+        return str(error)
     names = ties.get(weight.untyped_storage().data_ptr(), [])
     if names:
         others = [n for n in names if n not in (layer.key, _original_key(layer))]

@@ -13,16 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchprune.calibration.replay import Start
 from torchprune.masking.targets import Target
 
 
 @dataclass(eq=False)
 class Call:
-    """One batch's call of a unit, the outputs its pruned weights should give, and which of their
-    tokens count (None: all)."""
+    """One batch's call of a unit and what it starts from, the outputs its pruned weights should
+    give, and which of their tokens count (None: all)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    start: Start
     wanted: list[Tensor]
     counts: list[Tensor | None]
     batch: int

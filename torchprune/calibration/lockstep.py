@@ -11,7 +11,8 @@ Defined behaviour at the edges:
 - A layer reached again in the same forward was pruned at its first use, on those inputs.
 - A layer no batch reaches is never yielded.
 - Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
-  then reads something else, or is not called, `Unforeseen` is raised: begin again without.
+  then reads something else, or is not called, `Unforeseen` is raised: begin again without. So it is
+  where a block's layers were found to share statistics and then read something else.
 - Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
 - An error in any batch ends the calibration; hooks are gone and the error is the model's own.
 """
@@ -36,7 +37,8 @@ from torchprune.calibration.block_calls import Call, Ends, Unit, floats_of, put_
 from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
-from torchprune.calibration.sources import Gathered, Read, Sources
+from torchprune.calibration.replay import Replays
+from torchprune.calibration.sources import Gathered, Read, Sources, Unforeseen
 from torchprune.calibration.twins import TwinDone, Twins
 from torchprune.masking.matrices import ConvNd, input_rows, is_fused_experts
 from torchprune.masking.targets import Target
@@ -60,8 +62,14 @@ class _AllReached(BaseException):
     """Unwinds a block's dense pass once its last layer has been reached. Not an error."""
 
 
-class Unforeseen(BaseException):
-    """A layer pruned by foresight reads other tensors than foreseen. Not an error of the model."""
+@dataclass
+class _DensePass:
+    """A block's layers that are still to be reached, whether the pass ends when all were, and
+    whether one was reached after that."""
+
+    missing: set[int]
+    short: bool
+    again: bool = False
 
 
 class Calibration:
@@ -76,7 +84,8 @@ class Calibration:
         blocks: the model's repeated blocks by name.
         twice: prune a block's targets together, on what they read in its dense pass, and run the
             block again.
-        foresee: prune layers of a block together that are expected to read the same tensors.
+        foresee: prune layers of a block together that are expected to read the same tensors; layers
+            that are found to do so share their statistics.
         hold: 16-bit dtype in which waiting batches hold float32 activations, or None.
         cross: whether methods need the cross moment with the dense model's inputs.
         ends: what happens when all layers of a unit are pruned, or None.
@@ -102,7 +111,13 @@ class Calibration:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
         self._gathering = Gathering(
-            self.targets, len(self.batches), gram=gram, total=total, cross=cross, cap=cap
+            self.targets,
+            len(self.batches),
+            gram=gram,
+            total=total,
+            cross=cross,
+            cap=cap,
+            share=foresee,
         )
         self.usage = Usage()
         self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
@@ -117,7 +132,7 @@ class Calibration:
         self._done: set[int] = set()
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
-        self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
+        self._dense: dict[int, _DensePass] = {}  # by batch
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
@@ -219,7 +234,7 @@ class Calibration:
     # -- running ---------------------------------------------------------------------------------
 
     def _forward(self, index: int) -> None:
-        batch = self.batches[index]
+        batch = self.batches[index].private()
         with ExitStack() as stack:
             if self._ends is not None:  # what units read must be fit to learn from
                 stack.enter_context(torch.inference_mode(False))
@@ -358,23 +373,30 @@ class Calibration:
         else:
             if self._gathering.run_through(index, read):
                 self.usage.revisited.add(self.targets[index].name)
-            missing = self._missing.get(read.batch)
-            if missing is not None:
-                missing.discard(index)
-                if not missing:  # what is left of the dense pass would be thrown away
+            dense = self._dense.get(read.batch)
+            if dense is not None:
+                dense.again = dense.again or not dense.missing
+                dense.missing.discard(index)
+                if not dense.missing and dense.short:  # the rest would be thrown away
                     raise _AllReached
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
-        forward = block.forward
+        forward, replays = block.forward, Replays(self.targets[place].name, block)
+        once = False  # whether the first dense pass met no layer after it had met all
 
         @put_on(stack, block)
         def twice(*args: Any, **kwargs: Any) -> Any:
+            nonlocal once
             if place not in self._done and self._pausing:
-                self._missing[self._current] = set(self._members[place])
+                start = replays.start(args, kwargs)
+                dense = _DensePass(set(self._members[place]), short=once)
+                self._dense[self._current] = dense
                 with suppress(_AllReached):
                     forward(*args, **kwargs)
-                self._missing.pop(self._current, None)
+                self._dense.pop(self._current, None)
+                once = not dense.missing and not dense.again
+                start.restore()
                 self._pause((place, 0))
             return forward(*args, **kwargs)
 
@@ -387,6 +409,7 @@ class Calibration:
         assert self._ends is not None
         last, alpha, forward = members[-1], self._ends.alpha, module.forward
         self._units[last] = Unit(name, module, [self.targets[i] for i in members])
+        replays = Replays(name, module)
 
         @put_on(stack, module)
         def ended(*args: Any, **kwargs: Any) -> Any:
@@ -401,7 +424,9 @@ class Calibration:
                 return out
             if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
+            start = replays.start(args, kwargs)
             wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
+            start.restore()
             forward(*args, **kwargs)
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
@@ -409,8 +434,9 @@ class Calibration:
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
                 counts = [self._token_mask(name, t.shape) for t in wanted]
-                unit.calls.append(Call(args, kwargs, wanted, counts, batch))
+                unit.calls.append(Call(args, kwargs, start, wanted, counts, batch))
             self._pause((last, 1))
+            start.restore()
             return passively(*args, **kwargs)
 
         def passively(*args: Any, **kwargs: Any) -> Any:

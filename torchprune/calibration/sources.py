@@ -22,6 +22,11 @@ class Read:
     rows: Rows
 
 
+class Unforeseen(BaseException):
+    """Layers that were to share their statistics read different tensors. Not an error of the
+    model: begin again without sharing."""
+
+
 class Sources:
     """The very tensors, one a batch, that statistics were taken from."""
 
@@ -29,8 +34,9 @@ class Sources:
         self._tensors: dict[int, tuple[weakref.ref[Tensor], int | None]] = {}
 
     def add(self, batch: int, x: Tensor) -> None:
-        """Note a batch's tensor as it is now."""
-        self._tensors[batch] = weakref.ref(x), _version(x)
+        """Note a batch's tensor as it is now. Two of one batch are nobody else's to share."""
+        version = None if batch in self._tensors else _version(x)
+        self._tensors[batch] = weakref.ref(x), version
 
     def holds(self, batch: int, x: Tensor | None) -> bool:
         """Whether this is the batch's tensor, unchanged since for all one can tell."""

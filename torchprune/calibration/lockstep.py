@@ -133,6 +133,7 @@ class Calibration:
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
         self._dense: dict[int, _DensePass] = {}  # by batch
+        self._met_once: set[type[nn.Module]] = set()  # blocks that met no layer after the last one
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
@@ -383,19 +384,19 @@ class Calibration:
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
         forward, replays = block.forward, Replays(self.targets[place].name, block)
-        once = False  # whether the first dense pass met no layer after it had met all
+        kind = type(block)
 
         @put_on(stack, block)
         def twice(*args: Any, **kwargs: Any) -> Any:
-            nonlocal once
             if place not in self._done and self._pausing:
                 start = replays.start(args, kwargs)
-                dense = _DensePass(set(self._members[place]), short=once)
+                dense = _DensePass(set(self._members[place]), short=kind in self._met_once)
                 self._dense[self._current] = dense
                 with suppress(_AllReached):
                     forward(*args, **kwargs)
                 self._dense.pop(self._current, None)
-                once = not dense.missing and not dense.again
+                if not dense.missing and not dense.again:
+                    self._met_once.add(kind)
                 start.restore()
                 self._pause((place, 0))
             return forward(*args, **kwargs)
@@ -434,7 +435,7 @@ class Calibration:
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
                 counts = [self._token_mask(name, t.shape) for t in wanted]
-                unit.calls.append(Call(args, kwargs, start, wanted, counts, batch))
+                unit.calls.append(Call(args, kwargs, wanted, counts, batch, start))
             self._pause((last, 1))
             start.restore()
             return passively(*args, **kwargs)

@@ -17,7 +17,8 @@ from torchprune.allocation.allocate import allocated
 from torchprune.calibration.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.data import Data
-from torchprune.calibration.lockstep import Calibration, Unforeseen, Unsurveyed
+from torchprune.calibration.lockstep import Calibration, Unsurveyed
+from torchprune.calibration.sources import Unforeseen
 from torchprune.calibration.survey import Survey, is_plain, survey
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors

@@ -270,7 +270,8 @@ class Asked(nn.Module):
 def test_what_is_pruned_only_where_it_is_asked_for(kind: str, spec: Any) -> None:
     module, call = ASKED[kind]
     model = Asked(copy.deepcopy(module), call)
-    prune(model, WandaSpec(), data())
+    with pytest.warns(UserWarning, match="only where it is named"):
+        prune(model, WandaSpec(), data())
     assert list(torchprune.masks(model)) == ["first.weight"]
     model = Asked(copy.deepcopy(module), call)
     prune(model, spec, data())

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, SpecError, did_you_mean
+from torchprune.masking.adapters import named_as_plain
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked, pack_bits, unpack_bits
 from torchprune.masking.scales import scale_of
-from torchprune.masking.selection import Layer, tied_to
+from torchprune.masking.selection import Layer, layer_at, tied_to
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[Layer, Mask]]:
 def parameters_of(model: nn.Module) -> Iterator[Layer]:
     """Every parameter of every module, each module once, by its name in the plain model."""
     inside: set[int] = set()
-    for path, module in model.named_modules():
+    for path, plain, module in named_as_plain(model):
         if id(module) in inside:
             continue
         names = list(module._parameters)
@@ -159,8 +160,7 @@ def parameters_of(model: nn.Module) -> Iterator[Layer]:
             names += list(chains)
             names.sort(key=lambda name: order.index(name) if name in order else len(order))
         for name in names:
-            key = f"{path}.{name}" if path else name
-            yield Layer(path if name == "weight" and path else key, key, module, name)
+            yield layer_at(path, plain, module, name)
 
 
 def attach(

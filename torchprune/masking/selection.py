@@ -38,7 +38,7 @@ def layers_of(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
     """Every prunable tensor that its module tells of, in registration order, each module once."""
     for name, plain, module in named_as_plain(model, prefix):
         for tensor in prunable_names(module):
-            yield _layer(name, plain, module, tensor)
+            yield layer_at(name, plain, module, tensor)
 
 
 def every_layer(model: nn.Module) -> Iterator[Layer]:
@@ -50,7 +50,7 @@ def every_layer(model: nn.Module) -> Iterator[Layer]:
         known = prunable_names(module)
         for tensor in dict.fromkeys((*known, *parameter_names(module))):
             if tensor in known or _axes(module, tensor) >= 2:
-                yield _layer(name, plain, module, tensor)
+                yield layer_at(name, plain, module, tensor)
 
 
 def parameter_names(module: nn.Module) -> list[str]:
@@ -73,10 +73,11 @@ def maskable_of(model: nn.Module) -> Iterator[Layer]:
     for name, plain, module in named_as_plain(model):
         names = prunable_names(module)
         for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
-            yield _layer(name, plain, module, tensor)
+            yield layer_at(name, plain, module, tensor)
 
 
-def _layer(name: str, plain: str, module: nn.Module, tensor: str) -> Layer:
+def layer_at(name: str, plain: str, module: nn.Module, tensor: str) -> Layer:
+    """A module's tensor, by the module's name and by its name in the model without adapters."""
     key = f"{name}.{tensor}" if name else tensor
     if tensor == "weight" and plain:
         return Layer(plain, key, module, tensor)

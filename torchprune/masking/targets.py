@@ -228,7 +228,11 @@ def _uncovered(
         one = known.get(tensor.key)
         if one is None:
             if not request.cannot_mean(tensor):
-                reasons[tensor] = "it belongs to no layer that is known how to prune"
+                reasons[tensor] = (
+                    "it is pruned only where it is named"
+                    if is_asked_for(tensor.module)
+                    else "nothing is known of how it multiplies"
+                )
         elif one.kind in ("rule", "misfit"):
             reasons[tensor] = one.why
     return warning_of(coverage, reasons)

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import _VF, Tensor
@@ -58,29 +59,48 @@ def watched(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], reach
     if function in _CELLS:
         return _watched_cell(function, _named(_CELL, args, kwargs), reach)
     call = _Call(function, args, kwargs)
-    if not len(call.sizes):
-        return call.result()
+    for at, rows in _reads(call) if len(call.sizes) else ():
+        new = reach(call.params[at], rows)
+        if new is not None:
+            call.params[at] = new
+    return call.result()
+
+
+def rows_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], number: int) -> Tensor:
+    """What the matrix of this number (in `weights_in`) multiplies, with all weights as they are."""
+    read: Iterator[tuple[Any, Rows]]
+    if function in _CELLS:
+        read = _cell_reads(_named(_CELL, args, kwargs))
+    else:
+        read = _reads(_Call(function, args, kwargs))
+    _, rows = next(islice(read, number, None))
+    return rows()
+
+
+def _reads(call: _Call) -> Iterator[tuple[int, Rows]]:
+    """The call's matrices by their places, each with its rows by the weights as they are then."""
     inputs: Rows = _Once(call.first_inputs)
     for layer in range(call.layers):
         outputs = []
         for place in call.places(layer):
             steps = call.steps(place, inputs)
-            ih, hh, *hr = place.matrices
-            call.tell(reach, ih, inputs)
-            call.tell(reach, hh, _Once(steps.states_before))
-            for at in hr:
-                call.tell(reach, at, _Once(steps.unprojected))
+            made = (inputs, _Once(steps.states_before), _Once(steps.unprojected))
+            yield from zip(place.matrices, made, strict=False)
             outputs.append(_Once(steps.outputs))
         inputs = _Once(partial(_side_by_side, outputs))
-    return call.result()
 
 
 def _watched_cell(function: Any, given: dict[str, Any], reach: Reach) -> Any:
-    state = given["hx"] if isinstance(given["hx"], Tensor) else given["hx"][0]
-    for name, read in (("w_ih", given["input"]), ("w_hh", state)):
-        new = reach(given[name], _Once(partial(read.reshape, -1, read.shape[-1])))
+    for name, rows in _cell_reads(given):
+        new = reach(given[name], rows)
         given[name] = given[name] if new is None else new
     return function(*(given[name] for name in _CELL if name in given))
+
+
+def _cell_reads(given: Mapping[str, Any]) -> Iterator[tuple[str, Rows]]:
+    state = given["hx"] if isinstance(given["hx"], Tensor) else given["hx"][0]
+    for name, read in (("w_ih", given["input"]), ("w_hh", state)):
+        yield name, _Once(partial(read.reshape, -1, read.shape[-1]))
 
 
 def _named(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,14 +155,6 @@ class _Call:
         self.params: list[Tensor] = list(given["params"])
         self.biases, self.layers = bool(given["has_biases"]), int(given["num_layers"])
         self._directions = 2 if given["bidirectional"] else 1
-        hx = given["hx"]
-        self.initial: list[Tensor] = [hx] if isinstance(hx, Tensor) else list(hx)
-        if padded:
-            self._by_time = 1 if given["batch_first"] else 0
-            steps, sequences = (given["input"].shape[i] for i in (self._by_time, 1 - self._by_time))
-            self.sizes = torch.full((steps,), sequences, dtype=torch.int64, device="cpu")
-        else:
-            self.sizes = given["batch_sizes"]
 
     def places(self, *layers: int) -> Iterator[_Place]:
         """The directions of these layers, or of all, in the order in which they run."""
@@ -155,23 +167,32 @@ class _Call:
                 matrices = (params[0], params[1], *([params[-1]] if projection else []))
                 yield _Place(number, direction == 1, params, matrices)
 
+    @property
+    def initial(self) -> list[Tensor]:
+        """The states that the first step starts from: (layers and directions, sequences, size)."""
+        hx = self._given["hx"]
+        return [hx] if isinstance(hx, Tensor) else list(hx)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """How many sequences there are at each step, int64."""
+        if "batch_sizes" in self._given:
+            return cast(Tensor, self._given["batch_sizes"])
+        steps, sequences, _ = self._by_time().shape
+        return torch.full((steps,), sequences, dtype=torch.int64, device="cpu")
+
+    def _by_time(self) -> Tensor:
+        x: Tensor = self._given["input"]
+        return x.transpose(0, 1) if self._given["batch_first"] else x
+
     def first_inputs(self) -> Tensor:
         """What the first layer reads."""
-        if "data" in self._given:
-            rows: Tensor = self._given["data"]
-            return rows
-        x = self._given["input"].movedim(self._by_time, 0)
-        return x.reshape(-1, x.shape[-1])  # type: ignore[no-any-return]
+        x: Tensor = self._given["data"] if "data" in self._given else self._by_time()
+        return x.reshape(-1, x.shape[-1])
 
     def steps(self, place: _Place, inputs: Rows) -> _Steps:
         """What one direction of a layer runs on."""
         return _Steps(self, place, inputs, [state[place.number] for state in self.initial])
-
-    def tell(self, reach: Reach, at: int, rows: Rows) -> None:
-        """Go on with what `reach` makes of a weight."""
-        new = reach(self.params[at], rows)
-        if new is not None:
-            self.params[at] = new
 
     def result(self) -> Any:
         """What the operator gives, with the weights as they are now."""

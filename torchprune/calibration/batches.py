@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprune.calibration.nested import mapped, tensors_in
 from torchprune.errors import CalibrationError
 
 ACCEPTED_DATA = (
@@ -26,14 +27,19 @@ TEXTS_NEED_A_TOKENIZER = (
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of the model."""
+    """One call of the model.
+
+    Attributes:
+        tokens: (items, length) bool, which tokens count; None where that is to be found out.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    tokens: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors the batch was made of."""
-        yield from (v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+        yield from (tensor for _, tensor in tensors_in((self.args, self.kwargs)))
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
@@ -43,12 +49,11 @@ class Batch:
     def out_of_inference(self) -> Batch:
         """The batch with ordinary tensors in place of those made in inference mode."""
 
-        def ordinary(value: Any) -> Any:
-            made_there = isinstance(value, Tensor) and value.is_inference()
-            return value.clone() if made_there else value
+        def ordinary(_: object, value: Tensor) -> Tensor:
+            return value.clone() if value.is_inference() else value
 
-        kwargs = {key: ordinary(value) for key, value in self.kwargs.items()}
-        return Batch(tuple(ordinary(value) for value in self.args), kwargs)
+        args, kwargs = mapped((self.args, self.kwargs), ordinary)
+        return Batch(args, kwargs, self.tokens)
 
     def is_whole(self, x: Tensor) -> bool:
         """Whether a layer's input has a row for everything in the batch, and in its order.
@@ -60,40 +65,6 @@ class Batch:
             return True
         leading = (shape[:k] for shape in self.shapes for k in range(1, len(shape) + 1))
         return any(part.numel() == len(x) for part in leading)
-
-    def token_mask(
-        self, shape: torch.Size, module_name: str, *, encoder_decoder: bool
-    ) -> Tensor | None:
-        """Which rows of a layer's input are tokens and not padding.
-
-        The batch's `attention_mask` (batch, length), or in the decoder of an encoder-decoder its
-        `decoder_attention_mask`, if it fits the input's leading shape (batch, length) or
-        (batch * length).
-
-        Args:
-            shape: the input's shape without its last axis.
-
-        Returns:
-            bool of that shape, or None if every row counts.
-        """
-        in_decoder = (
-            encoder_decoder
-            and any("decoder" in part for part in module_name.split("."))
-            and not _reads_encoder(module_name)
-        )
-        mask = self.kwargs.get("decoder_attention_mask" if in_decoder else "attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return None
-        if tuple(shape) not in (tuple(mask.shape), (mask.numel(),)):
-            return None
-        return mask.to(torch.bool).reshape(shape)
-
-
-def _reads_encoder(module_name: str) -> bool:
-    """Whether a decoder's layer projects the encoder's states (cross-attention keys, values)."""
-    *path, last = module_name.split(".")
-    crossing = any("EncDec" in p or "encoder_attn" in p or "crossattention" in p for p in path)
-    return crossing and last in ("k", "v", "k_proj", "v_proj", "key", "value")
 
 
 def read_batches(

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+from torch import Tensor
+
 from torchprune import modes
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration.padding import counted
 from torchprune.calibration.sources import Gathered, Read
 from torchprune.errors import CalibrationError
 from torchprune.masking.matrices import geometry
 from torchprune.masking.targets import Target
+
+Tokens = Callable[[int, Read, Sequence[Tensor]], list[Tensor | None]]
+"""Tells which of the rows that a batch reads at a layer are tokens', per group: None if all are."""
 
 AtHand = Callable[[int, Read], AbstractContextManager[Read | None]]
 """Makes a read of a layer (by its number) possible, and gives the dense model's in its place."""
@@ -23,6 +29,7 @@ class Gathering:
         targets: the layers.
         batches: how many batches there are.
         gram, total, cross, cap: which statistics, as for `Moments`.
+        tokens: tells which rows count.
     """
 
     def __init__(
@@ -34,9 +41,10 @@ class Gathering:
         total: bool,
         cross: bool,
         cap: float | None,
+        tokens: Tokens,
     ) -> None:
         self._targets, self._gram = targets, gram
-        self._total, self._cross, self._cap = total, cross, cap
+        self._total, self._cross, self._cap, self._tokens = total, cross, cap, tokens
         self._sample = 0 if gram else -(-SAMPLE_ROWS // batches)
         self._reads: dict[int, list[Read]] = {}  # of the batches that wait at a layer
         self._gathered: dict[int, Gathered] = {}  # of a layer, until it is taken
@@ -70,7 +78,7 @@ class Gathering:
                 f"{self._targets[borrowed[0]].name} in some batches and another in others; use "
                 'sequential="layer" for this model'
             )
-        self._count(gathered, read)
+        self._count(index, gathered, read)
         return again
 
     def reached(self) -> list[int]:
@@ -94,7 +102,7 @@ class Gathering:
             if shared is None:
                 for read in reads:
                     with at_hand(index, read) as twin:
-                        self._count(gathered, read, twin)
+                        self._count(index, gathered, read, twin)
         gathered = self._gathered.pop(index)
         with modes.exact():
             gathered.moments.finish()
@@ -129,10 +137,12 @@ class Gathering:
         self._shareable.append(gathered)
         return gathered
 
-    def _count(self, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
+    def _count(self, index: int, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
         with modes.exact():
-            dense = None if twin is None else twin.rows()
-            gathered.moments.add(read.rows(), self._sample, dense)
+            rows = read.rows()
+            counts = self._tokens(index, read, rows)
+            dense = None if twin is None else counted(twin.rows(), counts)
+            gathered.moments.add(counted(rows, counts), self._sample, dense)
         if read.x is not None:
             gathered.sources.add(read.batch, read.x)
 

@@ -36,9 +36,11 @@ from torchprune.calibration.block_calls import Call, Ends, Unit, floats_of, put_
 from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
+from torchprune.calibration.padding import Padding
+from torchprune.calibration.shadows import Shadows
 from torchprune.calibration.sources import Gathered, Read, Sources
 from torchprune.calibration.twins import TwinDone, Twins
-from torchprune.masking.matrices import ConvNd, input_rows, is_fused_experts
+from torchprune.masking.matrices import input_rows, is_fused_experts
 from torchprune.masking.targets import Target
 
 Stop = list[tuple[Target, Moments]]
@@ -54,6 +56,7 @@ class Usage:
 
     peak_held_bytes: int = 0
     revisited: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
 
 class _AllReached(BaseException):
@@ -101,14 +104,18 @@ class Calibration:
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
+        self._padding = Padding(model, self.batches)
         self._gathering = Gathering(
-            self.targets, len(self.batches), gram=gram, total=total, cross=cross, cap=cap
+            self.targets,
+            len(self.batches),
+            gram=gram,
+            total=total,
+            cross=cross,
+            cap=cap,
+            tokens=self._tokens,
         )
         self.usage = Usage()
         self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
-        self._encoder_decoder = bool(
-            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        )
         self._needs_twins = cross or (ends is not None and ends.alpha > 0)
         self._ends = ends
         self._current, self._place = 0, (0, 0)
@@ -124,6 +131,7 @@ class Calibration:
         self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
         self._runs: list[greenlet.greenlet] = []
         self._twins: Twins | None = None
+        self._shadows = Shadows(self._padding, self._run, self._resume)
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -150,6 +158,7 @@ class Calibration:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.usage.notes += self._padding.notes()
         self._stack.close()
 
     def stops(self) -> Iterator[Stop]:
@@ -160,6 +169,8 @@ class Calibration:
             self._twins = Twins(count, self._forward, self._resume)
         moving = list(range(count))
         self._advance_twins(moving, -1)
+        self._held.new_round()
+        self._shadows.start()
         while True:
             self._held.new_round()
             for index in moving:
@@ -172,6 +183,7 @@ class Calibration:
             place = min(self._waiting, default=self._end)
             if place == self._end:
                 break
+            self._shadows.catch_up(place)
             moving = self._waiting.pop(place)
             if place[1]:
                 self._end_unit(place[0], moving)
@@ -179,6 +191,7 @@ class Calibration:
                 yield from self._stop(place[0], moving)
             if not self._needs(moving):
                 break
+            self._shadows.advance(place)
         for index, sources in self._promised.items():
             if self._counted[index] != sources.batches():
                 raise Unforeseen
@@ -192,6 +205,7 @@ class Calibration:
         stop += [(self.targets[i], found[place].moments) for i in foreseen]
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
+        self._padding.forget(places=list(fresh))
         self._advance_twins(moving, place, fresh)
         self._measure_held(moving)
         yield stop
@@ -211,7 +225,10 @@ class Calibration:
         self._pausing = False
         for index in range(len(self.batches)):
             self._current = index
+            if index in self._shadows.runs:
+                self._shadows.run(index)
             self._forward(index)
+            self._padding.forget(index)
             self._gathering.forget_dead()
         reached = self._gathering.reached()
         return [(self.targets[i], self._complete(i).moments) for i in reached]
@@ -219,7 +236,9 @@ class Calibration:
     # -- running ---------------------------------------------------------------------------------
 
     def _forward(self, index: int) -> None:
-        batch = self.batches[index]
+        self._run(self.batches[index])
+
+    def _run(self, batch: Batch) -> None:
         with ExitStack() as stack:
             if self._ends is not None:  # what units read must be fit to learn from
                 stack.enter_context(torch.inference_mode(False))
@@ -233,10 +252,14 @@ class Calibration:
         self._held.restore(key)
         run.switch()
         if not run.dead:
-            self._held.store(key, run, (self._place, key != index, self.batches[index].shapes))
+            kind = key // len(self._runs)
+            self._held.store(key, run, (self._place, kind, self.batches[index].shapes))
 
     def _key(self, index: int, run: greenlet.greenlet) -> int:
-        """What a coroutine's activations are held under: twins come after the batches."""
+        """What a coroutine's activations are held under: twins come after the batches, and shadows
+        after these."""
+        if run is self._shadows.runs.get(index):
+            return index + 2 * len(self._runs)
         return index if run is self._runs[index] else index + len(self._runs)
 
     def _advance_twins(self, moving: Sequence[int], place: int, fresh: Iterable[int] = ()) -> None:
@@ -270,8 +293,11 @@ class Calibration:
 
     def _pause(self, place: Place) -> None:
         """In a coroutine: wait until the driver has pruned this place."""
-        self._waiting.setdefault(place, []).append(self._current)
         self._place = place
+        if self._shadows.running:
+            self._shadows.waits(self._current, place)
+        else:
+            self._waiting.setdefault(place, []).append(self._current)
         self._switch()
 
     def _switch(self) -> None:
@@ -279,12 +305,17 @@ class Calibration:
             self._driver.switch()
 
     def _abandon(self) -> None:
-        runs = [*self._runs, *(self._twins.runs if self._twins is not None else [])]
-        for key, run in enumerate(runs):
+        count = len(self._runs)
+        runs = dict(enumerate(self._runs))
+        if self._twins is not None:
+            runs.update(enumerate(self._twins.runs, count))
+        runs.update({2 * count + i: run for i, run in self._shadows.runs.items()})
+        for key, run in runs.items():
             if not run.dead:
                 self._held.restore(key)
                 run.throw()
         self._runs, self._twins, self._units = [], None, {}
+        self._shadows.runs = {}
         self._gathering.clear()
 
     def _measure_held(self, moving: Iterable[int] = ()) -> None:
@@ -293,6 +324,7 @@ class Calibration:
         waiting = [*moving, *(i for w in self._waiting.values() for i in w)]
         if self._twins is not None:
             waiting += [count + i for i, run in enumerate(self._twins.runs) if not run.dead]
+        waiting += [2 * count + i for i, run in self._shadows.runs.items() if not run.dead]
         held = sum(self._held.bytes.get(i, 0) for i in waiting)
         for unit in self._units.values():
             held += sum(t.nbytes for tensors in unit.dense.values() for t in tensors)
@@ -307,12 +339,7 @@ class Calibration:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
                 if x is not None:
-                    keep = (
-                        None
-                        if isinstance(module, ConvNd)
-                        else self._token_mask(target.name, x.shape)
-                    )
-                    read = Read(self._current, x, lambda: input_rows(module, x, keep))
+                    read = Read(self._current, x, lambda: input_rows(module, x))
                     self._reached(index, read, pauses)
 
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -325,12 +352,7 @@ class Calibration:
                     self._reached(i, Read(self._current, None, lambda: inputs), pauses)
 
         if "forward" not in vars(module):  # once for all the weights of the module
-            keep_rows = lambda shape: self._token_mask(target.name, torch.Size((*shape, 0)))  # noqa: E731
-            stack.enter_context(experts.observed(module, reach, keep_rows))
-
-    def _token_mask(self, name: str, shape: torch.Size) -> Tensor | None:
-        batch = self.batches[self._current]
-        return batch.token_mask(shape[:-1], name, encoder_decoder=self._encoder_decoder)
+            stack.enter_context(experts.observed(module, reach))
 
     def _reached(self, index: int, read: Read, pauses: bool) -> None:
         """A batch is about to run a layer."""
@@ -339,6 +361,11 @@ class Calibration:
         if self._twins is not None and self._twins.running:
             self._place = (index, 0)
             self._twins.reached(index, read, self._done, self._switch)
+            return
+        shadow = self._shadows.running
+        read.visit = self._padding.visit(read.batch, index, shadow=shadow)
+        if shadow:
+            self._shadow_reached(index, read, pauses)
             return
         if index in self._done:
             counted, promised = self._counted.get(index, set()), self._promised.get(index)
@@ -358,11 +385,31 @@ class Calibration:
         else:
             if self._gathering.run_through(index, read):
                 self.usage.revisited.add(self.targets[index].name)
-            missing = self._missing.get(read.batch)
-            if missing is not None:
-                missing.discard(index)
-                if not missing:  # what is left of the dense pass would be thrown away
-                    raise _AllReached
+            self._no_more_missing(index)
+
+    def _shadow_reached(self, index: int, read: Read, pauses: bool) -> None:
+        """A shadow is about to run a layer."""
+        if index in self._done:
+            return
+        self._padding.note(read.batch, index, read.visit, read.rows())
+        if pauses and self._pausing:
+            self._pause((index, 0))
+        else:
+            self._no_more_missing(index)
+
+    def _no_more_missing(self, index: int) -> None:
+        """In a block's dense pass: once all layers were reached the rest would be thrown away."""
+        missing = self._missing.get(self._current)
+        if missing is not None:
+            missing.discard(index)
+            if not missing:
+                raise _AllReached
+
+    def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
+        """Which of the rows that a batch reads are tokens'."""
+        whole = read.x is not None and self.batches[read.batch].is_whole(read.x)
+        name = self.targets[index].name
+        return self._padding.tokens(read.batch, index, read.visit, rows, name, whole=whole)
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
@@ -372,9 +419,11 @@ class Calibration:
         def twice(*args: Any, **kwargs: Any) -> Any:
             if place not in self._done and self._pausing:
                 self._missing[self._current] = set(self._members[place])
-                with suppress(_AllReached):
-                    forward(*args, **kwargs)
-                self._missing.pop(self._current, None)
+                try:
+                    with suppress(_AllReached):
+                        forward(*args, **kwargs)
+                finally:
+                    self._missing.pop(self._current, None)
                 self._pause((place, 0))
             return forward(*args, **kwargs)
 
@@ -387,6 +436,7 @@ class Calibration:
         assert self._ends is not None
         last, alpha, forward = members[-1], self._ends.alpha, module.forward
         self._units[last] = Unit(name, module, [self.targets[i] for i in members])
+        ended_once: set[tuple[int, bool]] = set()
 
         @put_on(stack, module)
         def ended(*args: Any, **kwargs: Any) -> Any:
@@ -399,16 +449,24 @@ class Calibration:
                 if not self._wants_twins(batch):
                     raise TwinDone
                 return out
-            if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
+            shadow = self._shadows.running
+            if not self._done.isdisjoint(members) or (batch, shadow) in ended_once:
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
+            ended_once.add((batch, shadow))
+            if shadow:
+                given = floats_of(forward(*args, **kwargs))
+                self._padding.note(batch, (last, 1), 0, [_rows(t) for t in given])
+                self._pause((last, 1))
+                return passively(*args, **kwargs)
             wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
-            forward(*args, **kwargs)
+            given = floats_of(forward(*args, **kwargs))
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
                 pairs = zip(wanted, dense, strict=True)
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
-                counts = [self._token_mask(name, t.shape) for t in wanted]
+                rows = [_rows(t) for t in given]
+                counts = self._padding.tokens(batch, (last, 1), 0, rows, name, whole=True)
                 unit.calls.append(Call(args, kwargs, wanted, counts, batch))
             self._pause((last, 1))
             return passively(*args, **kwargs)
@@ -456,3 +514,8 @@ class Calibration:
         for index in siblings:
             self._promised[index], self._counted[index] = found[place].sources, set()
         return siblings
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A unit's output as a matrix."""
+    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)

@@ -15,11 +15,13 @@ Rows = Callable[[], list[Tensor]]
 
 @dataclass(eq=False)
 class Read:
-    """One batch reading one tensor at one layer. `x` is None where nothing can be shared."""
+    """One batch reading one tensor at one layer. `x` is None where nothing can be shared; `visit`
+    counts the batch's reads of that layer."""
 
     batch: int
     x: Tensor | None
     rows: Rows
+    visit: int = 0
 
 
 class Sources:

@@ -107,19 +107,17 @@ def view_of(module: nn.Module, shape: Sequence[int]) -> View:
     return View("linear", 1, shape[0], shape[1], shape[1])
 
 
-def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None) -> list[Tensor]:
+def input_rows(module: nn.Module, x: Tensor) -> list[Tensor]:
     """A layer's input as one (tokens, cols) matrix a group, in the order of `View.cols`.
 
     Args:
         module: a linear or convolution layer.
         x: its input, (..., in) for linear layers, (batch, in, *space) or unbatched for
             convolutions.
-        keep: bool, the leading shape of x for linear layers: tokens that count; None = all.
     """
     if isinstance(module, ConvNd):
         return list(_patches(module, x).unbind(0))
-    rows = x.reshape(-1, x.shape[-1])
-    return [rows if keep is None else rows[keep.reshape(-1)]]
+    return [x.reshape(-1, x.shape[-1])]
 
 
 def _patches(conv: ConvNd, x: Tensor) -> Tensor:

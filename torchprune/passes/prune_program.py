@@ -8,7 +8,7 @@ parameter; its name, and so what selectors and defaults make of it, is the param
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,8 +22,9 @@ from tqdm import tqdm
 from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration.padding import Padding, counted
 from torchprune.errors import CalibrationError, SpecError
-from torchprune.masking.matrices import ConvNd, TransposedLinear, geometry, input_rows
+from torchprune.masking.matrices import TransposedLinear, geometry, input_rows
 from torchprune.masking.packing import masked
 from torchprune.masking.targets import Target, make_plan
 from torchprune.masking.transaction import Change
@@ -249,6 +250,7 @@ class _Run:
     ) -> None:
         self._program, self._decider, self._batches = program, decider, batches
         self._spec = decider.spec
+        self._padding = Padding(program.module(), batches)
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
         self._uses = sorted(uses, key=lambda use: self._at[use.node])
@@ -265,19 +267,20 @@ class _Run:
     def changes(self, sequential: str) -> Iterator[Change]:
         """The changes of all layers, in the order of the graph."""
         envs = [self._begin(batch) for batch in self._batches]
+        shadows = {i: self._begin(self._padding.shadow(i)) for i in self._padding.shadowed()}
         at = 0
         for group in self._groups(sequential):
             first = self._at[group[0].node]
-            for env in envs:
+            for env in (*envs, *shadows.values()):
                 self._advance(env, at, first)
             at = first
-            stop = self._statistics(envs, group)
+            stop = self._statistics(envs, shadows, group)
             with modes.exact():
                 for change in self._decider.changes(stop):
                     use = next(u for u in group if u.target is change.target)
                     weight = change.target.weight if change.values is None else change.values
                     new = masked(weight.to(change.target.weight.dtype), change.mask)
-                    for env in envs:
+                    for env in (*envs, *shadows.values()):
                         use.place.replace(env, new)
                     yield change
 
@@ -295,7 +298,7 @@ class _Run:
         return list(groups.values())
 
     def _statistics(
-        self, envs: Sequence[Env], group: Sequence[_Use]
+        self, envs: Sequence[Env], shadows: Mapping[int, Env], group: Sequence[_Use]
     ) -> list[tuple[Target, Moments]]:
         """What the layers of a group read, from copies of the environments that run on to each."""
         spec, shared = self._spec, dict[tuple[Node, object], Moments]()
@@ -315,15 +318,17 @@ class _Run:
                     )
             moments[use.node] = shared[key]
         sample = 0 if spec.needs_gram else -(-SAMPLE_ROWS // len(self._batches))
-        for batch, env in zip(self._batches, envs, strict=True):
-            ahead, at, counted = dict(env), self._at[group[0].node], set()
-            for use in group:
-                self._advance(ahead, at, self._at[use.node])
-                at = self._at[use.node]
-                own = moments[use.node]
-                if id(own) not in counted:
-                    counted.add(id(own))
-                    self._count(own, use, ahead[use.place.input], batch, sample)
+        first_of = {id(moments[use.node]): use for use in reversed(group)}
+        for index, env in enumerate(envs):
+            if index in shadows:
+                for use, x in self._ahead(shadows[index], group):
+                    if first_of[id(moments[use.node])] is use:
+                        rows = input_rows(use.target.layer.module, x)
+                        self._padding.note(index, use.node, 0, rows)
+            for use, x in self._ahead(env, group):
+                if first_of[id(moments[use.node])] is use:
+                    self._count(moments[use.node], use, x, index, sample)
+            self._padding.forget(index)
         for use in group:
             own = moments[use.node]
             with modes.exact():
@@ -334,13 +339,20 @@ class _Run:
                 )
         return [(use.target, moments[use.node]) for use in group]
 
-    def _count(self, moments: Moments, use: _Use, x: Tensor, batch: Batch, sample: int) -> None:
-        module = use.target.layer.module
-        keep = None
-        if not isinstance(module, ConvNd):
-            keep = batch.token_mask(x.shape[:-1], use.target.name, encoder_decoder=False)
+    def _ahead(self, env: Env, group: Sequence[_Use]) -> Iterator[tuple[_Use, Tensor]]:
+        """What each layer of a group reads, from a copy of an environment that runs on to it."""
+        ahead, at = dict(env), self._at[group[0].node]
+        for use in group:
+            self._advance(ahead, at, self._at[use.node])
+            at = self._at[use.node]
+            yield use, ahead[use.place.input]
+
+    def _count(self, moments: Moments, use: _Use, x: Tensor, batch: int, sample: int) -> None:
+        whole, name = self._batches[batch].is_whole(x), use.target.name
+        rows = input_rows(use.target.layer.module, x)
+        counts = self._padding.tokens(batch, use.node, 0, rows, name, whole=whole)
         with modes.exact():
-            moments.add(input_rows(module, x, keep), sample)
+            moments.add(counted(rows, counts), sample)
 
     def _begin(self, batch: Batch) -> Env:
         flat = self._program._graph_module_flat_inputs(batch.args, batch.kwargs)

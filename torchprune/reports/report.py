@@ -40,6 +40,7 @@ class RunRecord:
     def finish(self, batches: int, usage: Usage) -> None:
         """Note what calibration used."""
         self.batches, self.peak_held_bytes = batches, usage.peak_held_bytes
+        self.notes += usage.notes
         for name in sorted(usage.revisited):
             self.notes.append(
                 f"{name} is used more than once in a forward pass: its statistics are from "

@@ -191,14 +191,16 @@ class Padding:
                 return alike
             self._all(known, name)
             return None
-        same = mine.exact == other.exact
-        if bool(same.all()):
+        same, empty = mine.exact == other.exact, mine.exact == 0
+        if bool(same.all()) and not bool(empty.any()):
             return None
         lays, far = _laid(known.masks, len(mine)), distances(mine, other)
         near = same | (far <= mine.tolerance)
         for alike in (same, near):
-            if (lay := _consistent(lays, alike)) is not None:
+            if (lay := _consistent(lays, alike, empty)) is not None:
                 return lay.tokens
+        if bool(same.all()):
+            return None
         if (lay := _set_apart(lays, far)) is not None:
             return lay.tokens
         if 2 * int(same.sum()) < int(near.sum()):
@@ -281,14 +283,15 @@ def _laid(masks: Sequence[PadMask], count: int) -> list[_Lay]:
     return found
 
 
-def _consistent(lays: Sequence[_Lay], alike: Tensor) -> _Lay | None:
-    """The lay all of whose tokens' rows are alike, with most of the padding's that are not."""
+def _consistent(lays: Sequence[_Lay], alike: Tensor, empty: Tensor) -> _Lay | None:
+    """The lay all of whose tokens' rows are alike, with most of the padding's that are not, or that
+    are all zeros (attention gives these to a query that may attend to nothing)."""
     best, most = None, 0.5
     for lay in lays:
         if bool((lay.tokens & ~alike).any()):
             continue
         pads = ~lay.tokens
-        share = float((pads & ~alike).sum()) / max(1, int(pads.sum()))
+        share = float((pads & (empty | ~alike)).sum()) / max(1, int(pads.sum()))
         if share > most or (best is None and share == most):
             best, most = lay, share
     return best

@@ -91,7 +91,8 @@ def nearest(mine: Prints, other: Prints) -> Tensor:
 
 
 def _length(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1)
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return length
 
 
 def _at_least(lengths: Tensor) -> Tensor:

@@ -43,12 +43,13 @@ def with_pad_of(model: nn.Module, scale: float) -> nn.Module:
         torch.manual_seed(int(1000 * scale))
         seen = set()
         for module in model.modules():
-            if isinstance(module, nn.Embedding) and len(module.weight) == VOCABULARY:
-                if id(module.weight) not in seen:
-                    seen.add(id(module.weight))
-                    usual = module.weight.float().std()
-                    noise = torch.randn(module.weight.shape[1]) * scale * usual * 5
-                    module.weight[PAD] = noise.to(module.weight.dtype)
+            if not isinstance(module, nn.Embedding) or len(module.weight) != VOCABULARY:
+                continue
+            if id(module.weight) not in seen:
+                seen.add(id(module.weight))
+                usual = module.weight.float().std()
+                noise = torch.randn(module.weight.shape[1]) * scale * usual * 5
+                module.weight[PAD] = noise.to(module.weight.dtype)
     return model
 
 
@@ -62,7 +63,8 @@ def pruned(model: nn.Module, data: list[Any], spec: Any, **options: Any) -> nn.M
 def agreeing(one: nn.Module, two: nn.Module) -> float:
     """The share of mask entries that are the same."""
     first, second = torchprune.masks(one), torchprune.masks(two)
-    assert first.keys() == second.keys() and first
+    assert first
+    assert first.keys() == second.keys()
     same = sum(int((first[name] == second[name]).sum()) for name in first)
     return same / sum(mask.numel() for mask in first.values())
 
@@ -190,7 +192,7 @@ class Listed(nn.Module):
         for number, expert in enumerate(self.experts):
             row, slot = (chosen == number).nonzero(as_tuple=True)
             if len(row):
-                out.index_add_(0, row, expert(rows[row]) * shares[row, slot, None])
+                out.index_add_(0, row, (expert(rows[row]) * shares[row, slot, None]).to(out.dtype))
         return out.view_as(x)
 
 

@@ -407,9 +407,9 @@ class Calibration:
 
     def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
         """Which of the rows that a batch reads are tokens'."""
-        whole = read.x is not None and self.batches[read.batch].is_whole(read.x)
+        loose = read.x is None or read.x.dim() == 2
         name = self.targets[index].name
-        return self._padding.tokens(read.batch, index, read.visit, rows, name, whole=whole)
+        return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
@@ -466,7 +466,7 @@ class Calibration:
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
                 rows = [_rows(t) for t in given]
-                counts = self._padding.tokens(batch, (last, 1), 0, rows, name, whole=True)
+                counts = self._padding.tokens(batch, (last, 1), 0, rows, name, loose=False)
                 unit.calls.append(Call(args, kwargs, wanted, counts, batch))
             self._pause((last, 1))
             return passively(*args, **kwargs)

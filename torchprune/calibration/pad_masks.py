@@ -21,6 +21,9 @@ from torchprune.calibration.nested import Path, tensors_in
 _SHUT = -1e3
 """A bias on attention scores at or below which nothing is attended."""
 
+_IGNORED = -100
+"""The label that torch's losses leave out unless told otherwise."""
+
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
@@ -113,7 +116,18 @@ def readings_of(leaves: Sequence[Leaf]) -> list[PadMask]:
         whole = with_contents(mask, others, found)
         if whole.contents:
             kept.append(whole)
-    return kept
+    return [*kept, *_ignored(leaves)]
+
+
+def _ignored(leaves: Sequence[Leaf]) -> Iterator[PadMask]:
+    """Labels that no loss counts, for models that make a decoder's input of labels."""
+    for leaf in leaves:
+        x = leaf.tensor
+        if x.dim() == 2 and x.dtype == torch.int64 and bool((x < 0).any()):
+            tokens = x != _IGNORED
+            if bool((x.clamp_max(0) == torch.where(tokens, 0, x)).all()):
+                content = Content(leaf, "items first")
+                yield PadMask(leaf.path, leaf.name, False, tokens, (content,))
 
 
 def with_contents(mask: PadMask, leaves: Sequence[Leaf], rivals: Sequence[PadMask] = ()) -> PadMask:
@@ -224,6 +238,15 @@ def _alike(one: str, two: str) -> int:
 
 
 # -- other content ---------------------------------------------------------------------------------
+
+
+def opened(x: Tensor, mask: PadMask) -> Tensor:
+    """A mask that masks nothing, of two axes as it was."""
+    return (
+        torch.zeros_like(x)
+        if mask.inverted or (x.is_floating_point() and bool((x < 0).any()))
+        else torch.ones_like(x)
+    )
 
 
 def changed(x: Tensor, mask: PadMask, content: Content, variant: int) -> Tensor:

@@ -6,7 +6,7 @@ the mask is the one under which the rows of tokens stay as they are when the pad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchprune.calibration.pad_masks import (
     PadMask,
     changed,
     leaves_of,
+    opened,
     readings_of,
     with_contents,
 )
@@ -88,25 +89,40 @@ def _tried(model: nn.Module, batch: Batch, rivals: Sequence[PadMask]) -> PadMask
     """The reading that changed padding bears out best, or None."""
     usual = _seen(model, batch)
     best: PadMask | None = None
-    most = (0, False, 0)
+    most: tuple[object, ...] = ()
     for mask in rivals:
         new = {c.leaf.path: changed(c.leaf.tensor, mask, c, 0) for c in mask.contents}
-        args, kwargs = mapped((batch.args, batch.kwargs), _put(new))
-        try:
-            other = _seen(model, Batch(args, kwargs))
-        except Exception:  # whatever the model has against this content, it bears nothing out
-            continue
-        good, bad = _borne_out(mask.tokens, usual, other)
+        good, bad = _borne_out(mask.tokens, usual, _seen_with(model, batch, new))
         named = "mask" in mask.name.lower()
-        if (bad and not named) or not good:
+        if not good or (bad and not named):
             continue
-        if best is None or (good - bad, named, -int(mask.inverted)) > most:
-            best, most = mask, (good - bad, named, -int(mask.inverted))
+        # Where nothing comes after padding but what may not attend to it, or nothing before it but
+        # what may not look ahead, either reading bears out: then what is masked must matter.
+        masks = len(rivals) > 1 and _matters(model, batch, mask, usual)
+        score = (not bad, masks, good - bad, named, not mask.inverted)
+        if best is None or score > most:
+            best, most = mask, score
     return best
 
 
-def _put(new: dict[Path, Tensor]) -> Callable[[Path, Tensor], Tensor]:
-    return lambda path, x: new.get(path, x)
+def _matters(model: nn.Module, batch: Batch, mask: PadMask, usual: _Seen) -> bool:
+    """Whether tokens' rows change when nothing is masked."""
+    x = dict(tensors_in((batch.args, batch.kwargs)))[mask.path]
+    if x.dim() > 2:
+        return False
+    return (
+        _borne_out(mask.tokens, usual, _seen_with(model, batch, {mask.path: opened(x, mask)}))[1]
+        > 0
+    )
+
+
+def _seen_with(model: nn.Module, batch: Batch, new: Mapping[Path, Tensor]) -> _Seen:
+    """What the model reads of a batch with other tensors; nothing if it refuses them."""
+    args, kwargs = mapped((batch.args, batch.kwargs), lambda path, x: new.get(path, x))
+    try:
+        return _seen(model, Batch(args, kwargs))
+    except Exception:  # whatever it has against them, they bear nothing out
+        return []
 
 
 def _seen(model: nn.Module, batch: Batch) -> _Seen:

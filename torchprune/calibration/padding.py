@@ -134,26 +134,26 @@ class Padding:
         rows: Sequence[Tensor],
         name: str,
         *,
-        whole: bool,
+        loose: bool,
     ) -> list[Tensor | None]:
         """Which rows of what a batch reads are tokens': per group bool, None if all are.
 
         Args:
             name: of the layer, for the report.
-            whole: whether all of the batch comes here, and not what a router chose.
+            loose: whether rows that a router chose may come here, and not all of the batch's.
         """
         known = self._known.get(index)
         if known is None:
             return [None] * len(rows)
         seen = known.seen.get(place, {}).get(visit)
-        if known.blind or (seen is None and whole):
+        if known.blind or (seen is None and not loose):
             return [self._unseen(known, len(x), name) for x in rows]
         with modes.exact():
             found = []
             for group, x in enumerate(rows):
                 other = None if seen is None else seen[group]
                 mine = prints_of(x, None if other is None else other.scale)
-                found.append(self._compared(known, mine, other, name, whole=whole))
+                found.append(self._compared(known, mine, other, name, loose=loose))
         return found
 
     def notes(self) -> Iterator[str]:
@@ -180,14 +180,14 @@ class Padding:
         return None
 
     def _compared(
-        self, known: _Known, mine: Prints, other: Prints | None, name: str, *, whole: bool
+        self, known: _Known, mine: Prints, other: Prints | None, name: str, *, loose: bool
     ) -> Tensor | None:
-        none = torch.zeros_like(mine.exact, dtype=torch.bool)
         if not len(mine):
             return None
         if other is None or len(other) != len(mine):
-            alike = none if other is None else _explained(found_in(mine, other), mine, other)
-            if bool(alike.any()) or not (known.leaked or whole):
+            none = torch.zeros_like(mine.exact, dtype=torch.bool)
+            alike = none if other is None else _found(mine, other)
+            if bool(alike.any()) or (loose and not known.leaked):
                 return alike
             self._all(known, name)
             return None
@@ -203,12 +203,17 @@ class Padding:
             return None
         if (lay := _set_apart(lays, far)) is not None:
             return lay.tokens
+        if loose and not lays:  # rows may have come here by other ways, in another order
+            alike = same | _found(mine, other)
+            if known.leaked and not bool(alike.any()):
+                self._all(known, name)
+                return None
+            return alike
         if 2 * int(same.sum()) < int(near.sum()):
             same = near
-        if not whole or not lays:  # rows may have come here by other ways, in another order
-            alike = same | _explained(found_in(mine, other), mine, other)
-            if bool(alike.any()) or not (known.leaked or whole):
-                return alike
+        if not lays:
+            if bool(same.any()):
+                return same
             self._all(known, name)
             return None
         return self._leaking(known, lays, same, far, name)
@@ -309,12 +314,11 @@ def _set_apart(lays: Sequence[_Lay], far: Tensor) -> _Lay | None:
     return best
 
 
-def _explained(same: Tensor, mine: Prints, other: Prints) -> Tensor:
-    """Rows found in the other to the bit, or within rounding where that explains many more."""
-    if bool(same.all()):
-        return same
-    near = same | (nearest(mine, other) <= mine.tolerance)
-    return same if 2 * int(same.sum()) >= int(near.sum()) else near
+def _found(mine: Prints, other: Prints) -> Tensor:
+    """Rows that the other has too, to the bit or within rounding: where other rows go through the
+    same products, these round otherwise."""
+    same = found_in(mine, other)
+    return same if bool(same.all()) else same | (nearest(mine, other) <= mine.tolerance)
 
 
 def _few(names: Sequence[str]) -> str:

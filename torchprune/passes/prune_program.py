@@ -348,9 +348,9 @@ class _Run:
             yield use, ahead[use.place.input]
 
     def _count(self, moments: Moments, use: _Use, x: Tensor, batch: int, sample: int) -> None:
-        whole, name = self._batches[batch].is_whole(x), use.target.name
+        loose, name = x.dim() == 2, use.target.name
         rows = input_rows(use.target.layer.module, x)
-        counts = self._padding.tokens(batch, use.node, 0, rows, name, whole=whole)
+        counts = self._padding.tokens(batch, use.node, 0, rows, name, loose=loose)
         with modes.exact():
             moments.add(counted(rows, counts), sample)
 

@@ -187,7 +187,7 @@ def _by_cosine(
             if shadow:
                 padding.note(current, name, visit, [rows])
                 return
-            (keep,) = padding.tokens(current, name, visit, [rows], name, whole=True)
+            (keep,) = padding.tokens(current, name, visit, [rows], name, loose=False)
             apart = 1 - torch.cosine_similarity(one.float(), two.float(), dim=-1).flatten()
             apart = apart if keep is None else apart[keep]
             turned[name] += float(apart.sum())

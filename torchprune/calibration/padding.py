@@ -209,30 +209,36 @@ class Padding:
                 self._all(known, name)
                 return None
             return alike
-        if 2 * int(same.sum()) < int(near.sum()):
-            same = near
-        if not lays:
-            if bool(same.any()):
-                return same
-            self._all(known, name)
-            return None
-        return self._leaking(known, lays, same, far, name)
+        if lays := lays or _stretched(known.masks, len(mine)):
+            return self._by_item(known, lays, same, near, name)
+        alike = same if 2 * int(same.sum()) >= int(near.sum()) else near
+        if bool(alike.any()):
+            return alike
+        self._all(known, name)
+        return None
 
-    def _leaking(
-        self, known: _Known, lays: Sequence[_Lay], alike: Tensor, far: Tensor, name: str
+    def _by_item(
+        self,
+        known: _Known,
+        lays: Sequence[_Lay],
+        same: Tensor,
+        near: Tensor,
+        name: str,
     ) -> Tensor:
-        """Rows of all items, of some of which padding may have reached all."""
-        lay = max(lays, key=lambda one: one.gap(far, alike))
+        """Rows of all items, of which some read padding beside tokens (a convolution's at the edge)
+        or, in some items, padding reached all."""
+        lay = max(lays, key=lambda one: one.fit(same))
         if known.given:
             return lay.tokens
-        count = int(lay.items.max()) + 1
-        seen = torch.zeros(count, dtype=torch.int64, device=alike.device)
-        seen.index_add_(0, lay.items, (alike & lay.tokens).long())
-        drowned = (seen == 0)[lay.items]
-        if bool((drowned & lay.tokens).any()):
+        of_all, of_same, of_near = (
+            lay.by_item(rows) for rows in (lay.tokens, same & lay.tokens, near & lay.tokens)
+        )
+        drowned = (of_near < of_all) & (2 * of_same < of_near.clamp_min(1))
+        if bool(drowned.any()):
             known.leaked = True
             self._by_mask[name] = None
-        return torch.where(drowned, lay.tokens, alike)
+        exactly = (2 * of_same >= of_near)[lay.items]
+        return torch.where(drowned[lay.items], lay.tokens, torch.where(exactly, same, near))
 
     def _all(self, known: _Known, name: str) -> None:
         known.leaked = True
@@ -257,12 +263,17 @@ class _Lay:
     tokens: Tensor
     items: Tensor
 
-    def gap(self, far: Tensor, alike: Tensor) -> tuple[float, float]:
-        """How much of the padding differs, and how much farther it is than tokens are."""
+    def by_item(self, rows: Tensor) -> Tensor:
+        """How many of some rows each item has."""
+        count = torch.zeros(int(self.items.max()) + 1, dtype=torch.int64, device=rows.device)
+        return count.index_add_(0, self.items, rows.long())
+
+    def fit(self, same: Tensor) -> tuple[float, int]:
+        """How much of the padding differs, and how many items' tokens do all or not at all."""
         pads = ~self.tokens
-        differing = float((pads & ~alike).sum()) / max(1, int(pads.sum()))
-        mine = far[self.tokens].median() if bool(self.tokens.any()) else far.new_zeros(())
-        return differing, float(far[pads].median() / mine.clamp_min(1e-12))
+        differing = float((pads & ~same).sum()) / max(1, int(pads.sum()))
+        count, alike = self.by_item(self.tokens), self.by_item(self.tokens & same)
+        return differing, int(((alike == 0) | (alike == count)).sum())
 
 
 def _laid(masks: Sequence[PadMask], count: int) -> list[_Lay]:
@@ -285,6 +296,19 @@ def _laid(masks: Sequence[PadMask], count: int) -> list[_Lay]:
             )
             if not any(torch.equal(one, lay.tokens) for lay in found):
                 found.append(_Lay(one, two))
+    return found
+
+
+def _stretched(masks: Sequence[PadMask], count: int) -> list[_Lay]:
+    """Masks laid item by item over rows of which an item has more or fewer than positions."""
+    found = []
+    for mask in masks:
+        items, length = mask.tokens.shape
+        each, rest = divmod(count, items)
+        if not rest and each:
+            place = (2 * torch.arange(each, device=mask.tokens.device) + 1) * length // (2 * each)
+            owner = torch.arange(items, device=place.device).repeat_interleave(each)
+            found.append(_Lay(mask.tokens[:, place].reshape(-1), owner))
     return found
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprune.calibration.items import as_call, as_example, columns_of, is_dataset
 from torchprune.calibration.nested import mapped, tensors_in
+from torchprune.calibration.token_masks import TokenMask, token_mask_of
 from torchprune.errors import CalibrationError
 
 ACCEPTED_DATA = (
     "data must be an iterable of batches, each a tensor (passed positionally), a tuple or list "
-    "(positional) or a mapping (keywords): a DataLoader, a list of token tensors, a generator"
+    "(positional) or a mapping (keywords): a DataLoader, a list of token tensors, a generator, or "
+    "a datasets.Dataset, each row of which is a batch of one"
 )
 
 TEXTS_NEED_A_TOKENIZER = (
@@ -67,13 +70,29 @@ class Batch:
         return any(part.numel() == len(x) for part in leading)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What was read of the data.
+
+    Attributes:
+        batches: on the model's device.
+        more: whether more were offered than were to be read.
+        strangers: columns that the model does not take.
+    """
+
+    batches: list[Batch]
+    more: bool
+    strangers: tuple[str, ...] = ()
+
+
 def read_batches(
-    data: Iterable[Any], model: nn.Module, max_batches: int
-) -> tuple[list[Batch], bool]:
-    """Up to `max_batches` batches on the model's device, and whether more were offered.
+    data: Iterable[Any], model: nn.Module, max_batches: int, token_mask: TokenMask = None
+) -> Taken:
+    """Up to `max_batches` batches on the model's device.
 
     Raises:
-        CalibrationError: data is no iterable of batches, or is empty.
+        CalibrationError: data is no iterable of batches, or is empty; or a token mask does not
+            belong to them.
     """
     if isinstance(data, Tensor):
         raise CalibrationError(
@@ -86,26 +105,40 @@ def read_batches(
     if max_batches < 1:
         raise CalibrationError(f"max_batches must be at least 1, got {max_batches}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    taken = islice(iter(data), max_batches + 1)
+    takes, rows = columns_of(model, token_mask), is_dataset(data)
     batches: list[Batch] = []
-    for item in taken:
+    strangers: dict[str, None] = {}
+    for item in islice(iter(data), max_batches + 1):
         if len(batches) == max_batches:
-            return batches, True
-        batches.append(_as_batch(item, device))
+            return Taken(batches, True, tuple(strangers))
+        tokens = token_mask_of(token_mask, item, len(batches))
+        whole = as_call(as_example(item) if rows else item, model)
+        batch = _as_batch(whole, device, tokens)
+        unknown = [name for name, value in batch.kwargs.items() if not takes(name, value)]
+        if len(unknown) < len(batch.kwargs):  # else the model says best what it takes
+            for name in unknown:
+                batch.kwargs.pop(name, None)
+            strangers.update(dict.fromkeys(unknown))
+        batches.append(batch)
     if not batches:
         raise CalibrationError("data holds no batches (an exhausted generator?)")
-    return batches, False
+    return Taken(batches, False, tuple(strangers))
 
 
-def _as_batch(item: Any, device: torch.device) -> Batch:
+def _as_batch(item: Any, device: torch.device, tokens: Tensor | None) -> Batch:
     if _is_text(item):
         raise CalibrationError(f"a batch is text ({type(item).__name__}); {TEXTS_NEED_A_TOKENIZER}")
+
+    def moved(_: object, value: Tensor) -> Tensor:
+        return value.to(device)
+
+    tokens = None if tokens is None else tokens.to(device)
     if isinstance(item, Tensor):
-        return Batch((_moved(item, device),), {})
+        return Batch((item.to(device),), {}, tokens)
     if isinstance(item, Mapping):
-        return Batch((), {str(k): _moved(v, device) for k, v in item.items()})
+        return Batch((), {str(k): mapped(v, moved) for k, v in item.items()}, tokens)
     if isinstance(item, tuple | list):
-        return Batch(tuple(_moved(v, device) for v in item), {})
+        return Batch(tuple(mapped(v, moved) for v in item), {}, tokens)
     raise CalibrationError(f"a batch is a {type(item).__name__}; {ACCEPTED_DATA}")
 
 
@@ -117,7 +150,3 @@ def _is_text(item: Any) -> bool:
         texts = any(map(_is_text, item))
         return texts and not any(isinstance(value, Tensor) for value in item)
     return isinstance(item, str)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ from torchprune.calibration.pad_masks import (
 from torchprune.calibration.row_prints import Prints, distances, prints_of
 
 _Seen = list[tuple[torch.Size, Prints]]
+_Decided = dict[tuple[object, ...], set[tuple[Path, bool]]]
+"""What trying one batch told, for others of its form."""
 
 
 def masks_of_all(model: nn.Module, batches: Sequence[Batch]) -> dict[int, list[PadMask]]:
     """The masks of every batch that holds padding, by its number."""
     found: dict[int, list[PadMask]] = {}
-    decided: dict[tuple[object, ...], set[tuple[Path, bool]]] = {}
+    decided: _Decided = {}
     for index, batch in enumerate(batches):
         masks = _given(model, batch) if batch.tokens is not None else _found(model, batch, decided)
         if masks:
@@ -51,9 +54,7 @@ def _given(model: nn.Module, batch: Batch) -> list[PadMask]:
     return [with_contents(PadMask((), "", False, tokens), rest)]
 
 
-def _found(
-    model: nn.Module, batch: Batch, decided: dict[tuple[object, ...], set[tuple[Path, bool]]]
-) -> list[PadMask]:
+def _found(model: nn.Module, batch: Batch, decided: _Decided) -> list[PadMask]:
     readings = readings_of(leaves_of(batch, model.forward))
     together: dict[Path, list[PadMask]] = {}
     for mask in readings:
@@ -69,7 +70,28 @@ def _found(
             best = _tried(model, batch, rivals)
             decided[key] = set() if best is None else {best.key}
         masks += [mask for mask in rivals if mask.key in decided[key]]
-    return masks
+    return [_with_its_own(model, batch, mask, decided) for mask in masks]
+
+
+def _with_its_own(model: nn.Module, batch: Batch, mask: PadMask, decided: _Decided) -> PadMask:
+    """A mask with the first of its contents and those others that it masks too.
+
+    Vectors of as many positions may be an image's.
+    """
+    first, *others = mask.contents
+    if not others:
+        return mask
+    key = ("contents", mask.key, first.leaf.path, *(c.leaf.path for c in others))
+    if key not in decided:
+        usual = _seen(model, batch)
+        decided[key] = set()
+        for content in others:
+            new = {content.leaf.path: changed(content.leaf.tensor, mask, content, 0)}
+            good, bad = _borne_out(mask.tokens, usual, _seen_with(model, batch, new))
+            if good and not bad:
+                decided[key].add((content.leaf.path, False))
+    own = [c for c in others if (c.leaf.path, False) in decided[key]]
+    return replace(mask, contents=(first, *own))
 
 
 def _different(masks: Sequence[PadMask]) -> list[PadMask]:

@@ -8,7 +8,7 @@ parameter; its name, and so what selectors and defaults make of it, is the param
 from __future__ import annotations
 
 from collections import ChainMap, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration.padding import Padding, counted
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.packing import masked
 from torchprune.masking.parts import covered
@@ -50,15 +51,10 @@ class _Use:
         view, pairs = self.target.view, zip(self.reads, self._spans, strict=True)
         return view.groups, view.cols, tuple((read.source, span) for read, span in pairs)
 
-    def rows(self, number: int, env: Env, batch: Batch) -> list[Tensor]:
+    def rows(self, number: int, env: Env) -> list[Tensor]:
         """What a read's product is about to multiply, by the groups of the target."""
         read, view = self.reads[number], self.target.view
-        found, keep = read.rows(env), None
-        if read.x is not None and len(found) == 1:
-            shape = env[read.x].shape[:-1]
-            keep = batch.token_mask(shape, self.target.name, encoder_decoder=False)
-        if keep is not None:
-            found = [found[0][keep.reshape(-1)]]
+        found = read.rows(env)
         stack = [found[0].new_empty(0, view.cols)] * view.groups
         for one in self._spans[number]:
             stack[one.group] = found[one.own][:, one.start : one.start + view.cols]
@@ -156,6 +152,7 @@ class _Run:
     ) -> None:
         self._program, self._decider, self._batches = program, decider, batches
         self._spec, self._blocks = decider.spec, blocks
+        self._padding = Padding(program.module(), batches)
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
         self._uses = list(uses)
@@ -171,20 +168,23 @@ class _Run:
         its inputs are known; those pruned together, before the first.
         """
         envs = [self._begin(batch) for batch in self._batches]
+        shadows = {i: self._begin(self._padding.shadow(i)) for i in self._padding.shadowed()}
         at = 0
         for group in self._groups(sequential):
             places = [self._at[read.node] for use in group for read in use.reads]
             stop = max(places) if sequential == "layer" else min(places)
-            for batch, env in zip(self._batches, envs, strict=True):
-                self._advance(env, at, stop, batch)
+            for index, env in enumerate(envs):
+                if index in shadows:
+                    self._advance(shadows[index], at, stop, index, shadow=True)
+                self._advance(env, at, stop, index)
             at = stop
-            found = self._statistics(envs, group)
+            found = self._statistics(envs, shadows, group)
             with modes.exact():
                 for change in self._decider.changes(found):
                     use = next(u for u in group if u.target is change.target)
                     weight = change.target.weight if change.values is None else change.values
                     new = masked(weight.to(change.target.weight.dtype), change.mask)
-                    for env in envs:
+                    for env in (*envs, *shadows.values()):
                         use.replace(env, new)
                     yield change
 
@@ -206,7 +206,7 @@ class _Run:
         return list(groups.values())
 
     def _statistics(
-        self, envs: Sequence[Env], group: Sequence[_Use]
+        self, envs: Sequence[Env], shadows: Mapping[int, Env], group: Sequence[_Use]
     ) -> list[tuple[Target, Moments]]:
         """What the layers of a group read, from copies of the environments that run on to each."""
         shared: dict[Hashable, Moments] = {}
@@ -223,12 +223,14 @@ class _Run:
                 numbers = list(range(len(use.reads)))
             counting += [(self._at[use.reads[n].node], use, n) for n in numbers]
         counting.sort(key=lambda item: item[0])
-        for batch, env in zip(self._batches, envs, strict=True):
-            ahead, at = dict(env), counting[0][0]
-            for place, use, number in counting:
-                self._advance(ahead, at, place)
-                at = place
-                self._count(moments[use], use, number, ahead, batch)
+        for index, env in enumerate(envs):
+            for shadow in (True, False) if index in shadows else (False,):
+                ahead, at = dict(shadows[index] if shadow else env), counting[0][0]
+                for place, use, number in counting:
+                    self._advance(ahead, at, place)
+                    at = place
+                    self._count(moments[use], use, number, ahead, index, shadow=shadow)
+            self._padding.forget(index)
         for use in group:
             own = moments[use]
             with modes.exact():
@@ -252,28 +254,48 @@ class _Run:
                 cap=spec.token_cap,
             )
 
-    def _count(self, moments: Moments, use: _Use, number: int, env: Env, batch: Batch) -> None:
+    def _count(
+        self, moments: Moments, use: _Use, number: int, env: Env, index: int, *, shadow: bool
+    ) -> None:
+        rows, place = use.rows(number, env), (use, number)
+        if shadow:
+            self._padding.note(index, place, 0, rows)
+            return
+        x = use.reads[number].x
+        loose, name = x is None or env[x].dim() == 2, use.target.name
+        counts = self._padding.tokens(index, place, 0, rows, name, loose=loose)
         sample = 0 if self._spec.needs_gram else -(-SAMPLE_ROWS // len(self._batches))
         with modes.exact():
-            moments.add(use.rows(number, env, batch), sample)
+            moments.add(counted(rows, counts), sample)
 
     def _begin(self, batch: Batch) -> Env:
         flat = self._program._graph_module_flat_inputs(batch.args, batch.kwargs)
         inputs = [node for node in self._nodes if node.op == "placeholder"]
         return dict(zip(inputs, flat, strict=True))
 
-    def _advance(self, env: Env, start: int, stop: int, counted: Batch | None = None) -> None:
+    def _advance(
+        self,
+        env: Env,
+        start: int,
+        stop: int,
+        counting: int | None = None,
+        *,
+        shadow: bool = False,
+    ) -> None:
         """Run the nodes [start, stop) on one batch; forget what nobody needs any more.
 
         Args:
-            counted: the batch, where layers that are read again later count what they meet.
+            counting: the batch's number, where layers that are read again later count what they
+                meet.
+            shadow: whether this is the batch's shadow.
         """
         self._interpreter.env = env
         for node in self._nodes[start:stop]:
-            for use, number in self._early.get(node, ()) if counted else ():
+            for use, number in self._early.get(node, ()) if counting is not None else ():
                 if use not in self._begun:
                     self._begun[use] = self._fresh(use)
-                self._count(self._begun[use], use, number, env, cast(Batch, counted))
+                assert counting is not None
+                self._count(self._begun[use], use, number, env, counting, shadow=shadow)
             if node.op != "placeholder":
                 env[node] = self._interpreter.run_node(node)
             for read in self._dying[node]:

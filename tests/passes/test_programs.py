@@ -121,19 +121,22 @@ def test_padding_does_not_count() -> None:
         assert torch.equal(found[key], mask), key
 
 
-def test_a_layer_used_twice_is_pruned_on_its_first_use() -> None:
+@pytest.mark.parametrize("sequential", ["layer", "block", "none"])
+def test_a_layer_used_twice_is_pruned_on_both_uses(sequential: str) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.last = nn.Parameter(torch.randn(8, 8))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.one(self.two(self.one(x) * 3.0))
+            return self.one(self.two(self.one(x) * torch.arange(8.0)).relu()) @ self.last
 
     model, data = Twice(), list(torch.randn(3, 5, 8))
     program = exported(model, data[0], dynamic=False)
-    pruned = torchprune.sparsify(program, WandaSpec(), data, **QUIET)
-    torchprune.sparsify(model, WandaSpec(), data, **QUIET)
+    spec = WandaSpec(sequential=sequential)
+    pruned = torchprune.sparsify(program, spec, data, **QUIET)
+    torchprune.sparsify(model, spec, data, **QUIET)
     found = masks_of(pruned)
     for key, mask in torchprune.masks(model).items():
         assert torch.equal(found[key], mask), key

@@ -8,7 +8,7 @@ parameter; its name, and so what selectors and defaults make of it, is the param
 from __future__ import annotations
 
 from collections import ChainMap, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -158,27 +158,22 @@ class _Run:
         self._spec, self._blocks = decider.spec, blocks
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
-        self._uses = list(uses)
+        self._uses = sorted(uses, key=lambda use: self._at[use.reads[0].node])
         self._interpreter = Interpreter(program.graph_module, garbage_collect_values=False)
         self._dying = self._deaths()
-        self._early: dict[Node, list[tuple[_Use, int]]] = defaultdict(list)
-        self._begun: dict[_Use, Moments] = {}
 
     def changes(self, sequential: str) -> Iterator[Change]:
-        """The changes of all layers, in the order of the graph.
-
-        One that is pruned by itself is pruned before the last product that reads it, when all of
-        its inputs are known; those pruned together, before the first.
-        """
+        """The changes of all layers, in the order of the graph: each before its first product."""
         envs = [self._begin(batch) for batch in self._batches]
+        groups = self._groups(sequential)
+        known = self._ahead(envs, self._repeated(groups))
         at = 0
-        for group in self._groups(sequential):
-            places = [self._at[read.node] for use in group for read in use.reads]
-            stop = max(places) if sequential == "layer" else min(places)
-            for batch, env in zip(self._batches, envs, strict=True):
-                self._advance(env, at, stop, batch)
-            at = stop
-            found = self._statistics(envs, group)
+        for group in groups:
+            first = self._at[group[0].reads[0].node]
+            for env in envs:
+                self._advance(env, at, first)
+            at = first
+            found = self._statistics(envs, at, group, known)
             with modes.exact():
                 for change in self._decider.changes(found):
                     use = next(u for u in group if u.target is change.target)
@@ -190,45 +185,54 @@ class _Run:
 
     def _groups(self, sequential: str) -> list[list[_Use]]:
         """Layers that are pruned on the same dense pass."""
-        first = sorted(self._uses, key=lambda use: self._at[use.reads[0].node])
         if sequential == "none":
-            return [first]
+            return [self._uses]
         if sequential == "layer":
-            for use in self._uses:
-                for number, read in enumerate(use.reads[:-1]):
-                    self._early[read.node].append((use, number))
-            return [[u] for u in sorted(first, key=lambda use: self._at[use.reads[-1].node])]
+            return [[use] for use in self._uses]
         groups: dict[tuple[str, ...], list[_Use]] = {}
-        for use in first:
+        for use in self._uses:
             path = tuple(use.target.layer.key.split("."))
             own = next((b for b in self._blocks if path[: len(b)] == b), path)
             groups.setdefault(own, []).append(use)
         return list(groups.values())
 
+    def _repeated(self, groups: Sequence[Sequence[_Use]]) -> list[_Use]:
+        """The layers read more than once, not all in one pass of a block."""
+        found = []
+        for use in self._uses:
+            start, stop = (self._at[use.reads[i].node] for i in (0, -1))
+            own = next(group for group in groups if use in group)
+            others = (
+                read for group in groups if group is not own for u in group for read in u.reads
+            )
+            within = any(start < self._at[read.node] < stop for read in others)
+            if len(use.reads) > 1 and (len(own) == 1 or within):
+                found.append(use)
+        return found
+
+    def _ahead(self, envs: Sequence[Env], uses: Sequence[_Use]) -> dict[_Use, Moments]:
+        """All that some layers read in the dense program: to be pruned before the first product
+        they must be known then."""
+        moments = {use: self._fresh(use) for use in uses}
+        self._pass(envs, 0, [(use, moments[use]) for use in uses])
+        return moments
+
     def _statistics(
-        self, envs: Sequence[Env], group: Sequence[_Use]
+        self, envs: Sequence[Env], at: int, group: Sequence[_Use], known: Mapping[_Use, Moments]
     ) -> list[tuple[Target, Moments]]:
-        """What the layers of a group read, from copies of the environments that run on to each."""
+        """What the layers of a group read, from here on with none of them pruned."""
         shared: dict[Hashable, Moments] = {}
         moments: dict[_Use, Moments] = {}
-        counting: list[tuple[int, _Use, int]] = []
+        counting = []
         for use in group:
-            if use in self._begun:
-                moments[use] = self._begun.pop(use)
-                numbers = [len(use.reads) - 1]
+            if use in known:
+                moments[use] = known[use]
             elif use.source in shared:
-                moments[use], numbers = shared[use.source], []
+                moments[use] = shared[use.source]
             else:
                 moments[use] = shared[use.source] = self._fresh(use)
-                numbers = list(range(len(use.reads)))
-            counting += [(self._at[use.reads[n].node], use, n) for n in numbers]
-        counting.sort(key=lambda item: item[0])
-        for batch, env in zip(self._batches, envs, strict=True):
-            ahead, at = dict(env), counting[0][0]
-            for place, use, number in counting:
-                self._advance(ahead, at, place)
-                at = place
-                self._count(moments[use], use, number, ahead, batch)
+                counting.append((use, moments[use]))
+        self._pass(envs, at, counting)
         for use in group:
             own = moments[use]
             with modes.exact():
@@ -239,6 +243,25 @@ class _Run:
                     f"{use.target.name}: its inputs hold inf or NaN on the calibration data"
                 )
         return [(use.target, moments[use]) for use in group]
+
+    def _pass(
+        self, envs: Sequence[Env], start: int, counting: Sequence[tuple[_Use, Moments]]
+    ) -> None:
+        """Let copies of the environments run on from a node, and count what these layers read."""
+        places = [
+            (self._at[read.node], use, number, moments)
+            for use, moments in counting
+            for number, read in enumerate(use.reads)
+        ]
+        places.sort(key=lambda place: place[0])
+        sample = 0 if self._spec.needs_gram else -(-SAMPLE_ROWS // len(self._batches))
+        for batch, env in zip(self._batches, envs, strict=True):
+            ahead, at = dict(env), start
+            for place, use, number, moments in places:
+                self._advance(ahead, at, place)
+                at = place
+                with modes.exact():
+                    moments.add(use.rows(number, ahead, batch), sample)
 
     def _fresh(self, use: _Use) -> Moments:
         spec, view = self._spec, use.target.view
@@ -252,28 +275,15 @@ class _Run:
                 cap=spec.token_cap,
             )
 
-    def _count(self, moments: Moments, use: _Use, number: int, env: Env, batch: Batch) -> None:
-        sample = 0 if self._spec.needs_gram else -(-SAMPLE_ROWS // len(self._batches))
-        with modes.exact():
-            moments.add(use.rows(number, env, batch), sample)
-
     def _begin(self, batch: Batch) -> Env:
         flat = self._program._graph_module_flat_inputs(batch.args, batch.kwargs)
         inputs = [node for node in self._nodes if node.op == "placeholder"]
         return dict(zip(inputs, flat, strict=True))
 
-    def _advance(self, env: Env, start: int, stop: int, counted: Batch | None = None) -> None:
-        """Run the nodes [start, stop) on one batch; forget what nobody needs any more.
-
-        Args:
-            counted: the batch, where layers that are read again later count what they meet.
-        """
+    def _advance(self, env: Env, start: int, stop: int) -> None:
+        """Run the nodes [start, stop) on one batch; forget what nobody needs any more."""
         self._interpreter.env = env
         for node in self._nodes[start:stop]:
-            for use, number in self._early.get(node, ()) if counted else ():
-                if use not in self._begun:
-                    self._begun[use] = self._fresh(use)
-                self._count(self._begun[use], use, number, env, cast(Batch, counted))
             if node.op != "placeholder":
                 env[node] = self._interpreter.run_node(node)
             for read in self._dying[node]:

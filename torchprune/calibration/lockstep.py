@@ -11,7 +11,8 @@ Defined behaviour at the edges:
 - A layer reached again in the same forward was pruned at its first use, on those inputs.
 - A layer no batch reaches is never yielded.
 - Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
-  then reads something else, or is not called, `Unforeseen` is raised: begin again without.
+  then reads something else, or is not called, `Unforeseen` is raised: begin again without. So it is
+  where a block's layers were found to share statistics and then read something else.
 - Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
 - An error in any batch ends the calibration; hooks are gone and the error is the model's own.
 """
@@ -37,7 +38,8 @@ from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
 from torchprune.calibration.operations import Product
-from torchprune.calibration.sources import Gathered, Read, Sources
+from torchprune.calibration.replay import Replays
+from torchprune.calibration.sources import Gathered, Read, Sources, Unforeseen
 from torchprune.calibration.twins import TwinDone, Twins
 from torchprune.calibration.watch import Operand, Watch, Weights
 from torchprune.masking.matrices import ConvNd, geometry, input_rows, is_fused_experts, is_stock
@@ -67,8 +69,14 @@ class _AllReached(BaseException):
     """Unwinds a block's dense pass once its last layer has been reached. Not an error."""
 
 
-class Unforeseen(BaseException):
-    """A layer pruned by foresight reads other tensors than foreseen. Not an error of the model."""
+@dataclass
+class _DensePass:
+    """A block's layers that are still to be reached, whether the pass ends when all were, and
+    whether one was reached after that."""
+
+    missing: set[int]
+    short: bool
+    again: bool = False
 
 
 class Unsurveyed(BaseException):
@@ -88,7 +96,8 @@ class Calibration:
         blocks: the model's repeated blocks by name.
         twice: prune a block's targets together, on what they read in its dense pass, and run the
             block again.
-        foresee: prune layers of a block together that are expected to read the same tensors.
+        foresee: prune layers of a block together that are expected to read the same tensors; layers
+            that are found to do so share their statistics.
         hold: 16-bit dtype in which waiting batches hold float32 activations, or None.
         cross: whether methods need the cross moment with the dense model's inputs.
         ends: what happens when all layers of a unit are pruned, or None.
@@ -117,7 +126,13 @@ class Calibration:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
         self._gathering = Gathering(
-            self.targets, len(self.batches), gram=gram, total=total, cross=cross, cap=cap
+            self.targets,
+            len(self.batches),
+            gram=gram,
+            total=total,
+            cross=cross,
+            cap=cap,
+            share=foresee,
         )
         self.usage = Usage()
         self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
@@ -140,7 +155,8 @@ class Calibration:
         self._fresh: set[int] = set()  # those of them that the last stop made
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
-        self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
+        self._dense: dict[int, _DensePass] = {}  # by batch
+        self._met_once: set[type[nn.Module]] = set()  # blocks that met no layer after the last one
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
@@ -265,7 +281,7 @@ class Calibration:
     # -- running ---------------------------------------------------------------------------------
 
     def _forward(self, index: int) -> None:
-        batch = self.batches[index]
+        batch = self.batches[index].private()
         with ExitStack() as stack:
             if self._ends is not None:  # what units read must be fit to learn from
                 stack.enter_context(torch.inference_mode(False))
@@ -470,10 +486,11 @@ class Calibration:
                 self.usage.revisited.add(self.targets[index].name)
             if alone:
                 return  # more reads may come, so that the pass goes on to its end
-        missing = self._missing.get(read.batch)
-        if missing is not None:
-            missing.discard(index)
-            if not missing:  # what is left of the dense pass would be thrown away
+        dense = self._dense.get(read.batch)
+        if dense is not None:
+            dense.again = dense.again or not dense.missing
+            dense.missing.discard(index)
+            if not dense.missing and dense.short:  # the rest would be thrown away
                 raise _AllReached
 
     def _reached_again(self, index: int, read: Read) -> None:
@@ -494,15 +511,21 @@ class Calibration:
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
-        forward = block.forward
+        forward, replays = block.forward, Replays(self.targets[place].name, block)
+        kind = type(block)
 
         @put_on(stack, block)
         def twice(*args: Any, **kwargs: Any) -> Any:
             if place not in self._done and self._pausing:
-                self._missing[self._current] = set(self._members[place])
+                start = replays.start(args, kwargs)
+                dense = _DensePass(set(self._members[place]), short=kind in self._met_once)
+                self._dense[self._current] = dense
                 with suppress(_AllReached):
                     forward(*args, **kwargs)
-                self._missing.pop(self._current, None)
+                self._dense.pop(self._current, None)
+                if not dense.missing and not dense.again:
+                    self._met_once.add(kind)
+                start.restore()
                 self._pause((place, 0))
             return forward(*args, **kwargs)
 
@@ -515,6 +538,7 @@ class Calibration:
         assert self._ends is not None
         last, alpha, forward = members[-1], self._ends.alpha, module.forward
         self._units[last] = Unit(name, module, [self.targets[i] for i in members])
+        replays = Replays(name, module)
 
         @put_on(stack, module)
         def ended(*args: Any, **kwargs: Any) -> Any:
@@ -529,7 +553,9 @@ class Calibration:
                 return out
             if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
+            start = replays.start(args, kwargs)
             wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
+            start.restore()
             forward(*args, **kwargs)
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
@@ -537,8 +563,9 @@ class Calibration:
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
                 counts = [self._token_mask(name, t.shape) for t in wanted]
-                unit.calls.append(Call(args, kwargs, wanted, counts, batch))
+                unit.calls.append(Call(args, kwargs, wanted, counts, batch, start))
             self._pause((last, 1))
+            start.restore()
             return passively(*args, **kwargs)
 
         def passively(*args: Any, **kwargs: Any) -> Any:

@@ -79,7 +79,7 @@ class _Use:
 def prune_program(
     program: ExportedProgram, spec: Spec, batches: Sequence[Batch], *, progress: bool
 ) -> tuple[ExportedProgram, list[str]]:
-    """A new program with masks, and the decider's warnings. The given one is left as it is.
+    """A new program with masks, and what its user must know. The given one is left as it is.
 
     Args:
         batches: calibration, unused where the spec needs none.
@@ -108,7 +108,7 @@ def prune_program(
     layers = layers_of(running)
     plan = make_plan(layers.root, spec, layers.readings)
     changes: list[Change] = []
-    warnings: list[str] = []
+    warnings = list(plan.warnings)
     with torch.no_grad():
         if not spec.needs_data:
             with modes.exact():
@@ -122,7 +122,7 @@ def prune_program(
                 for change in run.changes(spec.sequential or "layer"):
                     changes.append(change)
                     bar.update()
-            warnings = decider.warnings
+            warnings += decider.warnings
     draft = Draft(program)
     for change in changes:
         if change.values is not None:

@@ -135,7 +135,7 @@ def _passing(model: nn.Module, blocks: dict[str, nn.Module], example: Batch) -> 
         for name, block in blocks.items():
             handle = block.register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
-        model(*example.args, **example.kwargs)
+        example.run(model)
     return found
 
 
@@ -194,7 +194,7 @@ def _by_cosine(
             stack.callback(handle.remove)
         for batch in batches:
             current[0] = batch
-            model(*batch.args, **batch.kwargs)
+            batch.run(model)
             bar.update()
     mean = {name: turned[name] / tokens[name] for name in blocks if tokens[name]}
     order = sorted(mean, key=lambda name: mean[name])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
 
 import pytest
 import structures
 import torch
 from families import FAMILIES
-from programs import Tied, assert_untouched, exported, operators, outputs, state_of
+from programs import Tied, assert_untouched, exported, masks_of, operators, outputs, state_of
 from saved import QUIET
 from sweeps import sample
 from torch import Tensor, nn
@@ -31,11 +30,6 @@ def traced(name: str) -> tuple[nn.Module, ExportedProgram]:
     """A family's model and its program, which no test may change."""
     model = FAMILIES[name].make()
     return model, exported(model, FAMILIES[name].data()[0])
-
-
-def masks_of(program: Any) -> dict[str, Tensor]:
-    ending = "_mask"
-    return {k.removesuffix(ending): v for k, v in program.state_dict.items() if k.endswith(ending)}
 
 
 def assert_as_eager(

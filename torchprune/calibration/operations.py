@@ -347,7 +347,7 @@ def _bags(
             hot /= own.clamp_min(1).unsqueeze(1)
         return [hot]
 
-    yield Product(weight, _part(weight, "cr"), None, rows, "bags")
+    yield Product(weight, part_of(weight, "cr"), None, rows, "bags")
 
 
 def _readers() -> dict[Any, Reader]:

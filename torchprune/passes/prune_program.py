@@ -21,16 +21,18 @@ from tqdm import tqdm
 from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration.survey import is_plain
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.packing import masked
 from torchprune.masking.parts import covered
 from torchprune.masking.targets import Target, make_plan
 from torchprune.masking.transaction import Change
 from torchprune.methods.decide import Decider, decider_for, without_data
-from torchprune.passes.layers import layers_of
+from torchprune.passes.layers import Layers, layers_of
 from torchprune.passes.masks import insert_masks
 from torchprune.passes.program import Draft
 from torchprune.passes.reads import Read
+from torchprune.passes.watched_run import gates_in
 from torchprune.specs.spec import Spec
 
 Env = dict[Node, Any]
@@ -106,7 +108,7 @@ def prune_program(
         )
     running = _functional(program)
     layers = layers_of(running)
-    plan = make_plan(layers.root, spec, layers.readings)
+    plan = make_plan(layers.root, spec, layers.readings, _gates(running, layers, batches))
     changes: list[Change] = []
     warnings = list(plan.warnings)
     with torch.no_grad():
@@ -129,6 +131,18 @@ def prune_program(
             draft.replace(change.target.layer.key, masked(change.values, change.mask))
     masks = {change.target.layer.key: change.mask for change in changes}
     return insert_masks(draft.finish(), masks).program, warnings
+
+
+def _gates(program: ExportedProgram, layers: Layers, batches: Sequence[Batch]) -> dict[int, str]:
+    """Why weights are routers or gates, of those that are seen to be; as for modules, a program
+    that is plain is not looked at."""
+    if not batches or is_plain(layers.root):
+        return {}
+    return {
+        id(layers.weights[name]): why
+        for name, why in gates_in(program, batches[0]).items()
+        if name in layers.weights
+    }
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+from torch import Tensor
+
 from torchprune import modes
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration.padding import counted
 from torchprune.calibration.sources import Gathered, Read, Unforeseen
 from torchprune.errors import CalibrationError
-from torchprune.masking.matrices import geometry
 from torchprune.masking.targets import Target
+
+Tokens = Callable[[int, Read, Sequence[Tensor]], list[Tensor | None]]
+"""Tells which of the rows that a batch reads at a layer are tokens', per group: None if all are."""
 
 AtHand = Callable[[int, Read], AbstractContextManager[Read | None]]
 """Makes a read of a layer (by its number) possible, and gives the dense model's in its place."""
@@ -24,6 +29,7 @@ class Gathering:
         batches: how many batches there are.
         gram, total, cross, cap: which statistics, as for `Moments`.
         share: whether layers that read the same tensors have them in common.
+        tokens: tells which rows count.
     """
 
     def __init__(
@@ -35,10 +41,11 @@ class Gathering:
         total: bool,
         cross: bool,
         cap: float | None,
+        tokens: Tokens,
         share: bool = True,
     ) -> None:
         self._targets, self._gram, self._share = targets, gram, share
-        self._total, self._cross, self._cap = total, cross, cap
+        self._total, self._cross, self._cap, self._tokens = total, cross, cap, tokens
         self._sample = 0 if gram else -(-SAMPLE_ROWS // batches)
         self._reads: dict[int, list[Read]] = {}  # of the batches that wait at a layer
         self._gathered: dict[int, Gathered] = {}  # of a layer, until it is taken
@@ -48,8 +55,11 @@ class Gathering:
         """Note what a batch that waits at a layer is about to read."""
         self._reads.setdefault(index, []).append(read)
 
-    def run_through(self, index: int, read: Read) -> bool:
+    def run_through(self, index: int, read: Read, *, alone: bool = False) -> bool:
         """Count a read at once: the batch will not wait here.
+
+        Args:
+            alone: share with no other layer, since more reads of this one will follow.
 
         Returns:
             whether the batch read something else at this layer before.
@@ -59,16 +69,16 @@ class Gathering:
         """
         gathered, again = self._gathered.get(index), False
         if gathered is None:
-            gathered = self._matching(index, [read], whole=False) or self._fresh(index)
-            self._gathered[index] = gathered
+            shared = None if alone else self._matching(index, [read], whole=False)
+            self._gathered[index] = gathered = shared or self._fresh(index, shareable=not alone)
         else:
             again = read.batch in gathered.sources.batches()
-        if gathered.sources.holds(read.batch, read.x):
+        if gathered.sources.holds(read):
             return False
         borrowed = [i for i, g in self._gathered.items() if g is gathered and i != index]
         if borrowed and read.batch in gathered.sources.batches():
             raise Unforeseen
-        self._count(gathered, read)
+        self._count(index, gathered, read)
         return again
 
     def reached(self) -> list[int]:
@@ -92,7 +102,7 @@ class Gathering:
             if shared is None:
                 for read in reads:
                     with at_hand(index, read) as twin:
-                        self._count(gathered, read, twin)
+                        self._count(index, gathered, read, twin)
         gathered = self._gathered.pop(index)
         with modes.exact():
             gathered.moments.finish()
@@ -110,7 +120,7 @@ class Gathering:
         """Let go of everything."""
         self._reads, self._gathered, self._shareable = {}, {}, []
 
-    def _fresh(self, index: int) -> Gathered:
+    def _fresh(self, index: int, *, shareable: bool = True) -> Gathered:
         target = self._targets[index]
         view, device = target.view, target.weight.device
         with modes.exact():  # a forward in inference mode must not make them inference tensors
@@ -123,26 +133,24 @@ class Gathering:
                 cross=self._cross,
                 cap=self._cap,
             )
-        gathered = Gathered(moments, geometry(target.layer.module), index)
-        if self._share:
+        gathered = Gathered(moments, index)
+        if shareable and self._share:
             self._shareable.append(gathered)
         return gathered
 
-    def _count(self, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
+    def _count(self, index: int, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
         with modes.exact():
-            dense = None if twin is None else twin.rows()
-            gathered.moments.add(read.rows(), self._sample, dense)
-        if read.x is not None:
-            gathered.sources.add(read.batch, read.x)
+            rows = read.rows()
+            counts = self._tokens(index, read, rows)
+            dense = None if twin is None else counted(twin.rows(), counts)
+            gathered.moments.add(counted(rows, counts), self._sample, dense)
+        gathered.sources.add(read)
 
     def _matching(self, index: int, reads: Sequence[Read], *, whole: bool) -> Gathered | None:
         """Statistics of another layer that were taken from exactly these tensors."""
-        shape = geometry(self._targets[index].layer.module)
         for gathered in self._shareable:
-            if (
-                gathered.geometry == shape
-                and all(gathered.sources.holds(r.batch, r.x) for r in reads)
-                and (not whole or len(gathered.sources.batches()) == len(reads))
+            if all(map(gathered.sources.holds, reads)) and (
+                not whole or len(gathered.sources.batches()) == len(reads)
             ):
                 return gathered
         return None

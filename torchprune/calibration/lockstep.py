@@ -37,10 +37,15 @@ from torchprune.calibration.block_calls import Call, Ends, Unit, floats_of, put_
 from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
+from torchprune.calibration.operations import Product
+from torchprune.calibration.padding import Padding
 from torchprune.calibration.replay import Replays
+from torchprune.calibration.shadows import Shadows
 from torchprune.calibration.sources import Gathered, Read, Sources, Unforeseen
 from torchprune.calibration.twins import TwinDone, Twins
-from torchprune.masking.matrices import ConvNd, input_rows, is_fused_experts
+from torchprune.calibration.watch import Operand, Watch, Weights
+from torchprune.masking.matrices import geometry, input_rows, is_fused_experts, is_stock
+from torchprune.masking.parts import Covered, Part, covered
 from torchprune.masking.targets import Target
 
 Stop = list[tuple[Target, Moments]]
@@ -56,6 +61,11 @@ class Usage:
 
     peak_held_bytes: int = 0
     revisited: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
+    """Layers read several times in a forward, whose statistics are from a dense pass before."""
+    unread: set[str] = field(default_factory=set)
+    """Layers of which some read could not be counted."""
+    notes: list[str] = field(default_factory=list)
 
 
 class _AllReached(BaseException):
@@ -70,6 +80,11 @@ class _DensePass:
     missing: set[int]
     short: bool
     again: bool = False
+
+
+class Unsurveyed(BaseException):
+    """A weight is read in part, turned, or several times, and nobody looked how. Not an error of
+    the model."""
 
 
 class Calibration:
@@ -90,6 +105,8 @@ class Calibration:
         cross: whether methods need the cross moment with the dense model's inputs.
         ends: what happens when all layers of a unit are pruned, or None.
         cap: of the lengths of input rows (see `Moments`), or None.
+        surveyed: whether the targets say how the model reads them; if not, `Unsurveyed` is raised
+            where a weight is not read once and whole.
     """
 
     def __init__(
@@ -107,9 +124,11 @@ class Calibration:
         cross: bool = False,
         ends: Ends | None = None,
         cap: float | None = None,
+        surveyed: bool = True,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
+        self._padding = Padding(model, self.batches)
         self._gathering = Gathering(
             self.targets,
             len(self.batches),
@@ -118,18 +137,24 @@ class Calibration:
             cross=cross,
             cap=cap,
             share=foresee,
+            tokens=self._tokens,
         )
         self.usage = Usage()
         self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
-        self._encoder_decoder = bool(
-            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        )
         self._needs_twins = cross or (ends is not None and ends.alpha > 0)
         self._ends = ends
         self._current, self._place = 0, (0, 0)
-        self._pausing, self._surprised = True, False
+        self._pausing = True
+        self._surprise: BaseException | None = None
+        self._surveyed = surveyed
+        self._watched: dict[int, int] = {}  # parameter -> target, of those found by their products
+        self._weights = Weights(())
+        self._ahead = False  # whether what runs now is the dense model, for layers read repeatedly
+        self._repeated: set[int] = set()  # those layers
+        self._covered: dict[tuple[int, Part], list[Covered] | None] = {}
         self._passive = False  # whether what runs now is only run for its outputs
         self._done: set[int] = set()
+        self._fresh: set[int] = set()  # those of them that the last stop made
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
         self._dense: dict[int, _DensePass] = {}  # by batch
@@ -137,9 +162,11 @@ class Calibration:
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
+        self._pauses: dict[int, bool] = {}  # target -> whether batches wait before it
         self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
         self._runs: list[greenlet.greenlet] = []
         self._twins: Twins | None = None
+        self._shadows = Shadows(self._padding, self._run, self._resume)
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -154,7 +181,10 @@ class Calibration:
                 block = inside.get(id(target.layer.module))
                 if block is not None:
                     members.setdefault(block, []).append(index)
-                self._observe(stack, index, target, pauses=block is None)
+                self._pauses[index] = block is None
+                self._observe(stack, index, target)
+            self._repeated = self._find_repeated(inside)
+            self._weights = Weights(self.targets[i].weight for i in self._watched.values())
             for number, indices in members.items():
                 self._members[indices[0]] = indices
                 self._run_twice(stack, self.blocks[number], indices[0])
@@ -166,6 +196,7 @@ class Calibration:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.usage.notes += self._padding.notes()
         self._stack.close()
 
     def stops(self) -> Iterator[Stop]:
@@ -174,27 +205,36 @@ class Calibration:
         self._runs = [greenlet.greenlet(partial(self._forward, i)) for i in range(count)]
         if self._needs_twins:
             self._twins = Twins(count, self._forward, self._resume)
+        if self._repeated:
+            self._look_ahead()
         moving = list(range(count))
         self._advance_twins(moving, -1)
+        self._held.new_round()
+        self._shadows.start()
         while True:
             self._held.new_round()
             for index in moving:
                 self._resume(index, self._runs[index])
-                if self._surprised:
-                    raise Unforeseen
+                if self._surprise is not None:
+                    raise self._surprise
             self._held.end_round()
             self._gathering.forget_dead()
             self._measure_held()
             place = min(self._waiting, default=self._end)
             if place == self._end:
                 break
+            self._shadows.catch_up(place)
             moving = self._waiting.pop(place)
             if place[1]:
                 self._end_unit(place[0], moving)
             else:
                 yield from self._stop(place[0], moving)
+            self._weights.find(self.targets[i].weight for i in self._fresh)
             if not self._needs(moving):
                 break
+            self._shadows.advance(place)
+        for index in self._gathering.reached():  # read repeatedly, but not in the pruned model
+            yield from self._stop(index, [])
         for index, sources in self._promised.items():
             if self._counted[index] != sources.batches():
                 raise Unforeseen
@@ -208,6 +248,8 @@ class Calibration:
         stop += [(self.targets[i], found[place].moments) for i in foreseen]
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
+        self._fresh = {i for i in fresh if i in self._watched.values()}
+        self._padding.forget(places=list(fresh))
         self._advance_twins(moving, place, fresh)
         self._measure_held(moving)
         yield stop
@@ -225,22 +267,43 @@ class Calibration:
     def collect(self) -> Stop:
         """Run every batch through the dense model, then give all statistics at once."""
         self._pausing = False
-        for index in range(len(self.batches)):
-            self._current = index
-            self._forward(index)
-            self._gathering.forget_dead()
+        self._run_through()
         reached = self._gathering.reached()
         return [(self.targets[i], self._complete(i).moments) for i in reached]
+
+    def _look_ahead(self) -> None:
+        """Count all reads of layers that are read repeatedly, in the dense model: to be pruned at
+        the first of them, they must be known before it."""
+        self._ahead = True
+        try:
+            self._run_through()
+        finally:
+            self._ahead = False
+        self.usage.repeated |= {self.targets[i].name for i in self._repeated}
+
+    def _run_through(self) -> None:
+        for index in range(len(self.batches)):
+            self._current = index
+            if index in self._shadows.runs:
+                self._shadows.run(index)
+            self._forward(index)
+            self._padding.forget(index)
+            self._gathering.forget_dead()
 
     # -- running ---------------------------------------------------------------------------------
 
     def _forward(self, index: int) -> None:
-        batch = self.batches[index].private()
+        self._run(self.batches[index])
+
+    def _run(self, batch: Batch) -> None:
+        batch = batch.private()
         with ExitStack() as stack:
             if self._ends is not None:  # what units read must be fit to learn from
                 stack.enter_context(torch.inference_mode(False))
                 batch = batch.out_of_inference()
             stack.enter_context(torch.no_grad())  # innermost: leaving inference mode allows it
+            if self._watched:
+                stack.enter_context(Watch(self._weights, self._met))
             self.model(*batch.args, **batch.kwargs)
 
     def _resume(self, index: int, run: greenlet.greenlet) -> None:
@@ -249,10 +312,14 @@ class Calibration:
         self._held.restore(key)
         run.switch()
         if not run.dead:
-            self._held.store(key, run, (self._place, key != index, self.batches[index].shapes))
+            kind = key // len(self._runs)
+            self._held.store(key, run, (self._place, kind, self.batches[index].shapes))
 
     def _key(self, index: int, run: greenlet.greenlet) -> int:
-        """What a coroutine's activations are held under: twins come after the batches."""
+        """What a coroutine's activations are held under: twins come after the batches, and shadows
+        after these."""
+        if run is self._shadows.runs.get(index):
+            return index + 2 * len(self._runs)
         return index if run is self._runs[index] else index + len(self._runs)
 
     def _advance_twins(self, moving: Sequence[int], place: int, fresh: Iterable[int] = ()) -> None:
@@ -286,8 +353,11 @@ class Calibration:
 
     def _pause(self, place: Place) -> None:
         """In a coroutine: wait until the driver has pruned this place."""
-        self._waiting.setdefault(place, []).append(self._current)
         self._place = place
+        if self._shadows.running:
+            self._shadows.waits(self._current, place)
+        else:
+            self._waiting.setdefault(place, []).append(self._current)
         self._switch()
 
     def _switch(self) -> None:
@@ -295,12 +365,17 @@ class Calibration:
             self._driver.switch()
 
     def _abandon(self) -> None:
-        runs = [*self._runs, *(self._twins.runs if self._twins is not None else [])]
-        for key, run in enumerate(runs):
+        count = len(self._runs)
+        runs = dict(enumerate(self._runs))
+        if self._twins is not None:
+            runs.update(enumerate(self._twins.runs, count))
+        runs.update({2 * count + i: run for i, run in self._shadows.runs.items()})
+        for key, run in runs.items():
             if not run.dead:
                 self._held.restore(key)
                 run.throw()
         self._runs, self._twins, self._units = [], None, {}
+        self._shadows.runs = {}
         self._gathering.clear()
 
     def _measure_held(self, moving: Iterable[int] = ()) -> None:
@@ -309,6 +384,7 @@ class Calibration:
         waiting = [*moving, *(i for w in self._waiting.values() for i in w)]
         if self._twins is not None:
             waiting += [count + i for i, run in enumerate(self._twins.runs) if not run.dead]
+        waiting += [2 * count + i for i, run in self._shadows.runs.items() if not run.dead]
         held = sum(self._held.bytes.get(i, 0) for i in waiting)
         for unit in self._units.values():
             held += sum(t.nbytes for tensors in unit.dense.values() for t in tensors)
@@ -316,70 +392,160 @@ class Calibration:
 
     # -- observing -------------------------------------------------------------------------------
 
-    def _observe(self, stack: ExitStack, index: int, target: Target, *, pauses: bool) -> None:
-        module = target.layer.module
-        if not is_fused_experts(module):
+    def _observe(self, stack: ExitStack, index: int, target: Target) -> None:
+        module, reading = target.layer.module, target.reading
+        if is_fused_experts(module):
+            if "forward" not in vars(module):  # once for all the weights of the module
+                self._observe_experts(stack, module, target.name)
+        elif target.mask is not None or (
+            not is_stock(module) if reading is None else reading.hooked
+        ):
+            self._observe_calls(stack, index, module, target.name)
+        else:
+            self._watched[id(target.weight)] = index
 
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-                if x is not None:
-                    keep = (
-                        None
-                        if isinstance(module, ConvNd)
-                        else self._token_mask(target.name, x.shape)
-                    )
-                    read = Read(self._current, x, lambda: input_rows(module, x, keep))
-                    self._reached(index, read, pauses)
+    def _find_repeated(self, inside: Mapping[int, int]) -> set[int]:
+        """The layers read more than once in a forward, not all in one pass of a block."""
+        found = set()
+        for index, target in enumerate(self.targets):
+            reading = target.reading
+            if reading is not None and reading.reads != 1:
+                block = inside.get(id(target.layer.module))
+                if block is None or inside.get(id(reading.scope)) != block:
+                    found.add(index)
+        return found
 
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-            return
-
+    def _observe_experts(self, stack: ExitStack, module: nn.Module, name: str) -> None:
         def reach(tensor: str, inputs: list[Tensor]) -> None:
             for i, other in enumerate(self.targets):
                 if other.layer.module is module and other.layer.tensor == tensor:
-                    self._reached(i, Read(self._current, None, lambda: inputs), pauses)
+                    self._reached(i, Read(self._current, None, lambda: inputs))
 
-        if "forward" not in vars(module):  # once for all the weights of the module
-            keep_rows = lambda shape: self._token_mask(target.name, torch.Size((*shape, 0)))  # noqa: E731
-            stack.enter_context(experts.observed(module, reach, keep_rows))
+        stack.enter_context(experts.observed(module, reach))
 
-    def _token_mask(self, name: str, shape: torch.Size) -> Tensor | None:
-        batch = self.batches[self._current]
-        return batch.token_mask(shape[:-1], name, encoder_decoder=self._encoder_decoder)
+    def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module, name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is not None:
+                rows = lambda: input_rows(module, x)  # noqa: E731
+                self._reached(index, Read(self._current, x, rows, geometry(module)))
 
-    def _reached(self, index: int, read: Read, pauses: bool) -> None:
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    def _met(self, product: Product, operand: Operand) -> bool:
+        """A product with a watched weight is about to be computed; whether the weight changed."""
+        index = self._watched[id(operand.parameter)]
+        if self._passive:
+            return False
+        read = self._read_of(index, product, operand.part)
+        if read is None:
+            if not self._surveyed:
+                self._surprise = Unsurveyed()
+                raise self._surprise
+            self.usage.unread.add(self.targets[index].name)
+        else:
+            self._reached(index, read)
+        return index in self._done
+
+    def _read_of(self, index: int, product: Product, part: Part) -> Read | None:
+        """What a product reads, as the groups of its target, or None if it is none of them."""
+        target, batch, x = self.targets[index], self._current, product.x
+        view, at = target.view, (index, part)
+        if at not in self._covered:
+            self._covered[at] = covered(view, part)
+        found = self._covered[at]
+        if found is None:
+            return None
+        if view.groups == 1:
+            return Read(batch, x, product.rows, product.geometry)
+
+        def rows() -> list[Tensor]:
+            mine = product.rows()
+            none = mine[0].new_empty(0, view.cols)
+            stack = [none] * view.groups
+            for one in found:
+                stack[one.group] = mine[one.own][:, one.start : one.start + view.cols]
+            return stack
+
+        alike = product.geometry, view.groups, view.cols, tuple(found)
+        return Read(batch, x, rows, alike)
+
+    def _reached(self, index: int, read: Read) -> None:
         """A batch is about to run a layer."""
         if self._passive:
+            return
+        repeated = index in self._repeated
+        if self._ahead:
+            if repeated:
+                self._gathering.run_through(index, read, alone=True)
             return
         if self._twins is not None and self._twins.running:
             self._place = (index, 0)
             self._twins.reached(index, read, self._done, self._switch)
             return
-        if index in self._done:
-            counted, promised = self._counted.get(index, set()), self._promised.get(index)
-            if read.batch in counted:
-                self.usage.revisited.add(self.targets[index].name)
-            elif promised is not None:
-                if not promised.holds(read.batch, read.x):
-                    self._surprised = True  # a model that catches everything cannot hide it
-                    raise Unforeseen
-                counted.add(read.batch)
-                if not self._needs([read.batch]):
-                    self._pause(self._end)
+        shadow = self._shadows.running
+        read.visit = self._padding.visit(read.batch, index, shadow=shadow)
+        if shadow:
+            self._shadow_reached(index, read)
             return
-        if pauses and self._pausing:
-            self._gathering.wait(index, read)
+        if index in self._done:
+            self._reached_again(index, read)
+            return
+        if self._pauses[index] and self._pausing:
+            if not repeated:  # what it reads is counted already
+                self._gathering.wait(index, read)
+            self._pause((index, 0))
+            return
+        if not repeated or not self._pausing:
+            reading = self.targets[index].reading
+            alone = reading is not None and reading.reads != 1
+            if self._gathering.run_through(index, read, alone=alone):
+                self.usage.revisited.add(self.targets[index].name)
+            if alone:
+                return  # more reads may come, so that the pass goes on to its end
+        self._no_more_missing(index)
+
+    def _reached_again(self, index: int, read: Read) -> None:
+        """A batch is about to run a layer that is pruned."""
+        counted, promised = self._counted.get(index, set()), self._promised.get(index)
+        if read.batch in counted:
+            if not self._surveyed:
+                self._surprise = Unsurveyed()
+                raise self._surprise
+            self.usage.revisited.add(self.targets[index].name)
+        elif promised is not None:
+            if not promised.holds(read):
+                self._surprise = Unforeseen()  # a model that catches everything cannot hide it
+                raise self._surprise
+            counted.add(read.batch)
+            if not self._needs([read.batch]):
+                self._pause(self._end)
+
+    def _shadow_reached(self, index: int, read: Read) -> None:
+        """A shadow is about to run a layer."""
+        if index in self._done:
+            return
+        self._padding.note(read.batch, index, read.visit, read.rows())
+        if self._pauses[index] and self._pausing:
             self._pause((index, 0))
         else:
-            if self._gathering.run_through(index, read):
-                self.usage.revisited.add(self.targets[index].name)
-            dense = self._dense.get(read.batch)
-            if dense is not None:
-                dense.again = dense.again or not dense.missing
-                dense.missing.discard(index)
-                if not dense.missing and dense.short:  # the rest would be thrown away
-                    raise _AllReached
+            self._no_more_missing(index)
+
+    def _no_more_missing(self, index: int) -> None:
+        """In a block's dense pass: once all layers were reached the rest would be thrown away."""
+        dense = self._dense.get(self._current)
+        if dense is not None:
+            dense.again = dense.again or not dense.missing
+            dense.missing.discard(index)
+            if not dense.missing and dense.short:
+                raise _AllReached
+
+    def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
+        """Which of the rows that a batch reads are tokens'."""
+        loose = read.x is None or read.x.dim() == 2
+        name = self.targets[index].name
+        return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
@@ -411,6 +577,7 @@ class Calibration:
         last, alpha, forward = members[-1], self._ends.alpha, module.forward
         self._units[last] = Unit(name, module, [self.targets[i] for i in members])
         replays = Replays(name, module)
+        ended_once: set[tuple[int, bool]] = set()
 
         @put_on(stack, module)
         def ended(*args: Any, **kwargs: Any) -> Any:
@@ -423,18 +590,27 @@ class Calibration:
                 if not self._wants_twins(batch):
                     raise TwinDone
                 return out
-            if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
+            shadow = self._shadows.running
+            if not self._done.isdisjoint(members) or (batch, shadow) in ended_once:
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
+            ended_once.add((batch, shadow))
             start = replays.start(args, kwargs)
+            if shadow:
+                given = floats_of(forward(*args, **kwargs))
+                self._padding.note(batch, (last, 1), 0, [_rows(t) for t in given])
+                self._pause((last, 1))
+                start.restore()
+                return passively(*args, **kwargs)
             wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
             start.restore()
-            forward(*args, **kwargs)
+            given = floats_of(forward(*args, **kwargs))
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
                 pairs = zip(wanted, dense, strict=True)
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
-                counts = [self._token_mask(name, t.shape) for t in wanted]
+                rows = [_rows(t) for t in given]
+                counts = self._padding.tokens(batch, (last, 1), 0, rows, name, loose=False)
                 unit.calls.append(Call(args, kwargs, wanted, counts, batch, start))
             self._pause((last, 1))
             start.restore()
@@ -483,3 +659,8 @@ class Calibration:
         for index in siblings:
             self._promised[index], self._counted[index] = found[place].sources, set()
         return siblings
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A unit's output as a matrix."""
+    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)

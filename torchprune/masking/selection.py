@@ -6,10 +6,13 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchprune.errors import TargetError, did_you_mean
+from torchprune.masking.adapters import named_as_plain
 from torchprune.masking.matrices import prunable_names
 from torchprune.specs.spec import Selector, Selectors
 
@@ -19,7 +22,8 @@ class Layer:
     """One prunable tensor of one module.
 
     Attributes:
-        name: what selectors match: the module's name, or `module.tensor` for fused experts.
+        name: what selectors match: the module's name, or `module.tensor` for fused experts; of a
+            layer with an adapter the name it has without.
         key: the tensor's name in the plain model's `state_dict`.
         module, tensor: where it lives.
     """
@@ -31,20 +35,53 @@ class Layer:
 
 
 def layers_of(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
-    """Every prunable tensor of a model, in registration order, each module once."""
-    for name, module in model.named_modules(prefix=prefix):
+    """Every prunable tensor that its module tells of, in registration order, each module once."""
+    for name, plain, module in named_as_plain(model, prefix):
         for tensor in prunable_names(module):
-            key = f"{name}.{tensor}" if name else tensor
-            yield Layer(name if tensor == "weight" and name else key, key, module, tensor)
+            yield layer_at(name, plain, module, tensor)
+
+
+def every_layer(model: nn.Module) -> Iterator[Layer]:
+    """Every tensor that could be pruned if asked for, in registration order: parameters of two or
+    more axes, masked or not."""
+    for name, plain, module in named_as_plain(model):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        known = prunable_names(module)
+        for tensor in dict.fromkeys((*known, *parameter_names(module))):
+            if tensor in known or _axes(module, tensor) >= 2:
+                yield layer_at(name, plain, module, tensor)
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """A module's own parameters, those behind parametrizations under the names they have."""
+    names = [name for name, p in module._parameters.items() if p is not None]
+    if parametrize.is_parametrized(module):
+        names += list(cast(nn.ModuleDict, module.parametrizations))
+    return names
+
+
+def _axes(module: nn.Module, tensor: str) -> int:
+    if parametrize.is_parametrized(module, tensor):
+        chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
+        return getattr(getattr(chain, "original", None), "ndim", 0)
+    return cast(Tensor, module._parameters[tensor]).ndim
 
 
 def maskable_of(model: nn.Module) -> Iterator[Layer]:
     """Every tensor that may carry a mask: the prunable ones and the biases beside them."""
-    for name, module in model.named_modules():
+    for name, plain, module in named_as_plain(model):
         names = prunable_names(module)
         for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
-            key = f"{name}.{tensor}" if name else tensor
-            yield Layer(name if tensor == "weight" and name else key, key, module, tensor)
+            yield layer_at(name, plain, module, tensor)
+
+
+def layer_at(name: str, plain: str, module: nn.Module, tensor: str) -> Layer:
+    """A module's tensor, by the module's name and by its name in the model without adapters."""
+    key = f"{name}.{tensor}" if name else tensor
+    if tensor == "weight" and plain:
+        return Layer(plain, key, module, tensor)
+    return Layer(f"{plain}.{tensor}" if plain else tensor, key, module, tensor)
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -74,14 +111,20 @@ def matches(selector: Selector, layer: Layer) -> bool:
     if isinstance(selector, str):
         if selector.startswith("re:"):
             return re.fullmatch(_regex(selector), layer.name) is not None
-        parts = layer.key.split(".")
-        inside = (".".join(parts[: i + 1]) for i in range(len(parts)))
-        return any(fnmatch.fnmatchcase(name, selector) for name in (layer.name, *inside))
+        names = {layer.name, layer.key}  # the same path, but for layers with adapters
+        inside = (path for name in names for path in _paths(name))
+        return any(fnmatch.fnmatchcase(path, selector) for path in inside)
     if isinstance(selector, type):
         return isinstance(layer.module, selector)
     if callable(selector):
         return bool(selector(layer.module, layer.name))
     raise TargetError(f"{selector!r} is not a selector; {ACCEPTED_SELECTORS}")
+
+
+def _paths(name: str) -> Iterator[str]:
+    """What a dotted name lies in, from the outside in, and the name."""
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
 def _regex(selector: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -17,9 +17,12 @@ from torchprune.allocation.allocate import allocated
 from torchprune.calibration.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.data import Data
-from torchprune.calibration.lockstep import Calibration, Unforeseen
+from torchprune.calibration.lockstep import Calibration, Unforeseen, Unsurveyed
+from torchprune.calibration.routers import Routers
+from torchprune.calibration.survey import is_plain, survey
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
+from torchprune.masking.reading import Reading
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import decider_for, without_data
@@ -123,25 +126,57 @@ class _Weights:
     run: RunRecord
     keep_dense: bool
     hold: torch.dtype | None
+    routers: Routers = field(default_factory=Routers)
 
     def prune(self) -> None:
         """Select, calibrate, and in lockstep with that score, mask and attach."""
-        model, spec, run = self.model, self.spec, self.run
-        plan = make_plan(model, spec)
-        run.skipped.update(plan.skipped)
-        run.warnings += plan.warnings
-        _check_weights(plan, finite=spec.changes_weights or spec.needs_gram)
-        if not spec.needs_data:
-            self._by_weights_alone(plan)
+        if not self.spec.needs_data:
+            self._by_weights_alone(self._plan(self._seen_without_need()))
             return
-        batches, notes = self.data.read(model, type(spec).__name__, at_least=spec.windows)
-        run.notes += notes
+        plain = is_plain(self.model)
+        plan = self._plan() if plain else None  # refused, if it is, before any data are read
+        asker, windows = type(self.spec).__name__, self.spec.windows
+        batches, notes = self.data.read(self.model, asker, at_least=windows)
+        self.run.notes += notes
+        plan = plan or self._plan(survey(self.model, batches[0], self.routers))
+        notes = list(self.run.notes)
+        try:
+            self._by_data(plan, batches, surveyed=not plain)
+        except Unsurveyed:
+            again = "calibrated twice: some weights are read in part or several times"
+            self.run.notes = [*notes, again]
+            plan = self._plan(survey(self.model, batches[0], self.routers))
+            self._by_data(plan, batches, surveyed=True)
+
+    def _seen_without_need(self) -> dict[int, Reading]:
+        """How the model reads its weights, where no data are needed: on the first batch given, or
+        what transformers makes up, if one of them can be run."""
+        if is_plain(self.model):
+            return {}
+        try:
+            if self.data.given is not None:
+                batches, _ = replace(self.data, max_batches=1).read(self.model, "")
+            else:
+                made_up = getattr(self.model, "dummy_inputs", None)
+                batches, _ = read_batches([made_up], self.model, 1)
+            return survey(self.model, batches[0], self.routers)
+        except Exception:  # nothing depends on it
+            return {}
+
+    def _plan(self, readings: Mapping[int, Reading] | None = None) -> Plan:
+        plan = make_plan(self.model, self.spec, readings, self.routers.found)
+        self.run.skipped, self.run.warnings = dict(plan.skipped), list(plan.warnings)
+        _check_weights(plan, finite=self.spec.changes_weights or self.spec.needs_gram)
+        return plan
+
+    def _by_data(self, plan: Plan, batches: Sequence[Batch], *, surveyed: bool) -> None:
+        model, spec, run = self.model, self.spec, self.run
         plan, notes = allocated(model, plan, spec, batches, progress=self.data.progress)
         run.notes += notes
         own, notes = self.data.written_on(model, batches, spec.windows)
         run.notes += notes
         with self._permuted(plan, [*own, *batches]):
-            self._in_lockstep(plan, own, batches)
+            self._in_lockstep(plan, own, batches, surveyed)
 
     def _by_weights_alone(self, plan: Plan) -> None:
         with modes.exact(), all_or_nothing(plan.targets, keep_dense=self.keep_dense) as changes:
@@ -156,7 +191,9 @@ class _Weights:
 
         return permuted(self.model, plan, self.spec, batches, self.run, hold=self.hold)
 
-    def _in_lockstep(self, plan: Plan, own: Sequence[Batch], batches: Sequence[Batch]) -> None:
+    def _in_lockstep(
+        self, plan: Plan, own: Sequence[Batch], batches: Sequence[Batch], surveyed: bool
+    ) -> None:
         """Calibrate foreseeing which layers share their inputs; where that fails, without."""
         for foresee in (True, False):
             with (
@@ -168,7 +205,7 @@ class _Weights:
                         "calibrated twice: layers that read one tensor in some blocks read "
                         "several in others of the same class"
                     )
-                self._calibrate(plan, own, batches, changes, foresee=foresee)
+                self._calibrate(plan, own, batches, changes, foresee=foresee, surveyed=surveyed)
                 return
 
     def _calibrate(
@@ -179,6 +216,7 @@ class _Weights:
         changes: Changes,
         *,
         foresee: bool,
+        surveyed: bool,
     ) -> None:
         """Run the batches in lockstep; at each stop decide the layers' changes and stage them."""
         spec, run, batches = self.spec, self.run, [*own, *given]
@@ -193,6 +231,7 @@ class _Weights:
             blocks=plan.blocks,
             twice=spec.sequential == "block",
             foresee=foresee,
+            surveyed=surveyed,
             hold=self.hold,
             cross=spec.alpha > 0,
             ends=self._training(plan, changes, len(own), gains),

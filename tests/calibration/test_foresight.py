@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import Spec, by_hand, groups_for, prune
+from by_hand import Spec, by_hand, by_hand_from, groups_for, inputs_of, prune
 from families import FAMILIES, tokens
 from torch import Tensor, nn
 
@@ -186,15 +186,16 @@ def test_a_layer_called_for_some_batches_only_is_seen(runs: list[bool]) -> None:
     assert runs == [True, False]
 
 
-def test_a_layer_foreseen_and_called_again_is_pruned_on_its_first_use(runs: list[bool]) -> None:
+def test_a_layer_foreseen_and_called_again_is_pruned_on_every_use(runs: list[bool]) -> None:
     model = Stack(alike, called_twice)
     other = copy.deepcopy(model)
     prune(model, METHODS[0], batches())
-    groups = groups_for("layer", [order_of(model)])
-    expected = by_hand(other, METHODS[0], batches(), groups, uses=slice(1))
-    for name, keep in expected.items():
-        assert torch.equal(torchprune.masks(model)[name], keep), name
-    assert runs == [True]
+    dense = inputs_of(other, ["blocks.1.two"], batches())
+    for name in order_of(model):
+        found = dense if name == "blocks.1.two" else inputs_of(other, [name], batches())
+        for key, keep in by_hand_from(other, METHODS[0], found).items():
+            assert torch.equal(torchprune.masks(model)[key], keep), key
+    assert runs == [True, True]  # the second after a look at how layers are read
     assert any("blocks.1.two" in note for note in torchprune.report(model).notes)
 
 

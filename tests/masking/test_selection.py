@@ -66,7 +66,7 @@ DEFAULTS = {
         ["resnet.embedder.embedder.convolution", "classifier.1"],
     ),
     "mlp": (r"[024]", 3, []),
-    "torch_encoder": (r"layers\.\d\.(linear[12]|self_attn\.out_proj)", 6, []),
+    "torch_encoder": (r"layers\.\d\.(linear[12]|self_attn\.(in_proj_weight|out_proj))", 8, []),
 }
 
 

@@ -9,7 +9,6 @@ from torchprune import modes
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
 from torchprune.calibration.sources import Gathered, Read
 from torchprune.errors import CalibrationError
-from torchprune.masking.matrices import geometry
 from torchprune.masking.targets import Target
 
 AtHand = Callable[[int, Read], AbstractContextManager[Read | None]]
@@ -46,8 +45,11 @@ class Gathering:
         """Note what a batch that waits at a layer is about to read."""
         self._reads.setdefault(index, []).append(read)
 
-    def run_through(self, index: int, read: Read) -> bool:
+    def run_through(self, index: int, read: Read, *, alone: bool = False) -> bool:
         """Count a read at once: the batch will not wait here.
+
+        Args:
+            alone: share with no other layer, since more reads of this one will follow.
 
         Returns:
             whether the batch read something else at this layer before.
@@ -57,11 +59,11 @@ class Gathering:
         """
         gathered, again = self._gathered.get(index), False
         if gathered is None:
-            gathered = self._matching(index, [read], whole=False) or self._fresh(index)
-            self._gathered[index] = gathered
+            shared = None if alone else self._matching(index, [read], whole=False)
+            self._gathered[index] = gathered = shared or self._fresh(index, shareable=not alone)
         else:
             again = read.batch in gathered.sources.batches()
-        if gathered.sources.holds(read.batch, read.x):
+        if gathered.sources.holds(read):
             return False
         borrowed = [i for i, g in self._gathered.items() if g is gathered and i != index]
         if borrowed and read.batch in gathered.sources.batches():
@@ -112,7 +114,7 @@ class Gathering:
         """Let go of everything."""
         self._reads, self._gathered, self._shareable = {}, {}, []
 
-    def _fresh(self, index: int) -> Gathered:
+    def _fresh(self, index: int, *, shareable: bool = True) -> Gathered:
         target = self._targets[index]
         view, device = target.view, target.weight.device
         with modes.exact():  # a forward in inference mode must not make them inference tensors
@@ -125,25 +127,22 @@ class Gathering:
                 cross=self._cross,
                 cap=self._cap,
             )
-        gathered = Gathered(moments, geometry(target.layer.module), index)
-        self._shareable.append(gathered)
+        gathered = Gathered(moments, index)
+        if shareable:
+            self._shareable.append(gathered)
         return gathered
 
     def _count(self, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
         with modes.exact():
             dense = None if twin is None else twin.rows()
             gathered.moments.add(read.rows(), self._sample, dense)
-        if read.x is not None:
-            gathered.sources.add(read.batch, read.x)
+        gathered.sources.add(read)
 
     def _matching(self, index: int, reads: Sequence[Read], *, whole: bool) -> Gathered | None:
         """Statistics of another layer that were taken from exactly these tensors."""
-        shape = geometry(self._targets[index].layer.module)
         for gathered in self._shareable:
-            if (
-                gathered.geometry == shape
-                and all(gathered.sources.holds(r.batch, r.x) for r in reads)
-                and (not whole or len(gathered.sources.batches()) == len(reads))
+            if all(map(gathered.sources.holds, reads)) and (
+                not whole or len(gathered.sources.batches()) == len(reads)
             ):
                 return gathered
         return None

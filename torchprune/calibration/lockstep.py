@@ -36,9 +36,12 @@ from torchprune.calibration.block_calls import Call, Ends, Unit, floats_of, put_
 from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
+from torchprune.calibration.operations import Product
 from torchprune.calibration.sources import Gathered, Read, Sources
 from torchprune.calibration.twins import TwinDone, Twins
-from torchprune.masking.matrices import ConvNd, input_rows, is_fused_experts
+from torchprune.calibration.watch import Operand, Watch, Weights
+from torchprune.masking.matrices import ConvNd, geometry, input_rows, is_fused_experts, is_stock
+from torchprune.masking.parts import Covered, Part, covered
 from torchprune.masking.targets import Target
 
 Stop = list[tuple[Target, Moments]]
@@ -54,6 +57,10 @@ class Usage:
 
     peak_held_bytes: int = 0
     revisited: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
+    """Layers read several times in a forward, whose statistics are from a dense pass before."""
+    unread: set[str] = field(default_factory=set)
+    """Layers of which some read could not be counted."""
 
 
 class _AllReached(BaseException):
@@ -62,6 +69,11 @@ class _AllReached(BaseException):
 
 class Unforeseen(BaseException):
     """A layer pruned by foresight reads other tensors than foreseen. Not an error of the model."""
+
+
+class Unsurveyed(BaseException):
+    """A weight is read in part, turned, or several times, and nobody looked how. Not an error of
+    the model."""
 
 
 class Calibration:
@@ -81,6 +93,8 @@ class Calibration:
         cross: whether methods need the cross moment with the dense model's inputs.
         ends: what happens when all layers of a unit are pruned, or None.
         cap: of the lengths of input rows (see `Moments`), or None.
+        surveyed: whether the targets say how the model reads them; if not, `Unsurveyed` is raised
+            where a weight is not read once and whole.
     """
 
     def __init__(
@@ -98,6 +112,7 @@ class Calibration:
         cross: bool = False,
         ends: Ends | None = None,
         cap: float | None = None,
+        surveyed: bool = True,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
@@ -112,15 +127,24 @@ class Calibration:
         self._needs_twins = cross or (ends is not None and ends.alpha > 0)
         self._ends = ends
         self._current, self._place = 0, (0, 0)
-        self._pausing, self._surprised = True, False
+        self._pausing = True
+        self._surprise: BaseException | None = None
+        self._surveyed = surveyed
+        self._watched: dict[int, int] = {}  # parameter -> target, of those found by their products
+        self._weights = Weights(())
+        self._ahead = False  # whether what runs now is the dense model, for layers read repeatedly
+        self._repeated: set[int] = set()  # those layers
+        self._covered: dict[tuple[int, Part], list[Covered] | None] = {}
         self._passive = False  # whether what runs now is only run for its outputs
         self._done: set[int] = set()
+        self._fresh: set[int] = set()  # those of them that the last stop made
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
         self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
+        self._pauses: dict[int, bool] = {}  # target -> whether batches wait before it
         self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
         self._runs: list[greenlet.greenlet] = []
         self._twins: Twins | None = None
@@ -138,7 +162,10 @@ class Calibration:
                 block = inside.get(id(target.layer.module))
                 if block is not None:
                     members.setdefault(block, []).append(index)
-                self._observe(stack, index, target, pauses=block is None)
+                self._pauses[index] = block is None
+                self._observe(stack, index, target)
+            self._repeated = self._find_repeated(inside)
+            self._weights = Weights(self.targets[i].weight for i in self._watched.values())
             for number, indices in members.items():
                 self._members[indices[0]] = indices
                 self._run_twice(stack, self.blocks[number], indices[0])
@@ -158,14 +185,16 @@ class Calibration:
         self._runs = [greenlet.greenlet(partial(self._forward, i)) for i in range(count)]
         if self._needs_twins:
             self._twins = Twins(count, self._forward, self._resume)
+        if self._repeated:
+            self._look_ahead()
         moving = list(range(count))
         self._advance_twins(moving, -1)
         while True:
             self._held.new_round()
             for index in moving:
                 self._resume(index, self._runs[index])
-                if self._surprised:
-                    raise Unforeseen
+                if self._surprise is not None:
+                    raise self._surprise
             self._held.end_round()
             self._gathering.forget_dead()
             self._measure_held()
@@ -177,8 +206,11 @@ class Calibration:
                 self._end_unit(place[0], moving)
             else:
                 yield from self._stop(place[0], moving)
+            self._weights.find(self.targets[i].weight for i in self._fresh)
             if not self._needs(moving):
                 break
+        for index in self._gathering.reached():  # read repeatedly, but not in the pruned model
+            yield from self._stop(index, [])
         for index, sources in self._promised.items():
             if self._counted[index] != sources.batches():
                 raise Unforeseen
@@ -192,6 +224,7 @@ class Calibration:
         stop += [(self.targets[i], found[place].moments) for i in foreseen]
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
+        self._fresh = {i for i in fresh if i in self._watched.values()}
         self._advance_twins(moving, place, fresh)
         self._measure_held(moving)
         yield stop
@@ -209,12 +242,25 @@ class Calibration:
     def collect(self) -> Stop:
         """Run every batch through the dense model, then give all statistics at once."""
         self._pausing = False
+        self._run_through()
+        reached = self._gathering.reached()
+        return [(self.targets[i], self._complete(i).moments) for i in reached]
+
+    def _look_ahead(self) -> None:
+        """Count all reads of layers that are read repeatedly, in the dense model: to be pruned at
+        the first of them, they must be known before it."""
+        self._ahead = True
+        try:
+            self._run_through()
+        finally:
+            self._ahead = False
+        self.usage.repeated |= {self.targets[i].name for i in self._repeated}
+
+    def _run_through(self) -> None:
         for index in range(len(self.batches)):
             self._current = index
             self._forward(index)
             self._gathering.forget_dead()
-        reached = self._gathering.reached()
-        return [(self.targets[i], self._complete(i).moments) for i in reached]
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -225,6 +271,8 @@ class Calibration:
                 stack.enter_context(torch.inference_mode(False))
                 batch = batch.out_of_inference()
             stack.enter_context(torch.no_grad())  # innermost: leaving inference mode allows it
+            if self._watched:
+                stack.enter_context(Watch(self._weights, self._met))
             self.model(*batch.args, **batch.kwargs)
 
     def _resume(self, index: int, run: greenlet.greenlet) -> None:
@@ -300,69 +348,149 @@ class Calibration:
 
     # -- observing -------------------------------------------------------------------------------
 
-    def _observe(self, stack: ExitStack, index: int, target: Target, *, pauses: bool) -> None:
-        module = target.layer.module
-        if not is_fused_experts(module):
+    def _observe(self, stack: ExitStack, index: int, target: Target) -> None:
+        module, reading = target.layer.module, target.reading
+        if is_fused_experts(module):
+            if "forward" not in vars(module):  # once for all the weights of the module
+                self._observe_experts(stack, module, target.name)
+        elif target.mask is not None or (
+            not is_stock(module) if reading is None else reading.hooked
+        ):
+            self._observe_calls(stack, index, module, target.name)
+        else:
+            self._watched[id(target.weight)] = index
 
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-                if x is not None:
-                    keep = (
-                        None
-                        if isinstance(module, ConvNd)
-                        else self._token_mask(target.name, x.shape)
-                    )
-                    read = Read(self._current, x, lambda: input_rows(module, x, keep))
-                    self._reached(index, read, pauses)
+    def _find_repeated(self, inside: Mapping[int, int]) -> set[int]:
+        """The layers read more than once in a forward, not all in one pass of a block."""
+        found = set()
+        for index, target in enumerate(self.targets):
+            reading = target.reading
+            if reading is not None and reading.reads != 1:
+                block = inside.get(id(target.layer.module))
+                if block is None or inside.get(id(reading.scope)) != block:
+                    found.add(index)
+        return found
 
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-            return
-
+    def _observe_experts(self, stack: ExitStack, module: nn.Module, name: str) -> None:
         def reach(tensor: str, inputs: list[Tensor]) -> None:
             for i, other in enumerate(self.targets):
                 if other.layer.module is module and other.layer.tensor == tensor:
-                    self._reached(i, Read(self._current, None, lambda: inputs), pauses)
+                    self._reached(i, Read(self._current, None, lambda: inputs))
 
-        if "forward" not in vars(module):  # once for all the weights of the module
-            keep_rows = lambda shape: self._token_mask(target.name, torch.Size((*shape, 0)))  # noqa: E731
-            stack.enter_context(experts.observed(module, reach, keep_rows))
+        keep_rows = lambda shape: self._token_mask(name, torch.Size((*shape, 0)))  # noqa: E731
+        stack.enter_context(experts.observed(module, reach, keep_rows))
+
+    def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module, name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is not None:
+                conv = isinstance(module, ConvNd)
+                keep = None if conv else self._token_mask(name, x.shape)
+                rows = lambda: input_rows(module, x, keep)  # noqa: E731
+                self._reached(index, Read(self._current, x, rows, geometry(module)))
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    def _met(self, product: Product, operand: Operand) -> bool:
+        """A product with a watched weight is about to be computed; whether the weight changed."""
+        index = self._watched[id(operand.parameter)]
+        if self._passive:
+            return False
+        read = self._read_of(index, product, operand.part)
+        if read is None:
+            if not self._surveyed:
+                self._surprise = Unsurveyed()
+                raise self._surprise
+            self.usage.unread.add(self.targets[index].name)
+        else:
+            self._reached(index, read)
+        return index in self._done
+
+    def _read_of(self, index: int, product: Product, part: Part) -> Read | None:
+        """What a product reads, as the groups of its target, or None if it is none of them."""
+        target, batch, x = self.targets[index], self._current, product.x
+        view, at = target.view, (index, part)
+        if at not in self._covered:
+            self._covered[at] = covered(view, part)
+        found = self._covered[at]
+        if found is None:
+            return None
+        keep = None
+        if product.geometry == "rows" and x is not None:
+            keep = self._token_mask(target.name, x.shape)
+
+        def own() -> list[Tensor]:
+            rows = product.rows()
+            return rows if keep is None else [r[keep.reshape(-1)] for r in rows]
+
+        if view.groups == 1:
+            return Read(batch, x, own, product.geometry)
+
+        def rows() -> list[Tensor]:
+            mine = own()
+            none = mine[0].new_empty(0, view.cols)
+            stack = [none] * view.groups
+            for one in found:
+                stack[one.group] = mine[one.own][:, one.start : one.start + view.cols]
+            return stack
+
+        alike = product.geometry, view.groups, view.cols, tuple(found)
+        return Read(batch, x, rows, alike)
 
     def _token_mask(self, name: str, shape: torch.Size) -> Tensor | None:
         batch = self.batches[self._current]
         return batch.token_mask(shape[:-1], name, encoder_decoder=self._encoder_decoder)
 
-    def _reached(self, index: int, read: Read, pauses: bool) -> None:
+    def _reached(self, index: int, read: Read) -> None:
         """A batch is about to run a layer."""
         if self._passive:
+            return
+        repeated = index in self._repeated
+        if self._ahead:
+            if repeated:
+                self._gathering.run_through(index, read, alone=True)
             return
         if self._twins is not None and self._twins.running:
             self._place = (index, 0)
             self._twins.reached(index, read, self._done, self._switch)
             return
         if index in self._done:
-            counted, promised = self._counted.get(index, set()), self._promised.get(index)
-            if read.batch in counted:
-                self.usage.revisited.add(self.targets[index].name)
-            elif promised is not None:
-                if not promised.holds(read.batch, read.x):
-                    self._surprised = True  # a model that catches everything cannot hide it
-                    raise Unforeseen
-                counted.add(read.batch)
-                if not self._needs([read.batch]):
-                    self._pause(self._end)
+            self._reached_again(index, read)
             return
-        if pauses and self._pausing:
-            self._gathering.wait(index, read)
+        if self._pauses[index] and self._pausing:
+            if not repeated:  # what it reads is counted already
+                self._gathering.wait(index, read)
             self._pause((index, 0))
-        else:
-            if self._gathering.run_through(index, read):
+            return
+        if not repeated or not self._pausing:
+            reading = self.targets[index].reading
+            alone = reading is not None and reading.reads != 1
+            if self._gathering.run_through(index, read, alone=alone):
                 self.usage.revisited.add(self.targets[index].name)
-            missing = self._missing.get(read.batch)
-            if missing is not None:
-                missing.discard(index)
-                if not missing:  # what is left of the dense pass would be thrown away
-                    raise _AllReached
+            if alone:
+                return  # more reads may come, so that the pass goes on to its end
+        missing = self._missing.get(read.batch)
+        if missing is not None:
+            missing.discard(index)
+            if not missing:  # what is left of the dense pass would be thrown away
+                raise _AllReached
+
+    def _reached_again(self, index: int, read: Read) -> None:
+        """A batch is about to run a layer that is pruned."""
+        counted, promised = self._counted.get(index, set()), self._promised.get(index)
+        if read.batch in counted:
+            if not self._surveyed:
+                self._surprise = Unsurveyed()
+                raise self._surprise
+            self.usage.revisited.add(self.targets[index].name)
+        elif promised is not None:
+            if not promised.holds(read):
+                self._surprise = Unforeseen()  # a model that catches everything cannot hide it
+                raise self._surprise
+            counted.add(read.batch)
+            if not self._needs([read.batch]):
+                self._pause(self._end)
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""

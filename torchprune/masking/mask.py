@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, SpecError, did_you_mean
+from torchprune.masking.adapters import named_as_plain
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked, pack_bits, unpack_bits
 from torchprune.masking.scales import scale_of
-from torchprune.masking.selection import Layer, maskable_of, tied_to
+from torchprune.masking.selection import Layer, layer_at, tied_to
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,29 @@ def original_of(module: nn.Module, tensor: str) -> Tensor:
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[Layer, Mask]]:
-    """Every layer that carries a mask, in registration order."""
-    for layer in maskable_of(model):
+    """Every tensor that carries a mask, of whatever module, in registration order."""
+    for layer in parameters_of(model):
         mask = mask_of(layer.module, layer.tensor)
         if mask is not None:
             yield layer, mask
+
+
+def parameters_of(model: nn.Module) -> Iterator[Layer]:
+    """Every parameter of every module, each module once, by its name in the plain model."""
+    inside: set[int] = set()
+    for path, plain, module in named_as_plain(model):
+        if id(module) in inside:
+            continue
+        names = list(module._parameters)
+        if parametrize.is_parametrized(module):
+            chains = cast(nn.ModuleDict, module.parametrizations)
+            inside.update(id(m) for m in chains.modules())
+            masks = (mask_of(module, name) for name in chains)
+            order: list[str] = next((m.__dict__["order"] for m in masks if m is not None), [])
+            names += list(chains)
+            names.sort(key=lambda name: order.index(name) if name in order else len(order))
+        for name in names:
+            yield layer_at(path, plain, module, name)
 
 
 def attach(
@@ -252,7 +271,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         MaskError: an unknown name, a tied weight, a wrong shape or dtype. Nothing is changed then.
     """
-    layers = {layer.key: layer for layer in maskable_of(model)}
+    layers = {layer.key: layer for layer in parameters_of(model)}
     ties = tied_to(model)
     for key, mask in masks.items():
         if key not in layers:

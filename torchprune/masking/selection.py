@@ -6,8 +6,10 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchprune.errors import TargetError, did_you_mean
 from torchprune.masking.adapters import named_as_plain
@@ -33,10 +35,45 @@ class Layer:
 
 
 def layers_of(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
-    """Every prunable tensor of a model, in registration order, each module once."""
+    """Every prunable tensor that its module tells of, in registration order, each module once."""
     for name, plain, module in named_as_plain(model, prefix):
         for tensor in prunable_names(module):
-            yield _layer(name, plain, module, tensor)
+            yield layer_at(name, plain, module, tensor)
+
+
+def every_layer(model: nn.Module) -> Iterator[Layer]:
+    """Every tensor that could be pruned if asked for, in registration order: parameters of two or
+    more axes, masked or not."""
+    for name, plain, module in named_as_plain(model):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        known = prunable_names(module)
+        for tensor in dict.fromkeys((*known, *parameter_names(module))):
+            if tensor in known or _axes(module, tensor) >= 2:
+                yield layer_at(name, plain, module, tensor)
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """A module's own parameters, those behind parametrizations under the names they have."""
+    names = [name for name, p in module._parameters.items() if p is not None]
+    if parametrize.is_parametrized(module):
+        names += list(cast(nn.ModuleDict, module.parametrizations))
+    return names
+
+
+def _axes(module: nn.Module, tensor: str) -> int:
+    if parametrize.is_parametrized(module, tensor):
+        chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
+        return getattr(getattr(chain, "original", None), "ndim", 0)
+    return cast(Tensor, module._parameters[tensor]).ndim
+
+
+def layer_at(path: str, plain: str, module: nn.Module, tensor: str) -> Layer:
+    """A module's tensor as a layer, by the module's name and the one it has without adapters."""
+    key = f"{path}.{tensor}" if path else tensor
+    if tensor == "weight" and plain:
+        return Layer(plain, key, module, tensor)
+    return Layer(f"{plain}.{tensor}" if plain else tensor, key, module, tensor)
 
 
 def maskable_of(model: nn.Module) -> Iterator[Layer]:
@@ -44,14 +81,7 @@ def maskable_of(model: nn.Module) -> Iterator[Layer]:
     for name, plain, module in named_as_plain(model):
         names = prunable_names(module)
         for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
-            yield _layer(name, plain, module, tensor)
-
-
-def _layer(name: str, plain: str, module: nn.Module, tensor: str) -> Layer:
-    key = f"{name}.{tensor}" if name else tensor
-    if tensor == "weight" and plain:
-        return Layer(plain, key, module, tensor)
-    return Layer(f"{plain}.{tensor}" if plain else tensor, key, module, tensor)
+            yield layer_at(name, plain, module, tensor)
 
 
 def has_bias(module: nn.Module) -> bool:

@@ -41,7 +41,14 @@ class RunRecord:
     def finish(self, batches: int, usage: Usage) -> None:
         """Note what calibration used."""
         self.batches, self.peak_held_bytes = batches, usage.peak_held_bytes
-        for name in sorted(usage.revisited):
+        for name in sorted(usage.repeated):
+            self.notes.append(
+                f"{name} is read more than once in a forward pass: its statistics are from every "
+                "use, in the model before it was pruned"
+            )
+        for name in sorted(usage.unread):
+            self.notes.append(f"{name}: some of what it multiplies could not be counted")
+        for name in sorted(usage.revisited - usage.repeated):
             self.notes.append(
                 f"{name} is used more than once in a forward pass: its statistics are from "
                 + ("every use" if getattr(self.spec, "sequential", "") != "layer" else "the first")

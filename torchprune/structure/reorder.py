@@ -174,7 +174,7 @@ def _obstacle(key: str, slots: Mapping[str, Slot], owners: Mapping[int, list[str
 
 def _why(key: str, target: Target, structure: Structure) -> str:
     """Why no channels were found among a layer's inputs."""
-    axis = {"transposed": 0, "experts": 2}.get(target.view.kind, 1)
+    axis = 1 if target.view.kind == "conv" else target.view.order[-1]
     for frozen in structure.frozen:
         if (frozen.key, frozen.axis) == (key, axis):
             return f"its inputs are frozen by {frozen.why}"

@@ -121,7 +121,12 @@ class Routers:
                 continue
             for output in self._outputs.get(tensor, ()):
                 if output.rows * _FEW <= output.cols:
-                    self._find(output, f"a gate: each of its {output.rows} outputs scales a vector")
+                    of = (
+                        "its one output"
+                        if output.rows == 1
+                        else f"each of its {output.rows} outputs"
+                    )
+                    self._find(output, f"a gate: {of} scales a vector")
 
     def _judge_mixing(self, name: str, args: Sequence[Any], operands: Sequence[Tensor]) -> None:
         """A softmax of outputs, multiplied with what is no parameter along their own axis."""

@@ -162,7 +162,8 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The model's outermost repeated blocks, by name: what a depth of layers is made of.
 
     The children of an `nn.ModuleList`, or of an `nn.Sequential` or `nn.ModuleDict` in which a type
-    occurs twice, provided they are themselves made of modules and hold prunable layers.
+    occurs twice, provided they are themselves made of modules and hold prunable layers. Of a list
+    of lists, which nobody calls, the blocks are the children of the inner ones.
     """
     blocks: dict[str, nn.Module] = {}
 
@@ -172,7 +173,8 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
         repeats = isinstance(module, nn.ModuleList) or (
             isinstance(module, nn.Sequential | nn.ModuleDict) and len(set(kinds)) < len(kinds)
         )
-        found = {k for k, c in children.items() if any(layers_of(c))} if repeats else set()
+        called = {k: c for k, c in children.items() if not isinstance(c, _NEVER_CALLED)}
+        found = {k for k, c in called.items() if any(layers_of(c))} if repeats else set()
         for key, child in module.named_children():
             path = f"{name}.{key}" if name else key
             if key in found:
@@ -182,6 +184,9 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     visit("", model)
     return blocks
+
+
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 def tied_to(model: nn.Module) -> dict[int, list[str]]:

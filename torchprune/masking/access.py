@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
 from torch.fx import _symbolic_trace as fx
 from torch.nn.utils import parametrize
 
 from torchprune.masking.keeper import Guarded
+
+_FLAT = "_flat_weights"
+"""Where a recurrent net keeps a list of its parameters, which its forward reads."""
 
 
 def own_class(module: nn.Module) -> None:
@@ -27,33 +33,31 @@ def own_class(module: nn.Module) -> None:
 
 def install(module: nn.Module, tensor: str) -> None:
     """Let a module hand out the parameter behind a mask, in place of the product with it."""
-    kind, product = type(module), cast(property, vars(type(module))[tensor])
-    setattr(kind, tensor, property(_getter(tensor, product.fget), product.fset))
-    if isinstance(module, nn.RNNBase) and "_flat_weights" not in vars(kind):
+    kind: Any = type(module)
+    setattr(kind, tensor, property(_getter(tensor), vars(kind)[tensor].fset))
+    if isinstance(module, nn.RNNBase) and _FLAT not in vars(kind):
         kind._flat_weights = property(_flat_weights, _keep_flat_weights)
 
 
 def uninstall(module: nn.Module) -> None:
     """Undo what `install` did beside the tensor's own property, if no tensor needs it any more."""
     kind = type(module)
-    if "_flat_weights" in vars(kind) and len(cast(Any, module.parametrizations)) == 1:
-        delattr(kind, "_flat_weights")
+    if _FLAT in vars(kind) and len(cast(Any, module.parametrizations)) == 1:
+        delattr(kind, _FLAT)
 
 
-def _getter(tensor: str, product: Any) -> Callable[[nn.Module], Tensor]:
-    """Reads the parameter if all is as it was left; this is most of what a masked weight costs."""
-    compiling, grad, tracing = (
-        torch.compiler.is_compiling,
-        torch.is_grad_enabled,
-        torch._C._get_tracing_state,
-    )
+def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
+    """Reads the parameter if all is as it was left; this is most of what a masked weight costs.
+
+    Its only cell is a string, so that compiled code may serve many modules.
+    """
 
     def get(self: Any) -> Tensor:
-        if compiling():
-            return cast(Tensor, product(self))
+        if is_compiling():
+            return cast(Tensor, self.parametrizations[tensor]())
         chain = self._modules["parametrizations"]._modules[tensor]
         weight, steps = chain._parameters["original"], chain._modules
-        if len(steps) == 1 and not fx._is_fx_tracing_flag and tracing() is None:
+        if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
             mask = steps["0"]
             keeper = mask.keeper
             if (
@@ -63,12 +67,35 @@ def _getter(tensor: str, product: Any) -> Callable[[nn.Module], Tensor]:
                 and weight._version == keeper.version
                 and weight.data_ptr() == keeper.address
                 and keeper.bits._version == keeper.bits_version
-                and (keeper.hooked or not grad() or not weight.requires_grad)
+                and (keeper.hooked or not is_grad_enabled() or not weight.requires_grad)
             ) or mask.makes_ready(weight):
                 return cast(Tensor, weight)
-        return cast(Tensor, product(self))
+        return _product(self, tensor)
 
+    _run_as_it_is(get.__code__)
     return get
+
+
+def _run_as_it_is(code: CodeType) -> None:
+    """Let dynamo trace a function as part of those that call it, but not compile it for itself.
+
+    Where it cannot trace the caller it would, anew for each module, and win nothing.
+    """
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    if hasattr(frames, "_FrameExecStrategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+
+
+def _product(module: Any, tensor: str) -> Tensor:
+    """What torch's own property computes, or remembers while it is asked to."""
+    chain = module.parametrizations[tensor]
+    if not parametrize._cache_enabled:
+        return cast(Tensor, chain())
+    key = id(module), tensor
+    if key not in parametrize._cache:
+        parametrize._cache[key] = chain()
+    return cast(Tensor, parametrize._cache[key])
 
 
 def _flat_weights(self: Any) -> list[Tensor | None]:
@@ -77,4 +104,4 @@ def _flat_weights(self: Any) -> list[Tensor | None]:
 
 
 def _keep_flat_weights(self: Any, weights: list[Tensor | None]) -> None:
-    vars(self)["_flat_weights"] = weights
+    vars(self)[_FLAT] = weights

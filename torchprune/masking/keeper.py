@@ -42,6 +42,8 @@ class Guarded(nn.Parameter):
 
     @property
     def data(self) -> Tensor:
+        if torch.compiler.is_compiling():  # which sees to the mask itself
+            return self.detach()
         _mark(self)
         return values_of(self)
 

@@ -92,7 +92,7 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
 def traced_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """What `unpack_bits` gives, in operations that every tracer and compiler knows."""
     lane = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    flat = ((bits.unsqueeze(1) >> lane) & 1).view(-1)[: math.prod(shape)]
+    flat = (bits.unsqueeze(1) >> lane).bitwise_and(1).view(-1)[: math.prod(shape)]
     return flat.view(tuple(shape)).to(torch.bool)
 
 

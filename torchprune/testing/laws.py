@@ -352,8 +352,8 @@ def _layers(model: nn.Module, *, grad: bool = False) -> Iterator[tuple[Layer, Ma
     """Every masked layer, its mask, and its weight as it acts."""
     for layer, mask in masked_layers(model):
         with torch.set_grad_enabled(grad):
-            weight = mask(original_of(layer.module, layer.tensor))
-        yield layer, mask, weight
+            weight = getattr(layer.module, layer.tensor)
+        yield layer, mask, weight if grad else weight.detach()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -28,8 +28,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprune.errors import LoweringError
 from torchprune.lowering.bitmask import SLACK, Bitmask, obstacle
-from torchprune.masking.keeper import Guarded
 from torchprune.lowering.kernels import operators as kernels
+from torchprune.masking.keeper import Guarded
 
 log = logging.getLogger(__name__)
 

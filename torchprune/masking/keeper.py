@@ -52,7 +52,7 @@ class Guarded(nn.Parameter):
         _mark(self)
         _DATA.__set__(self, values)  # type: ignore[attr-defined]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Parameter containing:\n{values_of(self).requires_grad_(self.requires_grad)!r}"
 
 

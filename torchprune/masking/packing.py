@@ -172,3 +172,9 @@ def put_values(tensor: Tensor, mask: Tensor, values: Tensor) -> None:
     if values.dim() != 1 or values.numel() != places:
         raise ValueError(f"the mask has {places} places, got values {tuple(values.shape)}")
     tensor.view(_WORDS[tensor.itemsize]).masked_scatter_(mask, as_words(values.to(tensor.dtype)))
+
+
+def merge_bits(tensor: Tensor, other: Tensor) -> None:
+    """Write another tensor's values in place; wherever one of the two is not +0.0, the other is."""
+    words = _WORDS[tensor.itemsize]
+    tensor.view(words).bitwise_or_(other.to(tensor.dtype).view(words))

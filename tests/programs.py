@@ -61,6 +61,12 @@ class Tied(nn.Module):
         return self.head(self.embed(tokens))
 
 
+def masks_of(program: ExportedProgram) -> dict[str, Tensor]:
+    """The masks that a program carries, by their parameters' names."""
+    ending = "_mask"
+    return {k.removesuffix(ending): v for k, v in program.state_dict.items() if k.endswith(ending)}
+
+
 def parameters_of(program: ExportedProgram) -> dict[Node, str]:
     """The placeholders of parameters, by what these are called in the state_dict."""
     names = {

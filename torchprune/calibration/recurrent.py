@@ -15,6 +15,7 @@ torch's own operator gives the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -111,6 +112,11 @@ def _side_by_side(parts: Sequence[Rows]) -> Tensor:
     return torch.cat([part() for part in parts], dim=1)
 
 
+def _without_cudnn() -> AbstractContextManager[None]:
+    """It wants a net's weights, all of them, in one piece of memory."""
+    return torch.backends.cudnn.flags(enabled=False)
+
+
 class _Once:
     """Rows that are computed once, when first asked for."""
 
@@ -196,8 +202,10 @@ class _Call:
 
     def result(self) -> Any:
         """What the operator gives, with the weights as they are now."""
+        changed = any(a is not b for a, b in zip(self.params, self._given["params"], strict=True))
         given = self._given | {"params": self.params}
-        return self.function(*(given[name] for name in self._names))
+        with _without_cudnn() if changed else nullcontext():
+            return self.function(*(given[name] for name in self._names))
 
 
 @dataclass(frozen=True)
@@ -245,7 +253,7 @@ class _Steps:
         hx = states if len(states) > 1 else states[0]
         once = (self.call.biases, 1, 0.0, False, False)  # one layer, no dropout, one direction
         x = self._in_order(self.inputs())
-        with torch.backends.cudnn.flags(enabled=False):  # it wants the weights of all layers
+        with _without_cudnn():
             rows: Tensor = self.call.function(x, self.call.sizes, hx, self._params(), *once)[0]
         return rows
 

@@ -26,11 +26,13 @@ class Layers:
     Attributes:
         root: a tree of modules that hold the program's weights. They never run.
         readings: how each of the tree's parameters is read, by its identity.
+        weights: those parameters, by their names in the program.
         reads: the products with each, by its name, in the graph's order.
     """
 
     root: nn.Module = field(default_factory=nn.Module)
     readings: dict[int, Reading] = field(default_factory=dict)
+    weights: dict[str, nn.Parameter] = field(default_factory=dict)
     reads: dict[str, list[Read]] = field(default_factory=dict)
 
 
@@ -59,7 +61,7 @@ def layers_of(program: ExportedProgram) -> Layers:
         module.register_parameter(tensor, weight)
         layers.root = _grafted(layers.root, path, module)
         layers.readings[id(weight)] = Reading(view, len(reads))
-        layers.reads[name] = reads
+        layers.weights[name], layers.reads[name] = weight, reads
     layers.root = _listed(layers.root)
     return layers
 

@@ -22,16 +22,18 @@ from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
 from torchprune.calibration.padding import Padding, counted
+from torchprune.calibration.survey import is_plain
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.packing import masked
 from torchprune.masking.parts import covered
 from torchprune.masking.targets import Target, make_plan
 from torchprune.masking.transaction import Change
 from torchprune.methods.decide import Decider, decider_for, without_data
-from torchprune.passes.layers import layers_of
+from torchprune.passes.layers import Layers, layers_of
 from torchprune.passes.masks import insert_masks
 from torchprune.passes.program import Draft
 from torchprune.passes.reads import Read
+from torchprune.passes.watched_run import gates_in
 from torchprune.specs.spec import Spec
 
 Env = dict[Node, Any]
@@ -102,7 +104,7 @@ def prune_program(
         )
     running = _functional(program)
     layers = layers_of(running)
-    plan = make_plan(layers.root, spec, layers.readings)
+    plan = make_plan(layers.root, spec, layers.readings, _gates(running, layers, batches))
     changes: list[Change] = []
     warnings = list(plan.warnings)
     with torch.no_grad():
@@ -125,6 +127,18 @@ def prune_program(
             draft.replace(change.target.layer.key, masked(change.values, change.mask))
     masks = {change.target.layer.key: change.mask for change in changes}
     return insert_masks(draft.finish(), masks).program, warnings
+
+
+def _gates(program: ExportedProgram, layers: Layers, batches: Sequence[Batch]) -> dict[int, str]:
+    """Why weights are routers or gates, of those that are seen to be; as for modules, a program
+    that is plain is not looked at."""
+    if not batches or is_plain(layers.root):
+        return {}
+    return {
+        id(layers.weights[name]): why
+        for name, why in gates_in(program, batches[0]).items()
+        if name in layers.weights
+    }
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -153,84 +167,85 @@ class _Run:
         self._program, self._decider, self._batches = program, decider, batches
         self._spec, self._blocks = decider.spec, blocks
         self._padding = Padding(program.module(), batches)
+        self._shadows: dict[int, Env] = {}
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
-        self._uses = list(uses)
+        self._uses = sorted(uses, key=lambda use: self._at[use.reads[0].node])
         self._interpreter = Interpreter(program.graph_module, garbage_collect_values=False)
         self._dying = self._deaths()
-        self._early: dict[Node, list[tuple[_Use, int]]] = defaultdict(list)
-        self._begun: dict[_Use, Moments] = {}
 
     def changes(self, sequential: str) -> Iterator[Change]:
-        """The changes of all layers, in the order of the graph.
-
-        One that is pruned by itself is pruned before the last product that reads it, when all of
-        its inputs are known; those pruned together, before the first.
-        """
+        """The changes of all layers, in the order of the graph: each before its first product."""
         envs = [self._begin(batch) for batch in self._batches]
-        shadows = {i: self._begin(self._padding.shadow(i)) for i in self._padding.shadowed()}
+        self._shadows = {i: self._begin(self._padding.shadow(i)) for i in self._padding.shadowed()}
+        groups = self._groups(sequential)
+        known = self._ahead(envs, self._repeated(groups))
         at = 0
-        for group in self._groups(sequential):
-            places = [self._at[read.node] for use in group for read in use.reads]
-            stop = max(places) if sequential == "layer" else min(places)
-            for index, env in enumerate(envs):
-                if index in shadows:
-                    self._advance(shadows[index], at, stop, index, shadow=True)
-                self._advance(env, at, stop, index)
-            at = stop
-            found = self._statistics(envs, shadows, group)
+        for group in groups:
+            first = self._at[group[0].reads[0].node]
+            for env in (*envs, *self._shadows.values()):
+                self._advance(env, at, first)
+            at = first
+            found = self._statistics(envs, at, group, known)
             with modes.exact():
                 for change in self._decider.changes(found):
                     use = next(u for u in group if u.target is change.target)
                     weight = change.target.weight if change.values is None else change.values
                     new = masked(weight.to(change.target.weight.dtype), change.mask)
-                    for env in (*envs, *shadows.values()):
+                    for env in (*envs, *self._shadows.values()):
                         use.replace(env, new)
                     yield change
 
     def _groups(self, sequential: str) -> list[list[_Use]]:
         """Layers that are pruned on the same dense pass."""
-        first = sorted(self._uses, key=lambda use: self._at[use.reads[0].node])
         if sequential == "none":
-            return [first]
+            return [self._uses]
         if sequential == "layer":
-            for use in self._uses:
-                for number, read in enumerate(use.reads[:-1]):
-                    self._early[read.node].append((use, number))
-            return [[u] for u in sorted(first, key=lambda use: self._at[use.reads[-1].node])]
+            return [[use] for use in self._uses]
         groups: dict[tuple[str, ...], list[_Use]] = {}
-        for use in first:
+        for use in self._uses:
             path = tuple(use.target.layer.key.split("."))
             own = next((b for b in self._blocks if path[: len(b)] == b), path)
             groups.setdefault(own, []).append(use)
         return list(groups.values())
 
+    def _repeated(self, groups: Sequence[Sequence[_Use]]) -> list[_Use]:
+        """The layers read more than once, not all in one pass of a block."""
+        found = []
+        for use in self._uses:
+            start, stop = (self._at[use.reads[i].node] for i in (0, -1))
+            own = next(group for group in groups if use in group)
+            others = (
+                read for group in groups if group is not own for u in group for read in u.reads
+            )
+            within = any(start < self._at[read.node] < stop for read in others)
+            if len(use.reads) > 1 and (len(own) == 1 or within):
+                found.append(use)
+        return found
+
+    def _ahead(self, envs: Sequence[Env], uses: Sequence[_Use]) -> dict[_Use, Moments]:
+        """All that some layers read in the dense program: to be pruned before the first product
+        they must be known then."""
+        moments = {use: self._fresh(use) for use in uses}
+        self._pass(envs, 0, [(use, moments[use]) for use in uses])
+        return moments
+
     def _statistics(
-        self, envs: Sequence[Env], shadows: Mapping[int, Env], group: Sequence[_Use]
+        self, envs: Sequence[Env], at: int, group: Sequence[_Use], known: Mapping[_Use, Moments]
     ) -> list[tuple[Target, Moments]]:
-        """What the layers of a group read, from copies of the environments that run on to each."""
+        """What the layers of a group read, from here on with none of them pruned."""
         shared: dict[Hashable, Moments] = {}
         moments: dict[_Use, Moments] = {}
-        counting: list[tuple[int, _Use, int]] = []
+        counting = []
         for use in group:
-            if use in self._begun:
-                moments[use] = self._begun.pop(use)
-                numbers = [len(use.reads) - 1]
+            if use in known:
+                moments[use] = known[use]
             elif use.source in shared:
-                moments[use], numbers = shared[use.source], []
+                moments[use] = shared[use.source]
             else:
                 moments[use] = shared[use.source] = self._fresh(use)
-                numbers = list(range(len(use.reads)))
-            counting += [(self._at[use.reads[n].node], use, n) for n in numbers]
-        counting.sort(key=lambda item: item[0])
-        for index, env in enumerate(envs):
-            for shadow in (True, False) if index in shadows else (False,):
-                ahead, at = dict(shadows[index] if shadow else env), counting[0][0]
-                for place, use, number in counting:
-                    self._advance(ahead, at, place)
-                    at = place
-                    self._count(moments[use], use, number, ahead, index, shadow=shadow)
-            self._padding.forget(index)
+                counting.append((use, moments[use]))
+        self._pass(envs, at, counting)
         for use in group:
             own = moments[use]
             with modes.exact():
@@ -242,17 +257,24 @@ class _Run:
                 )
         return [(use.target, moments[use]) for use in group]
 
-    def _fresh(self, use: _Use) -> Moments:
-        spec, view = self._spec, use.target.view
-        with modes.exact():
-            return Moments.empty(
-                view.groups,
-                view.cols,
-                use.target.weight.device,
-                gram=spec.needs_gram,
-                total=spec.needs_mean,
-                cap=spec.token_cap,
-            )
+    def _pass(
+        self, envs: Sequence[Env], start: int, counting: Sequence[tuple[_Use, Moments]]
+    ) -> None:
+        """Let copies of the environments run on from a node, and count what these layers read."""
+        places = [
+            (self._at[read.node], use, number, moments)
+            for use, moments in counting
+            for number, read in enumerate(use.reads)
+        ]
+        places.sort(key=lambda place: place[0])
+        for index, env in enumerate(envs):
+            for shadow in (True, False) if index in self._shadows else (False,):
+                ahead, at = dict(self._shadows[index] if shadow else env), start
+                for place, use, number, moments in places:
+                    self._advance(ahead, at, place)
+                    at = place
+                    self._count(moments, use, number, ahead, index, shadow=shadow)
+            self._padding.forget(index)
 
     def _count(
         self, moments: Moments, use: _Use, number: int, env: Env, index: int, *, shadow: bool
@@ -268,34 +290,27 @@ class _Run:
         with modes.exact():
             moments.add(counted(rows, counts), sample)
 
+    def _fresh(self, use: _Use) -> Moments:
+        spec, view = self._spec, use.target.view
+        with modes.exact():
+            return Moments.empty(
+                view.groups,
+                view.cols,
+                use.target.weight.device,
+                gram=spec.needs_gram,
+                total=spec.needs_mean,
+                cap=spec.token_cap,
+            )
+
     def _begin(self, batch: Batch) -> Env:
         flat = self._program._graph_module_flat_inputs(batch.args, batch.kwargs)
         inputs = [node for node in self._nodes if node.op == "placeholder"]
         return dict(zip(inputs, flat, strict=True))
 
-    def _advance(
-        self,
-        env: Env,
-        start: int,
-        stop: int,
-        counting: int | None = None,
-        *,
-        shadow: bool = False,
-    ) -> None:
-        """Run the nodes [start, stop) on one batch; forget what nobody needs any more.
-
-        Args:
-            counting: the batch's number, where layers that are read again later count what they
-                meet.
-            shadow: whether this is the batch's shadow.
-        """
+    def _advance(self, env: Env, start: int, stop: int) -> None:
+        """Run the nodes [start, stop) on one batch; forget what nobody needs any more."""
         self._interpreter.env = env
         for node in self._nodes[start:stop]:
-            for use, number in self._early.get(node, ()) if counting is not None else ():
-                if use not in self._begun:
-                    self._begun[use] = self._fresh(use)
-                assert counting is not None
-                self._count(self._begun[use], use, number, env, counting, shadow=shadow)
             if node.op != "placeholder":
                 env[node] = self._interpreter.run_node(node)
             for read in self._dying[node]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -17,12 +17,12 @@ from torchprune.allocation.allocate import allocated
 from torchprune.calibration.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.data import Data
-from torchprune.calibration.lockstep import Calibration, Unforeseen, Unsurveyed
-from torchprune.calibration.routers import Routers
-from torchprune.calibration.survey import is_plain, survey
+from torchprune.calibration.lockstep import Calibration, Unsurveyed
+from torchprune.calibration.sources import Unforeseen
+from torchprune.calibration.survey import Survey, is_plain, survey
+from torchprune.calibration.token_masks import TokenMask
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
-from torchprune.masking.reading import Reading
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import decider_for, without_data
@@ -50,6 +50,7 @@ def sparsify(
     hold: torch.dtype | None = None,
     seed: int = 0,
     tokenizer: Any = None,
+    token_mask: TokenMask = None,
 ) -> Model:
     """Prune a model in place: every chosen layer gets a mask as a parametrization.
 
@@ -61,10 +62,12 @@ def sparsify(
             for single weights; `HeadSpec`, `NeuronSpec`, `ChannelSpec` or `LayerSpec` for whole
             units, which `torchprune.shrink` can then remove.
         data: calibration batches: any iterable whose items are tensors (passed positionally),
-            tuples or lists (positional) or mappings (keywords). Tokens that a batch's
-            `attention_mask` excludes do not count. Without data, a generative transformers model
-            calibrates on text sampled from itself; `MagnitudeSpec` needs none. Texts, with a
-            `tokenizer`: what `text_batches` takes.
+            tuples or lists (positional) or mappings (keywords); or a `datasets.Dataset`, each row
+            of which is a batch of one. Padding does not count: where a batch holds a mask of it,
+            its call runs once more with other content at the padding, and the rows that differ are
+            left out. Columns that the model does not take are left out, with a note. Without data,
+            a generative transformers model calibrates on text sampled from itself; `MagnitudeSpec`
+            needs none. Texts, with a `tokenizer`: what `text_batches` takes.
         progress: show a progress bar over the layers.
         max_batches: read at most so many batches; all of them wait at each layer together, so
             memory grows with their number and size.
@@ -74,6 +77,9 @@ def sparsify(
         seed: for the sampled text, or the windows of given texts.
         tokenizer: the model's own, for data that are texts: they become `max_batches` windows of
             as many tokens as the model's context holds, at most 2048.
+        token_mask: which tokens count, instead of what is found out: the name of a column of the
+            batches, a function of a batch (as it was given), or a sequence of a tensor a batch;
+            each (batch, length), True where a token counts, or None to find out.
 
     Returns:
         the same model; for an `ExportedProgram` a new one.
@@ -85,7 +91,7 @@ def sparsify(
         Exception: whatever the model raises. After any error the model is as it was.
     """
     _check_request(spec, hold)
-    calibration = Data(data, tokenizer, max_batches, seed, progress)
+    calibration = Data(data, tokenizer, max_batches, seed, progress, token_mask)
     if type(model).__name__ == "ExportedProgram":
         for_modules = keep_dense or hold is not None
         return cast(Model, _prune_program(model, spec, calibration, for_modules))
@@ -126,7 +132,6 @@ class _Weights:
     run: RunRecord
     keep_dense: bool
     hold: torch.dtype | None
-    routers: Routers = field(default_factory=Routers)
 
     def prune(self) -> None:
         """Select, calibrate, and in lockstep with that score, mask and attach."""
@@ -138,33 +143,34 @@ class _Weights:
         asker, windows = type(self.spec).__name__, self.spec.windows
         batches, notes = self.data.read(self.model, asker, at_least=windows)
         self.run.notes += notes
-        plan = plan or self._plan(survey(self.model, batches[0], self.routers))
+        plan = plan or self._plan(survey(self.model, batches[0]))
         notes = list(self.run.notes)
         try:
             self._by_data(plan, batches, surveyed=not plain)
         except Unsurveyed:
             again = "calibrated twice: some weights are read in part or several times"
             self.run.notes = [*notes, again]
-            plan = self._plan(survey(self.model, batches[0], self.routers))
+            plan = self._plan(survey(self.model, batches[0]))
             self._by_data(plan, batches, surveyed=True)
 
-    def _seen_without_need(self) -> dict[int, Reading]:
+    def _seen_without_need(self) -> Survey | None:
         """How the model reads its weights, where no data are needed: on the first batch given, or
         what transformers makes up, if one of them can be run."""
         if is_plain(self.model):
-            return {}
+            return None
         try:
             if self.data.given is not None:
                 batches, _ = replace(self.data, max_batches=1).read(self.model, "")
             else:
                 made_up = getattr(self.model, "dummy_inputs", None)
-                batches, _ = read_batches([made_up], self.model, 1)
-            return survey(self.model, batches[0], self.routers)
+                batches = read_batches([made_up], self.model, 1).batches
+            return survey(self.model, batches[0])
         except Exception:  # nothing depends on it
-            return {}
+            return None
 
-    def _plan(self, readings: Mapping[int, Reading] | None = None) -> Plan:
-        plan = make_plan(self.model, self.spec, readings, self.routers.found)
+    def _plan(self, seen: Survey | None = None) -> Plan:
+        seen = seen or Survey()
+        plan = make_plan(self.model, self.spec, seen.readings, seen.gates)
         self.run.skipped, self.run.warnings = dict(plan.skipped), list(plan.warnings)
         _check_weights(plan, finite=self.spec.changes_weights or self.spec.needs_gram)
         return plan
@@ -346,7 +352,8 @@ def _prune_program(
                 f"{type(spec).__name__} needs calibration data for an ExportedProgram: "
                 f"sparsify(program, spec, data). {ACCEPTED_DATA}"
             )
-        batches, _ = read_batches(data.given, program.module(), data.max_batches)
+        taken = read_batches(data.given, program.module(), data.max_batches, data.token_mask)
+        batches = taken.batches
     pruned, found = prune_program(program, spec, batches, progress=data.progress)
     for warning in found:
         warnings.warn(warning, stacklevel=4)  # through the decorator of `sparsify`

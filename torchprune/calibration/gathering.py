@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+from torch import Tensor
+
 from torchprune import modes
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
-from torchprune.calibration.sources import Gathered, Read
+from torchprune.calibration.padding import counted
+from torchprune.calibration.sources import Gathered, Read, Unforeseen
 from torchprune.errors import CalibrationError
 from torchprune.masking.targets import Target
+
+Tokens = Callable[[int, Read, Sequence[Tensor]], list[Tensor | None]]
+"""Tells which of the rows that a batch reads at a layer are tokens', per group: None if all are."""
 
 AtHand = Callable[[int, Read], AbstractContextManager[Read | None]]
 """Makes a read of a layer (by its number) possible, and gives the dense model's in its place."""
@@ -22,6 +28,8 @@ class Gathering:
         targets: the layers.
         batches: how many batches there are.
         gram, total, cross, cap: which statistics, as for `Moments`.
+        share: whether layers that read the same tensors have them in common.
+        tokens: tells which rows count.
     """
 
     def __init__(
@@ -33,9 +41,11 @@ class Gathering:
         total: bool,
         cross: bool,
         cap: float | None,
+        tokens: Tokens,
+        share: bool = True,
     ) -> None:
-        self._targets, self._gram = targets, gram
-        self._total, self._cross, self._cap = total, cross, cap
+        self._targets, self._gram, self._share = targets, gram, share
+        self._total, self._cross, self._cap, self._tokens = total, cross, cap, tokens
         self._sample = 0 if gram else -(-SAMPLE_ROWS // batches)
         self._reads: dict[int, list[Read]] = {}  # of the batches that wait at a layer
         self._gathered: dict[int, Gathered] = {}  # of a layer, until it is taken
@@ -55,7 +65,7 @@ class Gathering:
             whether the batch read something else at this layer before.
 
         Raises:
-            CalibrationError: statistics were shared with a layer that now reads something else.
+            Unforeseen: statistics were shared with a layer that now reads something else.
         """
         gathered, again = self._gathered.get(index), False
         if gathered is None:
@@ -67,12 +77,8 @@ class Gathering:
             return False
         borrowed = [i for i, g in self._gathered.items() if g is gathered and i != index]
         if borrowed and read.batch in gathered.sources.batches():
-            raise CalibrationError(
-                f"{self._targets[index].name} reads the same tensor as "
-                f"{self._targets[borrowed[0]].name} in some batches and another in others; use "
-                'sequential="layer" for this model'
-            )
-        self._count(gathered, read)
+            raise Unforeseen
+        self._count(index, gathered, read)
         return again
 
     def reached(self) -> list[int]:
@@ -96,7 +102,7 @@ class Gathering:
             if shared is None:
                 for read in reads:
                     with at_hand(index, read) as twin:
-                        self._count(gathered, read, twin)
+                        self._count(index, gathered, read, twin)
         gathered = self._gathered.pop(index)
         with modes.exact():
             gathered.moments.finish()
@@ -128,14 +134,16 @@ class Gathering:
                 cap=self._cap,
             )
         gathered = Gathered(moments, index)
-        if shareable:
+        if shareable and self._share:
             self._shareable.append(gathered)
         return gathered
 
-    def _count(self, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
+    def _count(self, index: int, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
         with modes.exact():
-            dense = None if twin is None else twin.rows()
-            gathered.moments.add(read.rows(), self._sample, dense)
+            rows = read.rows()
+            counts = self._tokens(index, read, rows)
+            dense = None if twin is None else counted(twin.rows(), counts)
+            gathered.moments.add(counted(rows, counts), self._sample, dense)
         gathered.sources.add(read)
 
     def _matching(self, index: int, reads: Sequence[Read], *, whole: bool) -> Gathered | None:

@@ -11,7 +11,8 @@ Defined behaviour at the edges:
 - A layer reached again in the same forward was pruned at its first use, on those inputs.
 - A layer no batch reaches is never yielded.
 - Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
-  then reads something else, or is not called, `Unforeseen` is raised: begin again without.
+  then reads something else, or is not called, `Unforeseen` is raised: begin again without. So it is
+  where a block's layers were found to share statistics and then read something else.
 - Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
 - An error in any batch ends the calibration; hooks are gone and the error is the model's own.
 """
@@ -37,10 +38,13 @@ from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
 from torchprune.calibration.operations import Product
-from torchprune.calibration.sources import Gathered, Read, Sources
+from torchprune.calibration.padding import Padding
+from torchprune.calibration.replay import Replays
+from torchprune.calibration.shadows import Shadows
+from torchprune.calibration.sources import Gathered, Read, Sources, Unforeseen
 from torchprune.calibration.twins import TwinDone, Twins
 from torchprune.calibration.watch import Operand, Watch, Weights
-from torchprune.masking.matrices import ConvNd, geometry, input_rows, is_fused_experts, is_stock
+from torchprune.masking.matrices import geometry, input_rows, is_fused_experts, is_stock
 from torchprune.masking.parts import Covered, Part, covered
 from torchprune.masking.targets import Target
 
@@ -61,14 +65,22 @@ class Usage:
     """Layers read several times in a forward, whose statistics are from a dense pass before."""
     unread: set[str] = field(default_factory=set)
     """Layers of which some read could not be counted."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said of padding."""
 
 
 class _AllReached(BaseException):
     """Unwinds a block's dense pass once its last layer has been reached. Not an error."""
 
 
-class Unforeseen(BaseException):
-    """A layer pruned by foresight reads other tensors than foreseen. Not an error of the model."""
+@dataclass
+class _DensePass:
+    """A block's layers that are still to be reached, whether the pass ends when all were, and
+    whether one was reached after that."""
+
+    missing: set[int]
+    short: bool
+    again: bool = False
 
 
 class Unsurveyed(BaseException):
@@ -88,7 +100,8 @@ class Calibration:
         blocks: the model's repeated blocks by name.
         twice: prune a block's targets together, on what they read in its dense pass, and run the
             block again.
-        foresee: prune layers of a block together that are expected to read the same tensors.
+        foresee: prune layers of a block together that are expected to read the same tensors; layers
+            that are found to do so share their statistics.
         hold: 16-bit dtype in which waiting batches hold float32 activations, or None.
         cross: whether methods need the cross moment with the dense model's inputs.
         ends: what happens when all layers of a unit are pruned, or None.
@@ -116,14 +129,19 @@ class Calibration:
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
+        self._padding = Padding(model, self.batches)
         self._gathering = Gathering(
-            self.targets, len(self.batches), gram=gram, total=total, cross=cross, cap=cap
+            self.targets,
+            len(self.batches),
+            gram=gram,
+            total=total,
+            cross=cross,
+            cap=cap,
+            share=foresee,
+            tokens=self._tokens,
         )
         self.usage = Usage()
         self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
-        self._encoder_decoder = bool(
-            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        )
         self._needs_twins = cross or (ends is not None and ends.alpha > 0)
         self._ends = ends
         self._current, self._place = 0, (0, 0)
@@ -140,7 +158,8 @@ class Calibration:
         self._fresh: set[int] = set()  # those of them that the last stop made
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
-        self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
+        self._dense: dict[int, _DensePass] = {}  # by batch
+        self._met_once: set[type[nn.Module]] = set()  # blocks that met no layer after the last one
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
@@ -148,6 +167,7 @@ class Calibration:
         self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
         self._runs: list[greenlet.greenlet] = []
         self._twins: Twins | None = None
+        self._shadows = Shadows(self._padding, self._run, self._resume)
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -177,6 +197,7 @@ class Calibration:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.usage.notes += self._padding.notes()
         self._stack.close()
 
     def stops(self) -> Iterator[Stop]:
@@ -189,6 +210,8 @@ class Calibration:
             self._look_ahead()
         moving = list(range(count))
         self._advance_twins(moving, -1)
+        self._held.new_round()
+        self._shadows.start()
         while True:
             self._held.new_round()
             for index in moving:
@@ -201,6 +224,7 @@ class Calibration:
             place = min(self._waiting, default=self._end)
             if place == self._end:
                 break
+            self._shadows.catch_up(place)
             moving = self._waiting.pop(place)
             if place[1]:
                 self._end_unit(place[0], moving)
@@ -209,6 +233,7 @@ class Calibration:
             self._weights.find(self.targets[i].weight for i in self._fresh)
             if not self._needs(moving):
                 break
+            self._shadows.advance(place)
         for index in self._gathering.reached():  # read repeatedly, but not in the pruned model
             yield from self._stop(index, [])
         for index, sources in self._promised.items():
@@ -224,6 +249,7 @@ class Calibration:
         stop += [(self.targets[i], found[place].moments) for i in foreseen]
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
+        self._padding.forget(places=list(fresh))
         self._fresh = {i for i in fresh if i in self._watched.values()}
         self._advance_twins(moving, place, fresh)
         self._measure_held(moving)
@@ -259,13 +285,19 @@ class Calibration:
     def _run_through(self) -> None:
         for index in range(len(self.batches)):
             self._current = index
+            if index in self._shadows.runs:
+                self._shadows.run(index)
             self._forward(index)
+            self._padding.forget(index)
             self._gathering.forget_dead()
 
     # -- running ---------------------------------------------------------------------------------
 
     def _forward(self, index: int) -> None:
-        batch = self.batches[index]
+        self._run(self.batches[index])
+
+    def _run(self, batch: Batch) -> None:
+        batch = batch.private()
         with ExitStack() as stack:
             if self._ends is not None:  # what units read must be fit to learn from
                 stack.enter_context(torch.inference_mode(False))
@@ -281,10 +313,14 @@ class Calibration:
         self._held.restore(key)
         run.switch()
         if not run.dead:
-            self._held.store(key, run, (self._place, key != index, self.batches[index].shapes))
+            kind = key // len(self._runs)
+            self._held.store(key, run, (self._place, kind, self.batches[index].shapes))
 
     def _key(self, index: int, run: greenlet.greenlet) -> int:
-        """What a coroutine's activations are held under: twins come after the batches."""
+        """What a coroutine's activations are held under: twins come after the batches, and shadows
+        after these."""
+        if run is self._shadows.runs.get(index):
+            return index + 2 * len(self._runs)
         return index if run is self._runs[index] else index + len(self._runs)
 
     def _advance_twins(self, moving: Sequence[int], place: int, fresh: Iterable[int] = ()) -> None:
@@ -318,8 +354,11 @@ class Calibration:
 
     def _pause(self, place: Place) -> None:
         """In a coroutine: wait until the driver has pruned this place."""
-        self._waiting.setdefault(place, []).append(self._current)
         self._place = place
+        if self._shadows.running:
+            self._shadows.waits(self._current, place)
+        else:
+            self._waiting.setdefault(place, []).append(self._current)
         self._switch()
 
     def _switch(self) -> None:
@@ -327,12 +366,16 @@ class Calibration:
             self._driver.switch()
 
     def _abandon(self) -> None:
-        runs = [*self._runs, *(self._twins.runs if self._twins is not None else [])]
-        for key, run in enumerate(runs):
+        count, runs = len(self._runs), dict(enumerate(self._runs))
+        if self._twins is not None:
+            runs.update(enumerate(self._twins.runs, count))
+        runs.update((2 * count + i, run) for i, run in self._shadows.runs.items())
+        for key, run in runs.items():
             if not run.dead:
                 self._held.restore(key)
                 run.throw()
         self._runs, self._twins, self._units = [], None, {}
+        self._shadows.runs = {}
         self._gathering.clear()
 
     def _measure_held(self, moving: Iterable[int] = ()) -> None:
@@ -341,6 +384,7 @@ class Calibration:
         waiting = [*moving, *(i for w in self._waiting.values() for i in w)]
         if self._twins is not None:
             waiting += [count + i for i, run in enumerate(self._twins.runs) if not run.dead]
+        waiting += [2 * count + i for i, run in self._shadows.runs.items() if not run.dead]
         held = sum(self._held.bytes.get(i, 0) for i in waiting)
         for unit in self._units.values():
             held += sum(t.nbytes for tensors in unit.dense.values() for t in tensors)
@@ -352,11 +396,11 @@ class Calibration:
         module, reading = target.layer.module, target.reading
         if is_fused_experts(module):
             if "forward" not in vars(module):  # once for all the weights of the module
-                self._observe_experts(stack, module, target.name)
+                self._observe_experts(stack, module)
         elif target.mask is not None or (
             not is_stock(module) if reading is None else reading.hooked
         ):
-            self._observe_calls(stack, index, module, target.name)
+            self._observe_calls(stack, index, module)
         else:
             self._watched[id(target.weight)] = index
 
@@ -371,22 +415,19 @@ class Calibration:
                     found.add(index)
         return found
 
-    def _observe_experts(self, stack: ExitStack, module: nn.Module, name: str) -> None:
+    def _observe_experts(self, stack: ExitStack, module: nn.Module) -> None:
         def reach(tensor: str, inputs: list[Tensor]) -> None:
             for i, other in enumerate(self.targets):
                 if other.layer.module is module and other.layer.tensor == tensor:
                     self._reached(i, Read(self._current, None, lambda: inputs))
 
-        keep_rows = lambda shape: self._token_mask(name, torch.Size((*shape, 0)))  # noqa: E731
-        stack.enter_context(experts.observed(module, reach, keep_rows))
+        stack.enter_context(experts.observed(module, reach))
 
-    def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module, name: str) -> None:
+    def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is not None:
-                conv = isinstance(module, ConvNd)
-                keep = None if conv else self._token_mask(name, x.shape)
-                rows = lambda: input_rows(module, x, keep)  # noqa: E731
+                rows = lambda: input_rows(module, x)  # noqa: E731
                 self._reached(index, Read(self._current, x, rows, geometry(module)))
 
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -416,19 +457,11 @@ class Calibration:
         found = self._covered[at]
         if found is None:
             return None
-        keep = None
-        if product.geometry == "rows" and x is not None:
-            keep = self._token_mask(target.name, x.shape)
-
-        def own() -> list[Tensor]:
-            rows = product.rows()
-            return rows if keep is None else [r[keep.reshape(-1)] for r in rows]
-
         if view.groups == 1:
-            return Read(batch, x, own, product.geometry)
+            return Read(batch, x, product.rows, product.geometry)
 
         def rows() -> list[Tensor]:
-            mine = own()
+            mine = product.rows()
             none = mine[0].new_empty(0, view.cols)
             stack = [none] * view.groups
             for one in found:
@@ -438,17 +471,13 @@ class Calibration:
         alike = product.geometry, view.groups, view.cols, tuple(found)
         return Read(batch, x, rows, alike)
 
-    def _token_mask(self, name: str, shape: torch.Size) -> Tensor | None:
-        batch = self.batches[self._current]
-        return batch.token_mask(shape[:-1], name, encoder_decoder=self._encoder_decoder)
-
     def _reached(self, index: int, read: Read) -> None:
         """A batch is about to run a layer."""
         if self._passive:
             return
         repeated = index in self._repeated
         if self._ahead:
-            if repeated:
+            if repeated and not self._shadow_reads(index, read):
                 self._gathering.run_through(index, read, alone=True)
             return
         if self._twins is not None and self._twins.running:
@@ -456,25 +485,38 @@ class Calibration:
             self._twins.reached(index, read, self._done, self._switch)
             return
         if index in self._done:
-            self._reached_again(index, read)
+            if not self._shadows.running:
+                self._reached_again(index, read)
             return
+        counts = not repeated or not self._pausing  # else what it reads is counted already
+        mine = counts and not self._shadow_reads(index, read)
         if self._pauses[index] and self._pausing:
-            if not repeated:  # what it reads is counted already
+            if mine:
                 self._gathering.wait(index, read)
             self._pause((index, 0))
             return
-        if not repeated or not self._pausing:
+        if counts:
             reading = self.targets[index].reading
             alone = reading is not None and reading.reads != 1
-            if self._gathering.run_through(index, read, alone=alone):
+            if mine and self._gathering.run_through(index, read, alone=alone):
                 self.usage.revisited.add(self.targets[index].name)
             if alone:
                 return  # more reads may come, so that the pass goes on to its end
-        missing = self._missing.get(read.batch)
-        if missing is not None:
-            missing.discard(index)
-            if not missing:  # what is left of the dense pass would be thrown away
-                raise _AllReached
+        self._no_more_missing(index)
+
+    def _shadow_reads(self, index: int, read: Read) -> bool:
+        """Whether what is about to run a layer is a shadow, of which this is noted and no more."""
+        shadow = self._shadows.running
+        read.visit = self._padding.visit(read.batch, index, shadow=shadow)
+        if shadow:
+            self._padding.note(read.batch, index, read.visit, read.rows())
+        return shadow
+
+    def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
+        """Which of the rows that a batch reads are tokens'."""
+        loose = read.x is None or read.x.dim() == 2
+        name = self.targets[index].name
+        return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
 
     def _reached_again(self, index: int, read: Read) -> None:
         """A batch is about to run a layer that is pruned."""
@@ -492,17 +534,32 @@ class Calibration:
             if not self._needs([read.batch]):
                 self._pause(self._end)
 
+    def _no_more_missing(self, index: int) -> None:
+        """In a block's dense pass: once all layers were reached the rest would be thrown away."""
+        dense = self._dense.get(self._current)
+        if dense is not None:
+            dense.again = dense.again or not dense.missing
+            dense.missing.discard(index)
+            if not dense.missing and dense.short:
+                raise _AllReached
+
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
-        forward = block.forward
+        forward, replays = block.forward, Replays(self.targets[place].name, block)
+        kind = type(block)
 
         @put_on(stack, block)
         def twice(*args: Any, **kwargs: Any) -> Any:
             if place not in self._done and self._pausing:
-                self._missing[self._current] = set(self._members[place])
+                start = replays.start(args, kwargs)
+                dense = _DensePass(set(self._members[place]), short=kind in self._met_once)
+                self._dense[self._current] = dense
                 with suppress(_AllReached):
                     forward(*args, **kwargs)
-                self._missing.pop(self._current, None)
+                self._dense.pop(self._current, None)
+                if not dense.missing and not dense.again:
+                    self._met_once.add(kind)
+                start.restore()
                 self._pause((place, 0))
             return forward(*args, **kwargs)
 
@@ -515,6 +572,8 @@ class Calibration:
         assert self._ends is not None
         last, alpha, forward = members[-1], self._ends.alpha, module.forward
         self._units[last] = Unit(name, module, [self.targets[i] for i in members])
+        replays = Replays(name, module)
+        ended_once: set[tuple[int, bool]] = set()
 
         @put_on(stack, module)
         def ended(*args: Any, **kwargs: Any) -> Any:
@@ -527,18 +586,28 @@ class Calibration:
                 if not self._wants_twins(batch):
                     raise TwinDone
                 return out
-            if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
+            shadow = self._shadows.running
+            if not self._done.isdisjoint(members) or (batch, shadow) in ended_once:
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
-            wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
-            forward(*args, **kwargs)
+            ended_once.add((batch, shadow))
+            start = replays.start(args, kwargs)
+            wanted = [] if alpha == 1 or shadow else floats_of(passively(*args, **kwargs))
+            start.restore()
+            rows = [_rows(t) for t in floats_of(forward(*args, **kwargs))]
+            if shadow:
+                self._padding.note(batch, (last, 1), 0, rows)
+                self._pause((last, 1))
+                start.restore()
+                return passively(*args, **kwargs)
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
                 pairs = zip(wanted, dense, strict=True)
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
-                counts = [self._token_mask(name, t.shape) for t in wanted]
-                unit.calls.append(Call(args, kwargs, wanted, counts, batch))
+                counts = self._padding.tokens(batch, (last, 1), 0, rows, name, loose=False)
+                unit.calls.append(Call(args, kwargs, wanted, counts, batch, start))
             self._pause((last, 1))
+            start.restore()
             return passively(*args, **kwargs)
 
         def passively(*args: Any, **kwargs: Any) -> Any:
@@ -584,3 +653,8 @@ class Calibration:
         for index in siblings:
             self._promised[index], self._counted[index] = found[place].sources, set()
         return siblings
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A unit's output as a matrix."""
+    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)

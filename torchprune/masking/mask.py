@@ -246,7 +246,13 @@ def _own_class(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         shared = type(module)
         own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+        if isinstance(module, nn.RNNBase):  # its forward reads a list of its parameters
+            own["_flat_weights"] = property(_flat_weights, lambda *_: None)
         module.__class__ = type(shared.__name__, shared.__bases__, own)
+
+
+def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:

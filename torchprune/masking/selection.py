@@ -68,20 +68,20 @@ def _axes(module: nn.Module, tensor: str) -> int:
     return cast(Tensor, module._parameters[tensor]).ndim
 
 
-def layer_at(path: str, plain: str, module: nn.Module, tensor: str) -> Layer:
-    """A module's tensor as a layer, by the module's name and the one it has without adapters."""
-    key = f"{path}.{tensor}" if path else tensor
-    if tensor == "weight" and plain:
-        return Layer(plain, key, module, tensor)
-    return Layer(f"{plain}.{tensor}" if plain else tensor, key, module, tensor)
-
-
 def maskable_of(model: nn.Module) -> Iterator[Layer]:
     """Every tensor that may carry a mask: the prunable ones and the biases beside them."""
     for name, plain, module in named_as_plain(model):
         names = prunable_names(module)
         for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
             yield layer_at(name, plain, module, tensor)
+
+
+def layer_at(name: str, plain: str, module: nn.Module, tensor: str) -> Layer:
+    """A module's tensor, by the module's name and by its name in the model without adapters."""
+    key = f"{name}.{tensor}" if name else tensor
+    if tensor == "weight" and plain:
+        return Layer(plain, key, module, tensor)
+    return Layer(f"{plain}.{tensor}" if plain else tensor, key, module, tensor)
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -162,7 +162,8 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The model's outermost repeated blocks, by name: what a depth of layers is made of.
 
     The children of an `nn.ModuleList`, or of an `nn.Sequential` or `nn.ModuleDict` in which a type
-    occurs twice, provided they are themselves made of modules and hold prunable layers.
+    occurs twice, provided they are themselves made of modules and hold prunable layers. Of a list
+    of lists, which nobody calls, the blocks are the children of the inner ones.
     """
     blocks: dict[str, nn.Module] = {}
 
@@ -172,7 +173,8 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
         repeats = isinstance(module, nn.ModuleList) or (
             isinstance(module, nn.Sequential | nn.ModuleDict) and len(set(kinds)) < len(kinds)
         )
-        found = {k for k, c in children.items() if any(layers_of(c))} if repeats else set()
+        called = {k: c for k, c in children.items() if not isinstance(c, _NEVER_CALLED)}
+        found = {k for k, c in called.items() if any(layers_of(c))} if repeats else set()
         for key, child in module.named_children():
             path = f"{name}.{key}" if name else key
             if key in found:
@@ -182,6 +184,9 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     visit("", model)
     return blocks
+
+
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 def tied_to(model: nn.Module) -> dict[int, list[str]]:

@@ -87,7 +87,7 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
 
 def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
     with modes.calibration_mode(model), torch.no_grad():
-        leaves = pytree.tree_leaves(model(*example.args, **example.kwargs))
+        leaves = pytree.tree_leaves(example.run(model))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 

@@ -128,7 +128,7 @@ class Calibration:
             total=total,
             cross=cross,
             cap=cap,
-            tokens=self._tokens,
+            tokens=partial(_tokens, self._padding, self.targets),
         )
         self.usage = Usage()
         self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
@@ -363,7 +363,7 @@ class Calibration:
                 self._held.restore(key)
                 run.throw()
         self._runs, self._twins, self._units = [], None, {}
-        self._shadows.runs = {}
+        self._shadows.end()
         self._gathering.clear()
 
     def _measure_held(self, moving: Iterable[int] = ()) -> None:
@@ -504,12 +504,6 @@ class Calibration:
             self._padding.note(read.batch, index, read.visit, read.rows())
         return shadow
 
-    def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
-        """Which of the rows that a batch reads are tokens'."""
-        loose = read.x is None or read.x.dim() == 2
-        name = self.targets[index].name
-        return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
-
     def _reached_again(self, index: int, read: Read) -> None:
         """A batch is about to run a layer that is pruned."""
         counted, promised = self._counted.get(index, set()), self._promised.get(index)
@@ -632,3 +626,11 @@ class Calibration:
 def _rows(x: Tensor) -> Tensor:
     """A unit's output as a matrix."""
     return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+
+
+def _tokens(
+    padding: Padding, targets: Sequence[Target], index: int, read: Read, rows: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Which of the rows that a batch reads are tokens'."""
+    loose, name = read.x is None or read.x.dim() == 2, targets[index].name
+    return padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)

@@ -7,12 +7,13 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench clean spaceless
+.PHONY: help setup demo test test-all families lint bench clean spaceless
 
 help:
 	@echo 'make demo     prune a real model, compare, save, reload, generate: about five minutes (FULL=1: all, twenty)'
 	@echo 'make test     lint, types and tests (TESTS=tests/cli/test_cli.py: only some)'
 	@echo 'make test-all the same with every model of the sweeps that make test samples'
+	@echo 'make families the laws for every family of transformers: about five minutes'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make bench    time and memory against a peer (BENCH="--quick": its options)'
 	@echo 'make clean    remove all that was installed and made'
@@ -42,10 +43,13 @@ demo: $(READY)
 
 # Two processes, each test file in one of them.
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'not sweep' $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not sweep and not family' $(TESTS)
 
 test-all: lint
-	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not family' $(TESTS)
+
+families: $(READY)
+	$(RUN) -m pytest -n 2 tests/test_zoo.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 
@@ -57,3 +59,30 @@ class Tied(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.embed(tokens))
+
+
+def masks_of(program: ExportedProgram) -> dict[str, Tensor]:
+    """The masks that a program carries, by their parameters' names."""
+    ending = "_mask"
+    return {k.removesuffix(ending): v for k, v in program.state_dict.items() if k.endswith(ending)}
+
+
+def parameters_of(program: ExportedProgram) -> dict[Node, str]:
+    """The placeholders of parameters, by what these are called in the state_dict."""
+    names = {
+        spec.arg.name: str(spec.target)
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.PARAMETER
+    }
+    return {n: names[n.name] for n in program.graph_module.graph.nodes if n.name in names}
+
+
+def values_of(program: ExportedProgram, *args: Any) -> dict[Node, Any]:
+    """What every node of a program's graph gives."""
+    nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
+    given = iter(program._graph_module_flat_inputs(args, {}))
+    runner = Interpreter(program.graph_module, garbage_collect_values=False)
+    with torch.no_grad():
+        for node in nodes:
+            runner.env[node] = next(given) if node.op == "placeholder" else runner.run_node(node)
+    return runner.env

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -17,12 +17,12 @@ from torchprune.allocation.allocate import allocated
 from torchprune.calibration.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.data import Data
-from torchprune.calibration.lockstep import Calibration, Unforeseen, Unsurveyed
-from torchprune.calibration.survey import is_plain, survey
+from torchprune.calibration.lockstep import Calibration, Unsurveyed
+from torchprune.calibration.sources import Unforeseen
+from torchprune.calibration.survey import Survey, is_plain, survey
 from torchprune.calibration.token_masks import TokenMask
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
-from torchprune.masking.reading import Reading
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import decider_for, without_data
@@ -153,11 +153,11 @@ class _Weights:
             plan = self._plan(survey(self.model, batches[0]))
             self._by_data(plan, batches, surveyed=True)
 
-    def _seen_without_need(self) -> dict[int, Reading]:
+    def _seen_without_need(self) -> Survey | None:
         """How the model reads its weights, where no data are needed: on the first batch given, or
         what transformers makes up, if one of them can be run."""
         if is_plain(self.model):
-            return {}
+            return None
         try:
             if self.data.given is not None:
                 batches, _ = replace(self.data, max_batches=1).read(self.model, "")
@@ -166,11 +166,12 @@ class _Weights:
                 batches = read_batches([made_up], self.model, 1).batches
             return survey(self.model, batches[0])
         except Exception:  # nothing depends on it
-            return {}
+            return None
 
-    def _plan(self, readings: Mapping[int, Reading] | None = None) -> Plan:
-        plan = make_plan(self.model, self.spec, readings)
-        self.run.skipped = dict(plan.skipped)
+    def _plan(self, seen: Survey | None = None) -> Plan:
+        seen = seen or Survey()
+        plan = make_plan(self.model, self.spec, seen.readings, seen.gates)
+        self.run.skipped, self.run.warnings = dict(plan.skipped), list(plan.warnings)
         _check_weights(plan, finite=self.spec.changes_weights or self.spec.needs_gram)
         return plan
 

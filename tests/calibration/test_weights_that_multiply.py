@@ -265,12 +265,14 @@ class Asked(nn.Module):
         return self.call(self.other, self.first(x))
 
 
+@pytest.mark.filterwarnings("ignore:covered .*other.weight")  # told, as nobody left it out
 @pytest.mark.parametrize("kind", ASKED)
 @pytest.mark.parametrize("spec", [WandaSpec(targets="other"), SparseGPTSpec(targets="other")])
 def test_what_is_pruned_only_where_it_is_asked_for(kind: str, spec: Any) -> None:
     module, call = ASKED[kind]
     model = Asked(copy.deepcopy(module), call)
-    prune(model, WandaSpec(), data())
+    with pytest.warns(UserWarning, match="only where it is named"):
+        prune(model, WandaSpec(), data())
     assert list(torchprune.masks(model)) == ["first.weight"]
     model = Asked(copy.deepcopy(module), call)
     prune(model, spec, data())
@@ -278,6 +280,37 @@ def test_what_is_pruned_only_where_it_is_asked_for(kind: str, spec: Any) -> None
     assert layer.name == "other"
     assert layer.error is not None
     assert layer.error < 1
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("spec", [WandaSpec(targets="bags"), SparseGPTSpec(targets="bags")])
+def test_sums_of_a_tables_rows_count_how_often_each_is_used(mode: str, spec: Any) -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bags = nn.EmbeddingBag(12, 6, mode=mode, padding_idx=3)
+            self.last = nn.Linear(6, 6)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.last(self.bags(ids))
+
+    ids = [
+        torch.randint(0, 12, (40, 5), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
+    model = Bags()
+    dense = model.bags.weight.detach().clone()
+    prune(model, spec, ids)
+    (layer,) = torchprune.report(model).layers
+    assert layer.error is not None
+    if isinstance(spec, WandaSpec):
+        hot = torch.stack(
+            [(row == torch.arange(12).unsqueeze(1)).float().sum(1) for i in ids for row in i]
+        )
+        hot[:, 3] = 0
+        if mode == "mean":
+            hot /= hot.sum(1, keepdim=True).clamp_min(1)
+        keep = project(wanda_score(dense.t(), hot.square().sum(0)), Unstructured(), 0.5, "row")
+        assert torch.equal(torchprune.masks(model)["bags.weight"], keep.t())
 
 
 def test_a_weight_written_through_a_view_of_its_own_is_pruned_where_it_is_read() -> None:

@@ -306,7 +306,8 @@ def test_other_parametrizations_are_left_as_they_are(tmp_path: Path) -> None:
         nn.utils.parametrizations.weight_norm(model.conv)
         return model
 
-    model = prune(build(0))
+    with pytest.warns(UserWarning, match="conv: its weight already has another parametrization"):
+        model = prune(build(0))
     torchprune.save(model, tmp_path)
     fresh = build(1)
     torchprune.load_into(fresh, tmp_path)

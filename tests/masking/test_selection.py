@@ -109,6 +109,18 @@ def test_blocks_are_the_outermost_repetition() -> None:
     assert list(repeated_blocks(stack)) == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    "outer", [nn.ModuleList, lambda xs: nn.ModuleDict(zip("ab", xs, strict=True))]
+)
+def test_of_lists_of_lists_the_blocks_are_what_is_called(outer: Any) -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+    stages = outer([nn.ModuleList([block(), block()]), nn.ModuleList([block()])])
+    keys = list(stages._modules)
+    assert list(repeated_blocks(stages)) == [f"{keys[0]}.0", f"{keys[0]}.1", f"{keys[1]}.0"]
+
+
 def test_a_shared_module_is_one_layer() -> None:
     same = nn.Linear(4, 4)
     model = nn.Sequential(same, nn.ReLU(), same)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
 
 import pytest
 import structures
 import torch
 from families import FAMILIES
-from programs import Tied, assert_untouched, exported, operators, outputs, state_of
+from programs import Tied, assert_untouched, exported, masks_of, operators, outputs, state_of
 from saved import QUIET
 from sweeps import sample
 from torch import Tensor, nn
@@ -31,11 +30,6 @@ def traced(name: str) -> tuple[nn.Module, ExportedProgram]:
     """A family's model and its program, which no test may change."""
     model = FAMILIES[name].make()
     return model, exported(model, FAMILIES[name].data()[0])
-
-
-def masks_of(program: Any) -> dict[str, Tensor]:
-    ending = "_mask"
-    return {k.removesuffix(ending): v for k, v in program.state_dict.items() if k.endswith(ending)}
 
 
 def assert_as_eager(
@@ -121,19 +115,22 @@ def test_padding_does_not_count() -> None:
         assert torch.equal(found[key], mask), key
 
 
-def test_a_layer_used_twice_is_pruned_on_its_first_use() -> None:
+@pytest.mark.parametrize("sequential", ["layer", "block", "none"])
+def test_a_layer_used_twice_is_pruned_on_both_uses(sequential: str) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.last = nn.Parameter(torch.randn(8, 8))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.one(self.two(self.one(x) * 3.0))
+            return self.one(self.two(self.one(x) * torch.arange(8.0)).relu()) @ self.last
 
     model, data = Twice(), list(torch.randn(3, 5, 8))
     program = exported(model, data[0], dynamic=False)
-    pruned = torchprune.sparsify(program, WandaSpec(), data, **QUIET)
-    torchprune.sparsify(model, WandaSpec(), data, **QUIET)
+    spec = WandaSpec(sequential=sequential)
+    pruned = torchprune.sparsify(program, spec, data, **QUIET)
+    torchprune.sparsify(model, spec, data, **QUIET)
     found = masks_of(pruned)
     for key, mask in torchprune.masks(model).items():
         assert torch.equal(found[key], mask), key

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchprune.calibration.items import as_call, as_example, columns_of, is_dataset
 from torchprune.calibration.nested import mapped, tensors_in
+from torchprune.calibration.replay import private
 from torchprune.calibration.token_masks import TokenMask, token_mask_of
 from torchprune.errors import CalibrationError
 
@@ -48,6 +49,16 @@ class Batch:
     def shapes(self) -> tuple[torch.Size, ...]:
         """The shapes of those tensors."""
         return tuple(tensor.shape for tensor in self.tensors())
+
+    def private(self) -> Batch:
+        """The batch with copies of what a call of the model may change, such as caches."""
+        kwargs = {key: private(value) for key, value in self.kwargs.items()}
+        return Batch(tuple(private(value) for value in self.args), kwargs)
+
+    def run(self, model: Callable[..., Any]) -> Any:
+        """What a model gives for the batch, which stays as it is."""
+        own = self.private()
+        return model(*own.args, **own.kwargs)
 
     def out_of_inference(self) -> Batch:
         """The batch with ordinary tensors in place of those made in inference mode."""

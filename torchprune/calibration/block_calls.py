@@ -13,19 +13,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchprune.calibration.replay import Start
 from torchprune.masking.targets import Target
 
 
 @dataclass(eq=False)
 class Call:
-    """One batch's call of a unit, the outputs its pruned weights should give, and which of their
-    tokens count (None: all)."""
+    """One batch's call of a unit, the outputs its pruned weights should give, which of their tokens
+    count (None: all), and what the call starts from where it changes that."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     wanted: list[Tensor]
     counts: list[Tensor | None]
     batch: int
+    start: Start | None = None
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchprune import modes
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
 from torchprune.calibration.padding import counted
-from torchprune.calibration.sources import Gathered, Read
+from torchprune.calibration.sources import Gathered, Read, Unforeseen
 from torchprune.errors import CalibrationError
 from torchprune.masking.targets import Target
 
@@ -28,6 +28,7 @@ class Gathering:
         targets: the layers.
         batches: how many batches there are.
         gram, total, cross, cap: which statistics, as for `Moments`.
+        share: whether layers that read the same tensors have them in common.
         tokens: tells which rows count.
     """
 
@@ -41,8 +42,9 @@ class Gathering:
         cross: bool,
         cap: float | None,
         tokens: Tokens,
+        share: bool = True,
     ) -> None:
-        self._targets, self._gram = targets, gram
+        self._targets, self._gram, self._share = targets, gram, share
         self._total, self._cross, self._cap, self._tokens = total, cross, cap, tokens
         self._sample = 0 if gram else -(-SAMPLE_ROWS // batches)
         self._reads: dict[int, list[Read]] = {}  # of the batches that wait at a layer
@@ -63,7 +65,7 @@ class Gathering:
             whether the batch read something else at this layer before.
 
         Raises:
-            CalibrationError: statistics were shared with a layer that now reads something else.
+            Unforeseen: statistics were shared with a layer that now reads something else.
         """
         gathered, again = self._gathered.get(index), False
         if gathered is None:
@@ -75,11 +77,7 @@ class Gathering:
             return False
         borrowed = [i for i, g in self._gathered.items() if g is gathered and i != index]
         if borrowed and read.batch in gathered.sources.batches():
-            raise CalibrationError(
-                f"{self._targets[index].name} reads the same tensor as "
-                f"{self._targets[borrowed[0]].name} in some batches and another in others; use "
-                'sequential="layer" for this model'
-            )
+            raise Unforeseen
         self._count(index, gathered, read)
         return again
 
@@ -136,7 +134,7 @@ class Gathering:
                 cap=self._cap,
             )
         gathered = Gathered(moments, index)
-        if shareable:
+        if shareable and self._share:
             self._shareable.append(gathered)
         return gathered
 

@@ -11,7 +11,8 @@ Defined behaviour at the edges:
 - A layer reached again in the same forward was pruned at its first use, on those inputs.
 - A layer no batch reaches is never yielded.
 - Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
-  then reads something else, or is not called, `Unforeseen` is raised: begin again without.
+  then reads something else, or is not called, `Unforeseen` is raised: begin again without. So it is
+  where a block's layers were found to share statistics and then read something else.
 - Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
 - An error in any batch ends the calibration; hooks are gone and the error is the model's own.
 """
@@ -38,8 +39,9 @@ from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
 from torchprune.calibration.operations import Product
 from torchprune.calibration.padding import Padding
+from torchprune.calibration.replay import Replays
 from torchprune.calibration.shadows import Shadows
-from torchprune.calibration.sources import Gathered, Read, Sources
+from torchprune.calibration.sources import Gathered, Read, Sources, Unforeseen
 from torchprune.calibration.twins import TwinDone, Twins
 from torchprune.calibration.watch import Operand, Watch, Weights
 from torchprune.masking.matrices import geometry, input_rows, is_fused_experts, is_stock
@@ -71,8 +73,14 @@ class _AllReached(BaseException):
     """Unwinds a block's dense pass once its last layer has been reached. Not an error."""
 
 
-class Unforeseen(BaseException):
-    """A layer pruned by foresight reads other tensors than foreseen. Not an error of the model."""
+@dataclass
+class _DensePass:
+    """A block's layers that are still to be reached, whether the pass ends when all were, and
+    whether one was reached after that."""
+
+    missing: set[int]
+    short: bool
+    again: bool = False
 
 
 class Unsurveyed(BaseException):
@@ -92,7 +100,8 @@ class Calibration:
         blocks: the model's repeated blocks by name.
         twice: prune a block's targets together, on what they read in its dense pass, and run the
             block again.
-        foresee: prune layers of a block together that are expected to read the same tensors.
+        foresee: prune layers of a block together that are expected to read the same tensors; layers
+            that are found to do so share their statistics.
         hold: 16-bit dtype in which waiting batches hold float32 activations, or None.
         cross: whether methods need the cross moment with the dense model's inputs.
         ends: what happens when all layers of a unit are pruned, or None.
@@ -128,6 +137,7 @@ class Calibration:
             total=total,
             cross=cross,
             cap=cap,
+            share=foresee,
             tokens=partial(_tokens, self._padding, self.targets),
         )
         self.usage = Usage()
@@ -148,7 +158,8 @@ class Calibration:
         self._fresh: set[int] = set()  # those of them that the last stop made
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
-        self._missing: dict[int, set[int]] = {}  # batch in a block's dense pass -> layers to come
+        self._dense: dict[int, _DensePass] = {}  # by batch
+        self._met_once: set[type[nn.Module]] = set()  # blocks that met no layer after the last one
         self._counted: dict[int, set[int]] = {}  # target -> batches that waited at it
         self._foresight = Foresight(self.targets, blocks if foresee and not twice else {})
         self._promised: dict[int, Sources] = {}  # foreseen target -> what it is expected to read
@@ -286,6 +297,7 @@ class Calibration:
         self._run(self.batches[index])
 
     def _run(self, batch: Batch) -> None:
+        batch = batch.private()
         with ExitStack() as stack:
             if self._ends is not None:  # what units read must be fit to learn from
                 stack.enter_context(torch.inference_mode(False))
@@ -490,11 +502,7 @@ class Calibration:
                 self.usage.revisited.add(self.targets[index].name)
             if alone:
                 return  # more reads may come, so that the pass goes on to its end
-        missing = self._missing.get(read.batch)
-        if missing is not None:
-            missing.discard(index)
-            if not missing:  # what is left of the dense pass would be thrown away
-                raise _AllReached
+        self._no_more_missing(index)
 
     def _shadow_reads(self, index: int, read: Read) -> bool:
         """Whether what is about to run a layer is a shadow, of which this is noted and no more."""
@@ -520,19 +528,32 @@ class Calibration:
             if not self._needs([read.batch]):
                 self._pause(self._end)
 
+    def _no_more_missing(self, index: int) -> None:
+        """In a block's dense pass: once all layers were reached the rest would be thrown away."""
+        dense = self._dense.get(self._current)
+        if dense is not None:
+            dense.again = dense.again or not dense.missing
+            dense.missing.discard(index)
+            if not dense.missing and dense.short:
+                raise _AllReached
+
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
-        forward = block.forward
+        forward, replays = block.forward, Replays(self.targets[place].name, block)
+        kind = type(block)
 
         @put_on(stack, block)
         def twice(*args: Any, **kwargs: Any) -> Any:
             if place not in self._done and self._pausing:
-                self._missing[self._current] = set(self._members[place])
-                try:
-                    with suppress(_AllReached):
-                        forward(*args, **kwargs)
-                finally:
-                    self._missing.pop(self._current, None)
+                start = replays.start(args, kwargs)
+                dense = _DensePass(set(self._members[place]), short=kind in self._met_once)
+                self._dense[self._current] = dense
+                with suppress(_AllReached):
+                    forward(*args, **kwargs)
+                self._dense.pop(self._current, None)
+                if not dense.missing and not dense.again:
+                    self._met_once.add(kind)
+                start.restore()
                 self._pause((place, 0))
             return forward(*args, **kwargs)
 
@@ -545,6 +566,7 @@ class Calibration:
         assert self._ends is not None
         last, alpha, forward = members[-1], self._ends.alpha, module.forward
         self._units[last] = Unit(name, module, [self.targets[i] for i in members])
+        replays = Replays(name, module)
         ended_once: set[tuple[int, bool]] = set()
 
         @put_on(stack, module)
@@ -562,11 +584,14 @@ class Calibration:
             if not self._done.isdisjoint(members) or (batch, shadow) in ended_once:
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
             ended_once.add((batch, shadow))
+            start = replays.start(args, kwargs)
             wanted = [] if alpha == 1 or shadow else floats_of(passively(*args, **kwargs))
+            start.restore()
             rows = [_rows(t) for t in floats_of(forward(*args, **kwargs))]
             if shadow:
                 self._padding.note(batch, (last, 1), 0, rows)
                 self._pause((last, 1))
+                start.restore()
                 return passively(*args, **kwargs)
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
@@ -574,8 +599,9 @@ class Calibration:
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
                 counts = self._padding.tokens(batch, (last, 1), 0, rows, name, loose=False)
-                unit.calls.append(Call(args, kwargs, wanted, counts, batch))
+                unit.calls.append(Call(args, kwargs, wanted, counts, batch, start))
             self._pause((last, 1))
+            start.restore()
             return passively(*args, **kwargs)
 
         def passively(*args: Any, **kwargs: Any) -> Any:

@@ -45,10 +45,14 @@ class Product:
 
 Reader = Callable[[tuple[Any, ...], Mapping[str, Any], IsWeight], "Iterator[Product]"]
 
+_MOST_IN_BAGS = 1 << 27
+"""Numbers that say how often each row of a table is in each bag."""
+
 _ROLES: dict[str, Role] = {"g": "group", "r": "row", "c": "col"}
 
 
-def _part(weight: Tensor, roles: str) -> Part:
+def part_of(weight: Tensor, roles: str) -> Part:
+    """A tensor's axes, which are (g)roups, (r)ows or (c)olumns."""
     axes = zip(weight.shape, weight.stride(), roles, strict=True)
     return Part(
         int(weight.storage_offset()), tuple(Axis(n, step, _ROLES[r]) for n, step, r in axes)
@@ -70,7 +74,7 @@ def _linear(
     x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
     if is_weight(weight) and x is not weight:
         roles = "rc" if weight.dim() == 2 else "c"
-        yield Product(weight, _part(weight, roles), x, lambda: [_flat(x)], "rows")
+        yield Product(weight, part_of(weight, roles), x, lambda: [_flat(x)], "rows")
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ def _product(a: Any, b: Any, is_weight: IsWeight) -> Iterator[Product]:
     turned = "rows" if weight is b or b.dim() == 1 else "columns"
     yield Product(
         weight,
-        _part(weight, roles),
+        part_of(weight, roles),
         a if weight is b else b,
         lambda: _batched(x, batch),
         turned if not batch else (turned, batch),
@@ -151,7 +155,7 @@ def _grouped(
             starts = [0, *stops[:-1]]
             return [x[a:b] for a, b in zip(starts, stops, strict=True)]
 
-        yield Product(weight, _part(weight, "gcr"), None, rows, "grouped")
+        yield Product(weight, part_of(weight, "gcr"), None, rows, "grouped")
 
 
 # -- equations ---------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ def _by_terms(
         count, width = prod(size[g] for g in groups), prod(size[c] for c in cols)
         return list(full.reshape(count, -1, width).unbind(0))
 
-    yield Product(weight, _part(weight, roles), x, rows, (theirs, tuple(order), tuple(groups)))
+    yield Product(weight, part_of(weight, roles), x, rows, (theirs, tuple(order), tuple(groups)))
 
 
 # -- convolutions --------------------------------------------------------------------------------
@@ -308,7 +312,42 @@ def _bilinear(
         def rows() -> list[Tensor]:
             return [(_flat(a).unsqueeze(2) * _flat(b).unsqueeze(1)).flatten(1)]
 
-        yield Product(weight, _part(weight, "rcc"), None, rows, "bilinear")
+        yield Product(weight, part_of(weight, "rcc"), None, rows, "bilinear")
+
+
+def _bags(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], is_weight: IsWeight
+) -> Iterator[Product]:
+    """Sums or means of a table's rows: the inputs say how often each row is in a bag."""
+    names = ("weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse")
+    named = dict(
+        zip(
+            (*names, "per_sample_weights", "include_last_offset", "padding_idx"), args, strict=False
+        )
+    )
+    named |= kwargs
+    weight, indices, offsets = (named[name] for name in names[:3])
+    mode, last = named.get("mode", 0), named.get("include_last_offset", False)
+    count = len(offsets) - bool(last)
+    if not is_weight(weight) or mode == 2 or count * len(weight) > _MOST_IN_BAGS:
+        return  # a maximum is no product
+
+    def rows() -> list[Tensor]:
+        ends = offsets[1:] if last else torch.cat([offsets[1:], offsets.new_tensor([len(indices)])])
+        sizes = ends - offsets[:count]
+        bag = torch.arange(count, device=indices.device).repeat_interleave(sizes)
+        share = named.get("per_sample_weights")
+        share = weight.new_ones(len(indices)) if share is None else share
+        if (pad := named.get("padding_idx")) is not None and pad >= 0:
+            share = share * (indices != pad)
+        hot = weight.new_zeros(count, len(weight))
+        hot.index_put_((bag, indices), share.to(hot.dtype), accumulate=True)
+        if mode == 1:
+            own = weight.new_zeros(count).index_add_(0, bag, (share != 0).to(weight.dtype))
+            hot /= own.clamp_min(1).unsqueeze(1)
+        return [hot]
+
+    yield Product(weight, part_of(weight, "cr"), None, rows, "bags")
 
 
 def _readers() -> dict[Any, Reader]:
@@ -330,6 +369,7 @@ def _readers() -> dict[Any, Reader]:
         "einsum": _einsum,
         "tensordot": _tensordot,
         "bilinear": _bilinear,
+        "embedding_bag": _bags,
         "grouped_mm": _grouped,
         "_grouped_mm": _grouped,
         **{f"conv{space}d": _convolution(space) for space in (1, 2, 3)},
@@ -340,8 +380,8 @@ def _readers() -> dict[Any, Reader]:
         getattr(owner, name): reader
         for name, reader in named.items()
         for owner in owners
-        if hasattr(owner, name)
-    }
+        if hasattr(owner, name) and not (owner is F and name == "embedding_bag")
+    }  # that one is Python, and calls torch's
 
 
 READERS = _readers()

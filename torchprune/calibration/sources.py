@@ -43,6 +43,11 @@ class Read:
         return self.geometry, self.x.storage_offset(), self.x.shape, self.x.stride()
 
 
+class Unforeseen(BaseException):
+    """Layers that were to share their statistics read different tensors. Not an error of the
+    model: begin again without sharing."""
+
+
 class Sources:
     """The very tensors, one a batch, that statistics were taken from."""
 
@@ -50,9 +55,10 @@ class Sources:
         self._tensors: dict[int, tuple[weakref.ref[Tensor], int | None, Hashable]] = {}
 
     def add(self, read: Read) -> None:
-        """Note a batch's tensor as it is now."""
+        """Note a batch's tensor as it is now. Two of one batch are nobody else's to share."""
         if (source := read.source) is not None:
-            self._tensors[read.batch] = weakref.ref(source), _version(source), read.alike()
+            version = None if read.batch in self._tensors else _version(source)
+            self._tensors[read.batch] = weakref.ref(source), version, read.alike()
 
     def holds(self, read: Read) -> bool:
         """Whether this is the batch's tensor, unchanged since for all one can tell, and as the

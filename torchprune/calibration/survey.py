@@ -8,6 +8,7 @@ of their own, layers that are called several times.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrize
 from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.operations import Product
+from torchprune.calibration.routers import Routers
 from torchprune.calibration.watch import Operand, Watch, Weights
 from torchprune.masking.mask import original_of
 from torchprune.masking.matrices import (
@@ -51,12 +53,22 @@ def is_plain(model: nn.Module) -> bool:
     )
 
 
-def survey(model: nn.Module, batch: Batch) -> dict[int, Reading]:
-    """Run one batch and see which parameters multiply, and how.
+@dataclass(frozen=True)
+class Survey:
+    """What was seen, by the identity of parameters (those behind masks).
 
-    Returns:
-        by the identity of parameters (those behind masks). One whose rows in one product are
-        columns in another is as its first product reads it.
+    Attributes:
+        readings: how they are read, of those that multiply. One whose rows in one product are
+            columns in another is as its first product reads it.
+        gates: why one is a router or a gate.
+    """
+
+    readings: Mapping[int, Reading] = field(default_factory=dict)
+    gates: Mapping[int, str] = field(default_factory=dict)
+
+
+def survey(model: nn.Module, batch: Batch) -> Survey:
+    """Run one batch and see which parameters multiply, and how.
 
     Raises:
         Exception: whatever the model raises.
@@ -91,8 +103,9 @@ class _Surveyor:
         self._stack: list[Call] = []
         self._calls: Counter[nn.Module] = Counter()
 
-    def run(self, batch: Batch) -> dict[int, Reading]:
-        watch = Watch(Weights(list(self._weights.values())), self._reached)
+    def run(self, batch: Batch) -> Survey:
+        routers = Routers()
+        watch = Watch(Weights(self._weights.values()), self._reached, routers.saw)
         with ExitStack() as stack:
             stack.enter_context(modes.calibration_mode(self._model))
             for module in self._model.modules():
@@ -108,7 +121,8 @@ class _Surveyor:
             if key not in used and known and self._calls[module]:
                 view = view_of(module, self._weights[key].shape)
                 used[key] = Reading(view, self._calls[module], hooked=True)
-        return {key: reading for key, reading in used.items() if reading is not None}
+        readings = {key: reading for key, reading in used.items() if reading is not None}
+        return Survey(readings, routers.found)
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         self._calls[module] += 1

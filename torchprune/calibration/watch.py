@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torchprune.calibration.operations import READERS, Product
+from torchprune.calibration import recurrent
+from torchprune.calibration.operations import READERS, Product, part_of
 from torchprune.masking.parts import Axis, Part
 
 _COPIES = frozenset(
@@ -112,6 +113,8 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if recurrent.is_recurrent(func):
+            return self._recurrent(func, args, kwargs)
         reader = READERS.get(func)
         if reader is not None:
             for product in reader(args, kwargs, self._is_weight):
@@ -127,6 +130,23 @@ class Watch(TorchFunctionMode):
         if self._saw is not None:
             self._saw(func, args, kwargs, result)
         return result
+
+    def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A call with many weights, each of which may change before it is used."""
+        if not any(map(self._is_weight, recurrent.weights_in(func, args, kwargs))):
+            return func(*args, **kwargs)
+
+        def reach(weight: Tensor, rows: Callable[[], Tensor]) -> Tensor | None:
+            if not self._is_weight(weight):
+                return None
+            product = Product(weight, part_of(weight, "rc"), None, lambda: [rows()], "recurrent")
+            operand = self._operand(product)
+            if operand is None or not self._reached(product, operand):
+                return None
+            # As it is now: the parameter may change again before the call's other weights are.
+            return operand.again().detach().clone()
+
+        return recurrent.watched(func, args, kwargs, reach)
 
     def _is_weight(self, value: Any) -> bool:
         return isinstance(value, Tensor) and (

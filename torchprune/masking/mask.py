@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchprune.errors import MaskError, did_you_mean
+from torchprune.errors import MaskError, SpecError, did_you_mean
+from torchprune.masking.adapters import named_as_plain
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked, pack_bits, unpack_bits
-from torchprune.masking.selection import Layer, tied_to
+from torchprune.masking.scales import scale_of
+from torchprune.masking.selection import Layer, layer_at, tied_to
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[Layer, Mask]]:
 def parameters_of(model: nn.Module) -> Iterator[Layer]:
     """Every parameter of every module, each module once, by its name in the plain model."""
     inside: set[int] = set()
-    for path, module in model.named_modules():
+    for path, plain, module in named_as_plain(model):
         if id(module) in inside:
             continue
         names = list(module._parameters)
@@ -158,8 +160,7 @@ def parameters_of(model: nn.Module) -> Iterator[Layer]:
             names += list(chains)
             names.sort(key=lambda name: order.index(name) if name in order else len(order))
         for name in names:
-            key = f"{path}.{name}" if path else name
-            yield Layer(path if name == "weight" and path else key, key, module, name)
+            yield layer_at(path, plain, module, name)
 
 
 def attach(
@@ -210,11 +211,20 @@ def obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
     if not weight.is_floating_point():
         return f"its {tensor} is {weight.dtype}; prune before quantizing"
     if type(weight.data) is not Tensor and type(weight) is not nn.Parameter:
-        return f"its {tensor} is a {type(weight).__name__}, which holds no plain dense values"
+        return (
+            f"its {tensor} is a {type(weight).__name__}, which holds no plain dense values; prune "
+            f"before quantizing, or dequantize it: nn.Parameter(layer.{tensor}.dequantize())"
+        )
     if weight.device.type == "meta":
         return f"its {tensor} is on the meta device and has no values"
     if weight.numel() == 0:
         return f"its {tensor} is empty"
+    if weight.dtype == torch.float4_e2m1fn_x2:
+        return f"its {tensor} is {weight.dtype}, two values in each element; dequantize it first"
+    try:
+        scale_of(module, tensor, weight)
+    except SpecError as error:
+        return str(error)
     names = ties.get(weight.untyped_storage().data_ptr(), [])
     if names:
         others = [n for n in names if n not in (layer.key, _original_key(layer))]
@@ -236,7 +246,13 @@ def _own_class(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         shared = type(module)
         own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+        if isinstance(module, nn.RNNBase):  # its forward reads a list of its parameters
+            own["_flat_weights"] = property(_flat_weights, lambda *_: None)
         module.__class__ = type(shared.__name__, shared.__bases__, own)
+
+
+def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:

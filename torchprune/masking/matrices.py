@@ -146,7 +146,7 @@ def view_of(module: nn.Module, shape: Sequence[int]) -> View:
     if is_fused_experts(module) and len(shape) == 3:
         turned = getattr(module, "is_transposed", False)
         return View.of("experts", shape, [0], [2 if turned else 1], [1 if turned else 2])
-    if is_transposed_linear(module):
+    if is_transposed_linear(module) or isinstance(module, nn.EmbeddingBag):
         return View.of("transposed", shape, [], [1], [0])
     return View.of("linear", shape, [], [0], [*range(1, len(shape))])
 

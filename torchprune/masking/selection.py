@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import TargetError, did_you_mean
+from torchprune.masking.adapters import named_as_plain
 from torchprune.masking.matrices import prunable_names
 from torchprune.specs.spec import Selector, Selectors
 
@@ -21,7 +22,8 @@ class Layer:
     """One prunable tensor of one module.
 
     Attributes:
-        name: what selectors match: the module's name, or `module.tensor` for fused experts.
+        name: what selectors match: the module's name, or `module.tensor` for fused experts; of a
+            layer with an adapter the name it has without.
         key: the tensor's name in the plain model's `state_dict`.
         module, tensor: where it lives.
     """
@@ -34,21 +36,21 @@ class Layer:
 
 def layers_of(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
     """Every prunable tensor that its module tells of, in registration order, each module once."""
-    for name, module in model.named_modules(prefix=prefix):
+    for name, plain, module in named_as_plain(model, prefix):
         for tensor in prunable_names(module):
-            yield _layer(name, module, tensor)
+            yield layer_at(name, plain, module, tensor)
 
 
 def every_layer(model: nn.Module) -> Iterator[Layer]:
     """Every tensor that could be pruned if asked for, in registration order: parameters of two or
     more axes, masked or not."""
-    for name, module in model.named_modules():
+    for name, plain, module in named_as_plain(model):
         if isinstance(module, parametrize.ParametrizationList):
             continue
         known = prunable_names(module)
         for tensor in dict.fromkeys((*known, *parameter_names(module))):
             if tensor in known or _axes(module, tensor) >= 2:
-                yield _layer(name, module, tensor)
+                yield layer_at(name, plain, module, tensor)
 
 
 def parameter_names(module: nn.Module) -> list[str]:
@@ -66,17 +68,20 @@ def _axes(module: nn.Module, tensor: str) -> int:
     return cast(Tensor, module._parameters[tensor]).ndim
 
 
-def _layer(path: str, module: nn.Module, tensor: str) -> Layer:
+def layer_at(path: str, plain: str, module: nn.Module, tensor: str) -> Layer:
+    """A module's tensor as a layer, by the module's name and the one it has without adapters."""
     key = f"{path}.{tensor}" if path else tensor
-    return Layer(path if tensor == "weight" and path else key, key, module, tensor)
+    if tensor == "weight" and plain:
+        return Layer(plain, key, module, tensor)
+    return Layer(f"{plain}.{tensor}" if plain else tensor, key, module, tensor)
 
 
 def maskable_of(model: nn.Module) -> Iterator[Layer]:
     """Every tensor that may carry a mask: the prunable ones and the biases beside them."""
-    for name, module in model.named_modules():
+    for name, plain, module in named_as_plain(model):
         names = prunable_names(module)
         for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
-            yield _layer(name, module, tensor)
+            yield layer_at(name, plain, module, tensor)
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -106,14 +111,20 @@ def matches(selector: Selector, layer: Layer) -> bool:
     if isinstance(selector, str):
         if selector.startswith("re:"):
             return re.fullmatch(_regex(selector), layer.name) is not None
-        parts = layer.key.split(".")
-        inside = (".".join(parts[: i + 1]) for i in range(len(parts)))
-        return any(fnmatch.fnmatchcase(name, selector) for name in (layer.name, *inside))
+        names = {layer.name, layer.key}  # the same path, but for layers with adapters
+        inside = (path for name in names for path in _paths(name))
+        return any(fnmatch.fnmatchcase(path, selector) for path in inside)
     if isinstance(selector, type):
         return isinstance(layer.module, selector)
     if callable(selector):
         return bool(selector(layer.module, layer.name))
     raise TargetError(f"{selector!r} is not a selector; {ACCEPTED_SELECTORS}")
+
+
+def _paths(name: str) -> Iterator[str]:
+    """What a dotted name lies in, from the outside in, and the name."""
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
 def _regex(selector: str) -> str:
@@ -151,7 +162,8 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The model's outermost repeated blocks, by name: what a depth of layers is made of.
 
     The children of an `nn.ModuleList`, or of an `nn.Sequential` or `nn.ModuleDict` in which a type
-    occurs twice, provided they are themselves made of modules and hold prunable layers.
+    occurs twice, provided they are themselves made of modules and hold prunable layers. Of a list
+    of lists, which nobody calls, the blocks are the children of the inner ones.
     """
     blocks: dict[str, nn.Module] = {}
 
@@ -161,7 +173,8 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
         repeats = isinstance(module, nn.ModuleList) or (
             isinstance(module, nn.Sequential | nn.ModuleDict) and len(set(kinds)) < len(kinds)
         )
-        found = {k for k, c in children.items() if any(layers_of(c))} if repeats else set()
+        called = {k: c for k, c in children.items() if not isinstance(c, _NEVER_CALLED)}
+        found = {k for k, c in called.items() if any(layers_of(c))} if repeats else set()
         for key, child in module.named_children():
             path = f"{name}.{key}" if name else key
             if key in found:
@@ -171,6 +184,9 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     visit("", model)
     return blocks
+
+
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 def tied_to(model: nn.Module) -> dict[int, list[str]]:

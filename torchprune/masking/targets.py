@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from torchprune.errors import SpecError, TargetError
+from torchprune.masking.defaults import surroundings_of, why_dense
+from torchprune.masking.left_dense import Left, lost, nothing_left, uncovered
 from torchprune.masking.mask import Mask, mask_of, obstacle, original_of
 from torchprune.masking.matrices import View, is_asked_for, prunable_names, view_of
 from torchprune.masking.reading import Reading
+from torchprune.masking.request import Request
+from torchprune.masking.scales import is_coded
 from torchprune.masking.selection import (
     Layer,
-    as_selectors,
-    check_used,
     every_layer,
-    is_exact,
-    matches,
     output_head,
     repeated_blocks,
     tied_to,
 )
 from torchprune.specs.goals import Goal
-from torchprune.specs.patterns import NM, check_shape, prune_count
-from torchprune.specs.spec import Selector, Spec
+from torchprune.specs.patterns import NM, misfit, prune_count
+from torchprune.specs.spec import Spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +55,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """Targets in registration order, the layers left dense with their reasons, the blocks."""
+    """Targets in registration order, the layers left dense with their reasons, the blocks, and
+    what the user must know of what stays dense by no choice of his."""
 
     targets: list[Target]
     skipped: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, nn.Module] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
@@ -68,73 +70,75 @@ class Plan:
         return "\n".join([*lines, *(f"{k}  dense: {why}" for k, why in self.skipped.items())])
 
 
-def make_plan(model: nn.Module, spec: Spec, readings: Mapping[int, Reading] | None = None) -> Plan:
+def make_plan(
+    model: nn.Module,
+    spec: Spec,
+    readings: Mapping[int, Reading] | None = None,
+    routers: Mapping[int, str] | None = None,
+) -> Plan:
     """Decide every layer's fate before anything is touched.
+
+    What cannot be pruned, or is not by default (`defaults.py`), stays dense with its reason; only
+    what the user names himself, in full, is an error.
 
     Args:
         readings: how the model reads its parameters, by their identity, where that was looked at.
+        routers: why a parameter is a router or a gate, by its identity, likewise.
 
     Raises:
-        TargetError: a selector matches nothing, or names a layer that cannot be pruned.
-        SpecError: a layer's shape cannot hold its pattern, or it is already sparser.
+        TargetError: a selector matches nothing, or names a layer that cannot be pruned; nothing is
+            left to prune, or less than half of what should be.
+        SpecError: a shape cannot hold the pattern and the layer is named or nothing else is left, a
+            layer is already sparser, or it holds codes that the method cannot write.
     """
-    readings = readings or {}
-    blocks = repeated_blocks(model)
-    targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
-    layers = _candidates(model, (*targets, *spec.overrides), readings)
-    for what, selectors in (("targets", targets), ("ignore", ignore)):
-        for selector in selectors:
-            check_used(what, selector, model, layers)
-    goals = {}
-    for key in spec.overrides:
-        check_used("overrides", key, model, layers)
-        goals[key] = spec.override_goal(key)
-
+    readings, blocks, request = readings or {}, repeated_blocks(model), Request.of(spec)
+    layers = _candidates(model, request, readings)
+    request.check(model, layers)
     inside = {id(m) for block in blocks.values() for m in block.modules()}
     head, ties = output_head(model), tied_to(model)
-    chosen: list[Target] = []
-    skipped: dict[str, str] = {}
-    for layer in layers:
-        named = any(is_exact(s, layer) for s in targets)
-        if targets and not any(matches(s, layer) for s in targets):
-            continue
-        if any(matches(s, layer) for s in ignore):
-            skipped[layer.name] = "ignored"
-            continue
-        if not targets and blocks and id(layer.module) not in inside:
-            skipped[layer.name] = "outside the repeated blocks"
-            continue
-        if layer.module is head and not named:
-            skipped[layer.name] = "output head (name it in targets to prune it)"
-            continue
-        if reason := obstacle(layer, ties):
-            if named:
-                raise TargetError(f"targets: {layer.name!r} cannot be pruned: {reason}")
-            skipped[layer.name] = reason
-            continue
-        override = next((k for k in goals if matches(k, layer)), None)
-        goal = spec.goal if override is None else goals[override]
+    barred = {y.key: why for y in layers if (why := obstacle(y, ties))}
+    views = {y: _view(y, readings) for y in layers if y.key not in barred}
+    dense = _dense_by_default(model, views, blocks, routers)
+
+    def fate(layer: Layer) -> Target | Left:
+        named, goal = request.named(layer), request.goal_of(layer)
+        if request.ignores(layer):
+            return Left(layer, "choice", "ignored")
+        if not request.targets and blocks and id(layer.module) not in inside:
+            return Left(layer, "choice", "outside the repeated blocks")
+        if layer.module is head and named != "targets":
+            return Left(layer, "choice", "output head (name it in targets to prune it)")
         if goal is None:
-            skipped[layer.name] = f"dense by overrides[{override!r}]"
-            continue
-        weight = original_of(layer.module, layer.tensor)
-        reading = readings.get(id(weight))
-        view = view_of(layer.module, weight.shape) if reading is None else reading.view
-        chosen.append(_checked(Target(layer, goal, view, reading), spec))
-    if not chosen:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        raise TargetError(
-            f"nothing to prune in this {type(model).__name__}: "
-            + (why or "it holds no Linear, Conv or fused expert weights")
-        )
+            return Left(layer, "choice", f"dense by overrides[{request.override(layer)!r}]")
+        if why := barred.get(layer.key):
+            if named:
+                raise TargetError(f"{named}: {layer.name!r} cannot be pruned: {why}")
+            return Left(layer, "obstacle", why)
+        if layer.key in dense and not request.means(layer, layers, dense):
+            return Left(layer, "rule", dense[layer.key])
+        reading = readings.get(id(original_of(layer.module, layer.tensor)))
+        target = Target(layer, goal, views[layer], reading)
+        if why := _misfit(target):
+            if named:
+                raise SpecError(f"{layer.name}: {why}; ignore the layer or override its pattern")
+            return Left(layer, "misfit", why)
+        return target
+
+    fates = [fate(layer) for layer in layers if request.picks(layer)]
+    targets = [_checked(one, spec) for one in fates if isinstance(one, Target)]
+    left = [one for one in fates if isinstance(one, Left)]
+    masked = {id(t.weight): t.weight.numel() for t in targets}
+    warning = lost(left, sum(masked.values()))
+    if not targets:
+        raise nothing_left(model, left)
     if spec.scope == "global":
-        _check_global(chosen, spec)
-    return Plan(chosen, skipped, blocks)
+        _check_global(targets, spec)
+    warnings = [warning, uncovered(model, request, left, layers, masked)]
+    skipped = {one.layer.name: one.why for one in left}
+    return Plan(targets, skipped, blocks, [w for w in warnings if w is not None])
 
 
-def _candidates(
-    model: nn.Module, asked: Sequence[Selector], readings: Mapping[int, Reading]
-) -> list[Layer]:
+def _candidates(model: nn.Module, request: Request, readings: Mapping[int, Reading]) -> list[Layer]:
     """The layers that their modules tell of, those seen to multiply, and those asked for by name
     or type."""
     found = []
@@ -144,22 +148,41 @@ def _candidates(
         if isinstance(layer.module, nn.Embedding) and id(weight) not in readings:
             continue  # a lookup, which multiplies nothing
         seen = id(weight) in readings and not is_asked_for(layer.module)
-        if known or seen or any(_asks(selector, layer) for selector in asked):
+        if known or seen or request.asks_for(layer):
             found.append(layer)
     return found
 
 
-def _asks(selector: Selector, layer: Layer) -> bool:
-    """Whether a selector is a layer's own name, or its module's type."""
-    kind = isinstance(selector, type) and selector is not nn.Module
-    return is_exact(selector, layer) or (kind and matches(selector, layer))
+def _view(layer: Layer, readings: Mapping[int, Reading]) -> View:
+    weight = original_of(layer.module, layer.tensor)
+    reading = readings.get(id(weight))
+    return view_of(layer.module, weight.shape) if reading is None else reading.view
+
+
+def _dense_by_default(
+    model: nn.Module,
+    views: Mapping[Layer, View],
+    blocks: Mapping[str, nn.Module],
+    routers: Mapping[int, str] | None,
+) -> dict[str, str]:
+    """key -> why, for the layers that stay dense unless they are named."""
+    around = surroundings_of(model, views, blocks, routers)
+    found = ((layer.key, why_dense(layer, view, around)) for layer, view in views.items())
+    return {key: why for key, why in found if why is not None}
+
+
+def _misfit(target: Target) -> str | None:
+    """Why a layer's shape cannot hold its pattern, or None."""
+    view, pattern = target.view, target.goal.pattern
+    along = misfit(pattern, view.rows, view.axis) if isinstance(pattern, NM) else None
+    return along or misfit(pattern, view.rows, view.cols)
 
 
 def _checked(target: Target, spec: Spec) -> Target:
-    view, goal, name = target.view, target.goal, target.name
-    if isinstance(goal.pattern, NM):
-        check_shape(goal.pattern, view.rows, view.axis, name)
-    check_shape(goal.pattern, view.rows, view.cols, name)
+    """The target, if its weights can become what is asked."""
+    goal, name = target.goal, target.name
+    if is_coded(target.weight):
+        _check_coded(target, spec)
     mask = target.mask
     if mask is not None and not isinstance(goal.pattern, NM):
         already = mask.mask.numel() - int(torch.count_nonzero(mask.mask))
@@ -170,6 +193,28 @@ def _checked(target: Target, spec: Spec) -> Target:
                 f"{goal.sparsity:.4g} was asked; masks only grow: torchprune.densify(model) first"
             )
     return target
+
+
+def _check_coded(target: Target, spec: Spec) -> None:
+    """Eight-bit codes are masked and never rewritten, since their scales would have to follow."""
+    what = next(
+        (
+            what
+            for what, asked in (
+                (f"{spec.label} changes weights", spec.fits_weights),
+                ("reconstruct trains weights", spec.reconstruct),
+                ("permute moves weights between the blocks of a scale", spec.permute),
+            )
+            if asked
+        ),
+        None,
+    )
+    if what is not None:
+        raise SpecError(
+            f"{target.name}: its weight is {target.weight.dtype}, and {what}; use MagnitudeSpec, "
+            "WandaSpec or RIASpec without refit, or dequantize the model first, prune it and "
+            "quantize it again"
+        )
 
 
 def _check_global(targets: list[Target], spec: Spec) -> None:

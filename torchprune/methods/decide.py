@@ -13,6 +13,7 @@ from torchprune.errors import CalibrationError
 from torchprune.masking.mask import Record
 from torchprune.masking.packing import masked
 from torchprune.masking.projection import BARRED, project_each
+from torchprune.masking.scales import values_of
 from torchprune.masking.targets import Target
 from torchprune.masking.transaction import Change
 from torchprune.methods.magnitude import magnitude_score
@@ -236,9 +237,16 @@ def _solved_together(
 
 
 def groups_of(target: Target) -> Tensor:
-    """(groups, rows, cols): a target's weights as they act now, zero where already masked."""
-    weight, mask = target.weight.detach(), target.mask
-    return target.view.to_matrix(weight if mask is None else masked(weight, mask.mask))
+    """(groups, rows, cols): a target's weights as they act now, zero where already masked.
+
+    Of eight-bit codes, the float32 values that they stand for.
+    """
+    layer, mask = target.layer, target.mask
+    weight = target.weight.detach()
+    weight = values_of(
+        layer.module, layer.tensor, weight if mask is None else masked(weight, mask.mask)
+    )
+    return target.view.to_matrix(weight)
 
 
 def _barred(target: Target) -> Tensor | None:

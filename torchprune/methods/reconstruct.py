@@ -155,6 +155,8 @@ class _Run:
         pairs = zip(self.trained, self.values, strict=True)
         learning = {t.name: value.to(t.weight.dtype) for t, value in pairs}
         given = {**self.fixed, **learning}
+        if call.start is not None:
+            call.start.restore()
         out = floats_of(functional_call(self.unit.module, given, call.args, call.kwargs))
         error = torch.zeros((), device=self.values[0].device)
         for one, wanted, counts in zip(out, call.wanted, call.counts, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchprune.calibration.lockstep import Usage
+from torchprune.masking.coverage import Coverage, coverage_of
 from torchprune.masking.mask import masked_layers, original_of
 from torchprune.reports.tables import Column, by_rich
 from torchprune.specs.options import Checked
@@ -107,6 +108,9 @@ class LayerReport:
 class Report:
     """The layers with masks, the layers left dense with reasons, and calibration's notes.
 
+    `coverage` is how much of what multiplies in the model's repeated blocks carries a mask, or in
+    the whole model where nothing repeats: `coverage.share`, and what is `bare`.
+
     `print(report)` shows a table (with the `cli` extra's rich; a short text without it).
     """
 
@@ -116,6 +120,7 @@ class Report:
     peak_held_bytes: int
     notes: Sequence[str]
     warnings: Sequence[str]
+    coverage: Coverage
 
     @property
     def zeros(self) -> int:
@@ -136,6 +141,7 @@ class Report:
         """Everything as plain numbers, strings, lists and dicts (JSON-ready)."""
         total = {"zeros": self.zeros, "size": self.size, "sparsity": self.sparsity}
         total["parameters"] = self.parameters
+        total["covered"] = self.coverage.share
         return {
             "layers": [
                 {**asdict(y), "shape": list(y.shape), "sparsity": y.sparsity} for y in self.layers
@@ -171,6 +177,8 @@ class Report:
             f"{self.zeros:,} of {self.size:,} weights in {len(self.layers)} masked layers are zero "
             f"({self.parameters:,} parameters in the model)"
         ]
+        if self.layers and self.coverage.size:
+            lines.append(str(self.coverage))
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)
@@ -207,7 +215,7 @@ def report(model: nn.Module) -> Report:
                 dtype=str(original.dtype).removeprefix("torch."),
                 method=record.method,
                 pattern=record.pattern,
-                zeros=effective.numel() - int(torch.count_nonzero(effective)),
+                zeros=int((effective == 0).sum()),  # eight-bit floats have no count_nonzero
                 size=effective.numel(),
                 error=record.error,
                 tokens=record.tokens,
@@ -224,6 +232,7 @@ def report(model: nn.Module) -> Report:
         peak_held_bytes=max((run.peak_held_bytes for run in runs), default=0),
         notes=[*(note for run in runs for note in run.notes), *_source_notes(model)],
         warnings=[warning for run in runs for warning in run.warnings],
+        coverage=coverage_of(model),
     )
 
 

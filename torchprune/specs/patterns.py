@@ -106,15 +106,22 @@ def prune_count(total: int, sparsity: float | Fraction) -> int:
     return total * share.numerator // share.denominator
 
 
-def check_shape(pattern: Pattern, rows: int, cols: int, name: str) -> None:
-    """Raise SpecError, naming the layer, if a rows x cols matrix cannot hold the pattern."""
+def misfit(pattern: Pattern, rows: int, cols: int) -> str | None:
+    """Why a rows x cols matrix cannot hold the pattern, or None."""
     if isinstance(pattern, NM) and cols % pattern.m:
-        raise SpecError(
-            f"{name}: pattern {pattern} needs an input width divisible by {pattern.m}, got {cols} "
-            f"(matrix {rows} x {cols}); ignore the layer or override its pattern"
+        return (
+            f"pattern {pattern} needs an input width divisible by {pattern.m}, got {cols} "
+            f"(matrix {rows} x {cols})"
         )
     if isinstance(pattern, Block) and (rows % pattern.rows or cols % pattern.cols):
-        raise SpecError(
-            f"{name}: pattern {pattern} needs rows divisible by {pattern.rows} and columns by "
-            f"{pattern.cols}, got {rows} x {cols}; ignore the layer or override its pattern"
+        return (
+            f"pattern {pattern} needs rows divisible by {pattern.rows} and columns by "
+            f"{pattern.cols}, got {rows} x {cols}"
         )
+    return None
+
+
+def check_shape(pattern: Pattern, rows: int, cols: int, name: str) -> None:
+    """Raise SpecError, naming the layer, if a rows x cols matrix cannot hold the pattern."""
+    if why := misfit(pattern, rows, cols):
+        raise SpecError(f"{name}: {why}; ignore the layer or override its pattern")

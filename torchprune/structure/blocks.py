@@ -136,7 +136,7 @@ def _passing(model: nn.Module, blocks: dict[str, nn.Module], example: Batch) -> 
         for name, block in blocks.items():
             handle = block.register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
-        model(*example.args, **example.kwargs)
+        example.run(model)
     return found
 
 
@@ -203,9 +203,9 @@ def _by_cosine(
         for current, batch in enumerate(batches):
             if current in shadowed:
                 shadow = True
-                padding.run_shadow(current, lambda other: model(*other.args, **other.kwargs))
+                padding.run_shadow(current, lambda other: other.run(model))
                 shadow = False
-            model(*batch.args, **batch.kwargs)
+            batch.run(model)
             padding.forget(current)
             bar.update()
     run.notes += padding.notes()

@@ -251,7 +251,7 @@ def _idle_blocks(model: nn.Module, example: Batch) -> tuple[list[str], list[str]
             for name, block in zero.items()
         ]
         try:
-            model(*example.args, **example.kwargs)
+            example.run(model)
         finally:
             for handle in handles:
                 handle.remove()

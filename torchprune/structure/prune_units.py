@@ -20,6 +20,7 @@ from torchprune.graph.groups import Group, Member, read_groups
 from torchprune.graph.trace import trace
 from torchprune.masking.mask import Record, attach, mask_of, obstacle, original_of
 from torchprune.masking.matrices import view_of
+from torchprune.masking.scales import is_coded
 from torchprune.masking.selection import (
     Layer,
     as_selectors,
@@ -124,7 +125,7 @@ def _choose(
             run.skipped[group.name] = "ignored"
             continue
         readers = [m for m in group.members if m.reads]
-        problem = next((p for y in own.values() if (p := obstacle(y, ties))), None)
+        problem = next((p for y in own.values() if (p := obstacle(y, ties) or _coded(y))), None)
         if any(m.key not in own for m in readers) or not readers:
             problem = "a weight that is no layer's reads it, so it cannot be observed or masked"
         if problem:
@@ -139,6 +140,14 @@ def _choose(
             f"has groups of {there}" + (f" ({why})" if why else "")
         )
     return choices
+
+
+def _coded(layer: Layer) -> str | None:
+    """Why units cannot be cut from a weight of codes, or None."""
+    weight = original_of(layer.module, layer.tensor)
+    if not is_coded(weight):
+        return None
+    return f"its {layer.tensor} is {weight.dtype}, whose scales would not follow; dequantize first"
 
 
 def _target(layer: Layer) -> Target:

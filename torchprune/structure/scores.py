@@ -91,7 +91,8 @@ def loss_on(model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Any], Ten
     Raises:
         CalibrationError: it is not a scalar.
     """
-    value = loss(model, batch.kwargs or batch.args)
+    own = batch.private()
+    value = loss(model, own.kwargs or own.args)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise CalibrationError(f"loss must give a scalar tensor, got {value!r:.80}")
     return value

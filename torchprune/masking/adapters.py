@@ -1,0 +1,110 @@
+"""Adapters: small trained weights that stand beside a frozen layer until they are merged into it.
+
+What is to be sparse is the layer. Its adapter is left alone, since a product of two sparse factors
+is no sparse matrix, and the layer is told by the name that it has without its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from torchprune.masking.matrices import prunable_names
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A module that is a layer with an adapter.
+
+    Attributes:
+        base: the child that is the layer; "" where the module is the layer itself.
+        own: the adapter's parameters.
+    """
+
+    base: str
+    own: list[nn.Parameter]
+
+
+def adapted(module: nn.Module) -> Adapted | None:
+    """What of a module is an adapter, or None.
+
+    Told by peft's protocol (`get_base_layer`), or by what low-rank adapters of any make have in
+    common: one frozen layer, and trained matrices that are factors of its shape and nothing else.
+    """
+    if callable(getattr(type(module), "get_base_layer", None)):
+        layer = cast(nn.Module, module.get_base_layer())  # type: ignore[operator]
+        inside = {id(p) for p in layer.parameters()}
+        for name, child in module.named_children():
+            if any(m is layer for m in child.modules()):
+                return Adapted(name, [p for p in module.parameters() if id(p) not in inside])
+        return None
+    candidates = (("", module), *module.named_children())
+    bases = [(name, w) for name, layer in candidates if (w := _frozen_weight(layer)) is not None]
+    if len(bases) != 1:
+        return None
+    [(name, weight)] = bases
+    layer = module.get_submodule(name)
+    inside = {id(weight)} if layer is module else {id(p) for p in layer.parameters()}
+    own = [p for p in module.parameters() if id(p) not in inside]
+    sides = [_side(p, weight.shape[:2]) for p in own if p.requires_grad and p.dim() > 1]
+    return Adapted(name, own) if {0, 1} <= set(sides) and None not in sides else None
+
+
+def _frozen_weight(module: nn.Module) -> nn.Parameter | None:
+    if prunable_names(module) != ("weight",):
+        return None
+    if parametrize.is_parametrized(module, "weight"):
+        chain = cast(nn.ModuleDict, module.parametrizations)["weight"]
+        weight = chain._parameters.get("original")
+    else:
+        weight = module._parameters.get("weight")
+    return weight if weight is not None and not weight.requires_grad else None
+
+
+def _side(factor: nn.Parameter, shape: tuple[int, ...]) -> int | None:
+    """Which axis of a matrix of this shape a low-rank factor spans, or None."""
+    for axis, long in enumerate(shape):
+        sizes = list(factor.shape[:2])
+        if long in sizes:
+            sizes.remove(long)
+            if sizes[0] < min(shape):
+                return axis
+    return None
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """The ids of all adapters' parameters in a model."""
+    return {id(p) for m in model.modules() if (found := adapted(m)) for p in found.own}
+
+
+def named_as_plain(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """Every module once: its name, its name in the model without adapters, and itself."""
+    plain = {}
+    standing: dict[str, str | None] = {}
+    """A module's name -> which of its children stands for it in the plain model."""
+    for name, module in model.named_modules(prefix=prefix):
+        parent, _, last = name.rpartition(".")
+        if name == prefix:
+            plain[name] = name
+        elif standing[parent] == last:
+            plain[name] = plain[parent]
+        else:
+            plain[name] = f"{plain[parent]}.{last}" if plain[parent] else last
+        standing[name] = _standing_for(module)
+        yield name, plain[name], module
+
+
+def _standing_for(module: nn.Module) -> str | None:
+    """The child that stands for a module in the plain model, if one does."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("peft."):
+            if kind.__name__ == "PeftModel":
+                return "base_model"
+            if kind.__name__ == "BaseTuner":
+                return "model"
+    found = adapted(module)
+    return found.base or None if found else None

@@ -20,6 +20,7 @@ from torchprune.calibration.data import Data
 from torchprune.calibration.lockstep import Calibration, Unsurveyed
 from torchprune.calibration.sources import Unforeseen
 from torchprune.calibration.survey import Survey, is_plain, survey
+from torchprune.calibration.token_masks import TokenMask
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.targets import Plan, make_plan
@@ -49,6 +50,7 @@ def sparsify(
     hold: torch.dtype | None = None,
     seed: int = 0,
     tokenizer: Any = None,
+    token_mask: TokenMask = None,
 ) -> Model:
     """Prune a model in place: every chosen layer gets a mask as a parametrization.
 
@@ -60,10 +62,12 @@ def sparsify(
             for single weights; `HeadSpec`, `NeuronSpec`, `ChannelSpec` or `LayerSpec` for whole
             units, which `torchprune.shrink` can then remove.
         data: calibration batches: any iterable whose items are tensors (passed positionally),
-            tuples or lists (positional) or mappings (keywords). Tokens that a batch's
-            `attention_mask` excludes do not count. Without data, a generative transformers model
-            calibrates on text sampled from itself; `MagnitudeSpec` needs none. Texts, with a
-            `tokenizer`: what `text_batches` takes.
+            tuples or lists (positional) or mappings (keywords); or a `datasets.Dataset`, each row
+            of which is a batch of one. Padding does not count: where a batch holds a mask of it,
+            its call runs once more with other content at the padding, and the rows that differ are
+            left out. Columns that the model does not take are left out, with a note. Without data,
+            a generative transformers model calibrates on text sampled from itself; `MagnitudeSpec`
+            needs none. Texts, with a `tokenizer`: what `text_batches` takes.
         progress: show a progress bar over the layers.
         max_batches: read at most so many batches; all of them wait at each layer together, so
             memory grows with their number and size.
@@ -73,6 +77,9 @@ def sparsify(
         seed: for the sampled text, or the windows of given texts.
         tokenizer: the model's own, for data that are texts: they become `max_batches` windows of
             as many tokens as the model's context holds, at most 2048.
+        token_mask: which tokens count, instead of what is found out: the name of a column of the
+            batches, a function of a batch (as it was given), or a sequence of a tensor a batch;
+            each (batch, length), True where a token counts, or None to find out.
 
     Returns:
         the same model; for an `ExportedProgram` a new one.
@@ -84,7 +91,7 @@ def sparsify(
         Exception: whatever the model raises. After any error the model is as it was.
     """
     _check_request(spec, hold)
-    calibration = Data(data, tokenizer, max_batches, seed, progress)
+    calibration = Data(data, tokenizer, max_batches, seed, progress, token_mask)
     if type(model).__name__ == "ExportedProgram":
         for_modules = keep_dense or hold is not None
         return cast(Model, _prune_program(model, spec, calibration, for_modules))
@@ -156,7 +163,7 @@ class _Weights:
                 batches, _ = replace(self.data, max_batches=1).read(self.model, "")
             else:
                 made_up = getattr(self.model, "dummy_inputs", None)
-                batches, _ = read_batches([made_up], self.model, 1)
+                batches = read_batches([made_up], self.model, 1).batches
             return survey(self.model, batches[0])
         except Exception:  # nothing depends on it
             return None
@@ -345,7 +352,8 @@ def _prune_program(
                 f"{type(spec).__name__} needs calibration data for an ExportedProgram: "
                 f"sparsify(program, spec, data). {ACCEPTED_DATA}"
             )
-        batches, _ = read_batches(data.given, program.module(), data.max_batches)
+        taken = read_batches(data.given, program.module(), data.max_batches, data.token_mask)
+        batches = taken.batches
     pruned, found = prune_program(program, spec, batches, progress=data.progress)
     for warning in found:
         warnings.warn(warning, stacklevel=4)  # through the decorator of `sparsify`

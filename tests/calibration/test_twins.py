@@ -40,7 +40,7 @@ def test_cross_moments_pair_each_input_with_the_dense_models(
     model, data = family.make(), family.data()
     dense = copy.deepcopy(model)
     plan = make_plan(model, WandaSpec())
-    batches = read_batches(data, model, 10)[0]
+    batches = read_batches(data, model, 10).batches
     met = 0
     with Calibration(
         model, plan.targets, batches, gram=True, blocks=plan.blocks, cross=True, hold=hold
@@ -78,7 +78,7 @@ def test_where_nothing_is_pruned_the_cross_moment_is_the_second_moment() -> None
     family = FAMILIES["llama"]
     model, data = family.make(), family.data()
     plan = make_plan(model, WandaSpec())
-    batches = read_batches(data, model, 10)[0]
+    batches = read_batches(data, model, 10).batches
     with Calibration(
         model, plan.targets, batches, gram=True, blocks=plan.blocks, cross=True
     ) as calibration:
@@ -111,7 +111,7 @@ def test_routed_experts_count_their_own_rows(name: str) -> None:
     family = FAMILIES[name]
     model, data = family.make(), family.data()
     plan = make_plan(model, WandaSpec())
-    batches = read_batches(data, model, 10)[0]
+    batches = read_batches(data, model, 10).batches
     fused = 0
     with Calibration(
         model, plan.targets, batches, gram=True, blocks=plan.blocks, cross=True
@@ -167,7 +167,7 @@ def test_rows_that_a_router_chose_are_not_paired() -> None:
     torch.manual_seed(1)
     model, data = Chosen(), [torch.randn(7, 8) for _ in range(4)]
     plan = make_plan(model, WandaSpec(targets="*"))
-    batches = read_batches(data, model, 10)[0]
+    batches = read_batches(data, model, 10).batches
     paired = {}
     with Calibration(model, plan.targets, batches, gram=True, blocks={}, cross=True) as calibration:
         for stop in calibration.stops():

@@ -354,7 +354,7 @@ def test_convolutions_read_as_the_matrices_they_multiply_by(case: tuple[nn.Modul
     view = view_of(conv, conv.weight.shape)
     matrix = view.to_matrix(conv.weight)
     assert torch.equal(view.from_matrix(matrix, conv.weight.shape), conv.weight)
-    rows = input_rows(conv, x, None)
+    rows = input_rows(conv, x)
     assert [tuple(r.shape[1:]) for r in rows] == [(view.cols,)] * view.groups
     y = torch.stack([r @ m.T for r, m in zip(rows, matrix, strict=True)])  # (groups, places, rows)
     with warnings.catch_warnings():
@@ -372,7 +372,7 @@ def test_linear_and_transposed_layers_read_as_the_matrices_they_multiply_by() ->
     for layer in (nn.Linear(6, 4), Conv1D(4, 6)):
         nn.init.normal_(layer.bias)
         view = view_of(layer, layer.weight.shape)
-        (rows,) = input_rows(layer, x, None)
+        (rows,) = input_rows(layer, x)
         (matrix,) = view.to_matrix(layer.weight)
         torch.testing.assert_close((rows @ matrix.T + layer.bias).reshape(2, 3, 4), layer(x))
         assert torch.equal(view.from_matrix(matrix[None], layer.weight.shape), layer.weight)

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprune.calibration.items import as_call, as_example, columns_of, is_dataset
+from torchprune.calibration.nested import mapped, tensors_in
 from torchprune.calibration.replay import private
+from torchprune.calibration.token_masks import TokenMask, token_mask_of
 from torchprune.errors import CalibrationError
 
 ACCEPTED_DATA = (
     "data must be an iterable of batches, each a tensor (passed positionally), a tuple or list "
-    "(positional) or a mapping (keywords): a DataLoader, a list of token tensors, a generator"
+    "(positional) or a mapping (keywords): a DataLoader, a list of token tensors, a generator, or "
+    "a datasets.Dataset, each row of which is a batch of one"
 )
 
 TEXTS_NEED_A_TOKENIZER = (
@@ -27,14 +31,19 @@ TEXTS_NEED_A_TOKENIZER = (
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of the model."""
+    """One call of the model.
+
+    Attributes:
+        tokens: (items, length) bool, which tokens count; None where that is to be found out.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    tokens: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors the batch was made of."""
-        yield from (v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+        yield from (tensor for _, tensor in tensors_in((self.args, self.kwargs)))
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
@@ -54,12 +63,11 @@ class Batch:
     def out_of_inference(self) -> Batch:
         """The batch with ordinary tensors in place of those made in inference mode."""
 
-        def ordinary(value: Any) -> Any:
-            made_there = isinstance(value, Tensor) and value.is_inference()
-            return value.clone() if made_there else value
+        def ordinary(_: object, value: Tensor) -> Tensor:
+            return value.clone() if value.is_inference() else value
 
-        kwargs = {key: ordinary(value) for key, value in self.kwargs.items()}
-        return Batch(tuple(ordinary(value) for value in self.args), kwargs)
+        args, kwargs = mapped((self.args, self.kwargs), ordinary)
+        return Batch(args, kwargs, self.tokens)
 
     def is_whole(self, x: Tensor) -> bool:
         """Whether a layer's input has a row for everything in the batch, and in its order.
@@ -72,48 +80,30 @@ class Batch:
         leading = (shape[:k] for shape in self.shapes for k in range(1, len(shape) + 1))
         return any(part.numel() == len(x) for part in leading)
 
-    def token_mask(
-        self, shape: torch.Size, module_name: str, *, encoder_decoder: bool
-    ) -> Tensor | None:
-        """Which rows of a layer's input are tokens and not padding.
 
-        The batch's `attention_mask` (batch, length), or in the decoder of an encoder-decoder its
-        `decoder_attention_mask`, if it fits the input's leading shape (batch, length) or
-        (batch * length).
+@dataclass(frozen=True)
+class Taken:
+    """What was read of the data.
 
-        Args:
-            shape: the input's shape without its last axis.
+    Attributes:
+        batches: on the model's device.
+        more: whether more were offered than were to be read.
+        strangers: columns that the model does not take.
+    """
 
-        Returns:
-            bool of that shape, or None if every row counts.
-        """
-        in_decoder = (
-            encoder_decoder
-            and any("decoder" in part for part in module_name.split("."))
-            and not _reads_encoder(module_name)
-        )
-        mask = self.kwargs.get("decoder_attention_mask" if in_decoder else "attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return None
-        if tuple(shape) not in (tuple(mask.shape), (mask.numel(),)):
-            return None
-        return mask.to(torch.bool).reshape(shape)
-
-
-def _reads_encoder(module_name: str) -> bool:
-    """Whether a decoder's layer projects the encoder's states (cross-attention keys, values)."""
-    *path, last = module_name.split(".")
-    crossing = any("EncDec" in p or "encoder_attn" in p or "crossattention" in p for p in path)
-    return crossing and last in ("k", "v", "k_proj", "v_proj", "key", "value")
+    batches: list[Batch]
+    more: bool
+    strangers: tuple[str, ...] = ()
 
 
 def read_batches(
-    data: Iterable[Any], model: nn.Module, max_batches: int
-) -> tuple[list[Batch], bool]:
-    """Up to `max_batches` batches on the model's device, and whether more were offered.
+    data: Iterable[Any], model: nn.Module, max_batches: int, token_mask: TokenMask = None
+) -> Taken:
+    """Up to `max_batches` batches on the model's device.
 
     Raises:
-        CalibrationError: data is no iterable of batches, or is empty.
+        CalibrationError: data is no iterable of batches, or is empty; or a token mask does not
+            belong to them.
     """
     if isinstance(data, Tensor):
         raise CalibrationError(
@@ -126,26 +116,40 @@ def read_batches(
     if max_batches < 1:
         raise CalibrationError(f"max_batches must be at least 1, got {max_batches}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    taken = islice(iter(data), max_batches + 1)
+    takes, rows = columns_of(model, token_mask), is_dataset(data)
     batches: list[Batch] = []
-    for item in taken:
+    strangers: dict[str, None] = {}
+    for item in islice(iter(data), max_batches + 1):
         if len(batches) == max_batches:
-            return batches, True
-        batches.append(_as_batch(item, device))
+            return Taken(batches, True, tuple(strangers))
+        tokens = token_mask_of(token_mask, item, len(batches))
+        whole = as_call(as_example(item) if rows else item, model)
+        batch = _as_batch(whole, device, tokens)
+        unknown = [name for name, value in batch.kwargs.items() if not takes(name, value)]
+        if len(unknown) < len(batch.kwargs):  # else the model says best what it takes
+            for name in unknown:
+                batch.kwargs.pop(name, None)
+            strangers.update(dict.fromkeys(unknown))
+        batches.append(batch)
     if not batches:
         raise CalibrationError("data holds no batches (an exhausted generator?)")
-    return batches, False
+    return Taken(batches, False, tuple(strangers))
 
 
-def _as_batch(item: Any, device: torch.device) -> Batch:
+def _as_batch(item: Any, device: torch.device, tokens: Tensor | None) -> Batch:
     if _is_text(item):
         raise CalibrationError(f"a batch is text ({type(item).__name__}); {TEXTS_NEED_A_TOKENIZER}")
+
+    def moved(_: object, value: Tensor) -> Tensor:
+        return value.to(device)
+
+    tokens = None if tokens is None else tokens.to(device)
     if isinstance(item, Tensor):
-        return Batch((_moved(item, device),), {})
+        return Batch((item.to(device),), {}, tokens)
     if isinstance(item, Mapping):
-        return Batch((), {str(k): _moved(v, device) for k, v in item.items()})
+        return Batch((), {str(k): mapped(v, moved) for k, v in item.items()}, tokens)
     if isinstance(item, tuple | list):
-        return Batch(tuple(_moved(v, device) for v in item), {})
+        return Batch(tuple(mapped(v, moved) for v in item), {}, tokens)
     raise CalibrationError(f"a batch is a {type(item).__name__}; {ACCEPTED_DATA}")
 
 
@@ -157,7 +161,3 @@ def _is_text(item: Any) -> bool:
         texts = any(map(_is_text, item))
         return texts and not any(isinstance(value, Tensor) for value in item)
     return isinstance(item, str)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

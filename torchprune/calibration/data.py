@@ -17,6 +17,7 @@ from torchprune.calibration.synthesis import (
     windows_of,
 )
 from torchprune.calibration.text import LONGEST, context_of, longest_of, text_batches
+from torchprune.calibration.token_masks import TokenMask
 from torchprune.errors import CalibrationError
 
 
@@ -30,6 +31,7 @@ class Data:
         max_batches: how many of them are read at most.
         seed: of sampled text.
         progress: whether sampling shows a bar.
+        token_mask: which tokens count, where the user says so.
     """
 
     given: Iterable[Any] | None
@@ -37,6 +39,7 @@ class Data:
     max_batches: int
     seed: int
     progress: bool
+    token_mask: TokenMask = None
 
     def read(
         self, model: nn.Module, asker: str, *, at_least: int = 0
@@ -72,12 +75,17 @@ class Data:
                 f"calibrated on {len(windows)} windows of {size} tokens of the given texts"
             )
             given = windows
-        batches, more = read_batches(given, model, self.max_batches)
-        if more:
+        taken = read_batches(given, model, self.max_batches, self.token_mask)
+        if taken.strangers:
+            notes.append(
+                f"left out of the batches, since a {type(model).__name__} does not take them: "
+                + ", ".join(taken.strangers)
+            )
+        if taken.more:
             notes.append(
                 f"used the first {self.max_batches} batches; more were offered (max_batches)"
             )
-        return batches, notes
+        return taken.batches, notes
 
     def written_on(
         self, model: nn.Module, batches: Sequence[Batch], windows: int

@@ -15,20 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Reach = Callable[[str, list[Tensor]], None]
-Keep = Callable[[torch.Size], Tensor | None]
 
 
 @contextmanager
-def observed(module: nn.Module, reach: Reach, keep: Keep) -> Iterator[None]:
+def observed(module: nn.Module, reach: Reach) -> Iterator[None]:
     """Call `reach(tensor, inputs)` before each stacked weight is read, while the context is open.
 
     Args:
         reach: gets the parameter's name and one (tokens, cols) matrix an expert.
-        keep: the padding mask for token rows of a given leading shape, or None.
     """
 
     def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return _forward(module, hidden, top_k_index, top_k_weights, reach, keep)
+        return _forward(module, hidden, top_k_index, top_k_weights, reach)
 
     module.forward = forward
     try:
@@ -37,20 +35,16 @@ def observed(module: nn.Module, reach: Reach, keep: Keep) -> Iterator[None]:
         del module.forward
 
 
-def _forward(
-    module: Any, hidden: Tensor, index: Tensor, weights: Tensor, reach: Reach, keep: Keep
-) -> Tensor:
+def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, reach: Reach) -> Tensor:
     count = module.down_proj.shape[0]
     first = "gate_up_proj" if module.has_gate else "up_proj"
     tokens, slots = zip(*(_routed(index, e) for e in range(count)), strict=True)
-    mask = keep(hidden.shape[:-1])
-    counted = [slice(None) if mask is None else mask[t] for t in tokens]
     inputs = [hidden[t] for t in tokens]
-    reach(first, [x[c] for x, c in zip(inputs, counted, strict=True)])
+    reach(first, inputs)
     middle = _products(module, first, inputs)
     act = module._apply_gate if module.has_gate else module.act_fn
     middle = [act(x) for x in middle]
-    reach("down_proj", [x[c] for x, c in zip(middle, counted, strict=True)])
+    reach("down_proj", middle)
     outputs = _products(module, "down_proj", middle)
     out = torch.zeros_like(hidden)
     for token, slot, y in zip(tokens, slots, outputs, strict=True):

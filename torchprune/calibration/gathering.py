@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+from torch import Tensor
+
 from torchprune import modes
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration.padding import counted
 from torchprune.calibration.sources import Gathered, Read, Unforeseen
 from torchprune.errors import CalibrationError
 from torchprune.masking.targets import Target
+
+Tokens = Callable[[int, Read, Sequence[Tensor]], list[Tensor | None]]
+"""Tells which of the rows that a batch reads at a layer are tokens', per group: None if all are."""
 
 AtHand = Callable[[int, Read], AbstractContextManager[Read | None]]
 """Makes a read of a layer (by its number) possible, and gives the dense model's in its place."""
@@ -23,6 +29,7 @@ class Gathering:
         batches: how many batches there are.
         gram, total, cross, cap: which statistics, as for `Moments`.
         share: whether layers that read the same tensors have them in common.
+        tokens: tells which rows count.
     """
 
     def __init__(
@@ -34,10 +41,11 @@ class Gathering:
         total: bool,
         cross: bool,
         cap: float | None,
+        tokens: Tokens,
         share: bool = True,
     ) -> None:
         self._targets, self._gram, self._share = targets, gram, share
-        self._total, self._cross, self._cap = total, cross, cap
+        self._total, self._cross, self._cap, self._tokens = total, cross, cap, tokens
         self._sample = 0 if gram else -(-SAMPLE_ROWS // batches)
         self._reads: dict[int, list[Read]] = {}  # of the batches that wait at a layer
         self._gathered: dict[int, Gathered] = {}  # of a layer, until it is taken
@@ -70,7 +78,7 @@ class Gathering:
         borrowed = [i for i, g in self._gathered.items() if g is gathered and i != index]
         if borrowed and read.batch in gathered.sources.batches():
             raise Unforeseen
-        self._count(gathered, read)
+        self._count(index, gathered, read)
         return again
 
     def reached(self) -> list[int]:
@@ -94,7 +102,7 @@ class Gathering:
             if shared is None:
                 for read in reads:
                     with at_hand(index, read) as twin:
-                        self._count(gathered, read, twin)
+                        self._count(index, gathered, read, twin)
         gathered = self._gathered.pop(index)
         with modes.exact():
             gathered.moments.finish()
@@ -130,10 +138,12 @@ class Gathering:
             self._shareable.append(gathered)
         return gathered
 
-    def _count(self, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
+    def _count(self, index: int, gathered: Gathered, read: Read, twin: Read | None = None) -> None:
         with modes.exact():
-            dense = None if twin is None else twin.rows()
-            gathered.moments.add(read.rows(), self._sample, dense)
+            rows = read.rows()
+            counts = self._tokens(index, read, rows)
+            dense = None if twin is None else counted(twin.rows(), counts)
+            gathered.moments.add(counted(rows, counts), self._sample, dense)
         gathered.sources.add(read)
 
     def _matching(self, index: int, reads: Sequence[Read], *, whole: bool) -> Gathered | None:

@@ -38,11 +38,13 @@ from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
 from torchprune.calibration.operations import Product
+from torchprune.calibration.padding import Padding
 from torchprune.calibration.replay import Replays
+from torchprune.calibration.shadows import Shadows
 from torchprune.calibration.sources import Gathered, Read, Sources, Unforeseen
 from torchprune.calibration.twins import TwinDone, Twins
 from torchprune.calibration.watch import Operand, Watch, Weights
-from torchprune.masking.matrices import ConvNd, geometry, input_rows, is_fused_experts, is_stock
+from torchprune.masking.matrices import geometry, input_rows, is_fused_experts, is_stock
 from torchprune.masking.parts import Covered, Part, covered
 from torchprune.masking.targets import Target
 
@@ -63,6 +65,7 @@ class Usage:
     """Layers read several times in a forward, whose statistics are from a dense pass before."""
     unread: set[str] = field(default_factory=set)
     """Layers of which some read could not be counted."""
+    notes: list[str] = field(default_factory=list)
 
 
 class _AllReached(BaseException):
@@ -125,6 +128,7 @@ class Calibration:
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
+        self._padding = Padding(model, self.batches)
         self._gathering = Gathering(
             self.targets,
             len(self.batches),
@@ -133,12 +137,10 @@ class Calibration:
             cross=cross,
             cap=cap,
             share=foresee,
+            tokens=self._tokens,
         )
         self.usage = Usage()
         self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
-        self._encoder_decoder = bool(
-            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        )
         self._needs_twins = cross or (ends is not None and ends.alpha > 0)
         self._ends = ends
         self._current, self._place = 0, (0, 0)
@@ -164,6 +166,7 @@ class Calibration:
         self._end = (len(self.targets), 0)  # where batches wait that nobody needs any more
         self._runs: list[greenlet.greenlet] = []
         self._twins: Twins | None = None
+        self._shadows = Shadows(self._padding, self._run, self._resume)
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -193,6 +196,7 @@ class Calibration:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.usage.notes += self._padding.notes()
         self._stack.close()
 
     def stops(self) -> Iterator[Stop]:
@@ -205,6 +209,8 @@ class Calibration:
             self._look_ahead()
         moving = list(range(count))
         self._advance_twins(moving, -1)
+        self._held.new_round()
+        self._shadows.start()
         while True:
             self._held.new_round()
             for index in moving:
@@ -217,6 +223,7 @@ class Calibration:
             place = min(self._waiting, default=self._end)
             if place == self._end:
                 break
+            self._shadows.catch_up(place)
             moving = self._waiting.pop(place)
             if place[1]:
                 self._end_unit(place[0], moving)
@@ -225,6 +232,7 @@ class Calibration:
             self._weights.find(self.targets[i].weight for i in self._fresh)
             if not self._needs(moving):
                 break
+            self._shadows.advance(place)
         for index in self._gathering.reached():  # read repeatedly, but not in the pruned model
             yield from self._stop(index, [])
         for index, sources in self._promised.items():
@@ -241,6 +249,7 @@ class Calibration:
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
         self._fresh = {i for i in fresh if i in self._watched.values()}
+        self._padding.forget(places=list(fresh))
         self._advance_twins(moving, place, fresh)
         self._measure_held(moving)
         yield stop
@@ -275,13 +284,19 @@ class Calibration:
     def _run_through(self) -> None:
         for index in range(len(self.batches)):
             self._current = index
+            if index in self._shadows.runs:
+                self._shadows.run(index)
             self._forward(index)
+            self._padding.forget(index)
             self._gathering.forget_dead()
 
     # -- running ---------------------------------------------------------------------------------
 
     def _forward(self, index: int) -> None:
-        batch = self.batches[index].private()
+        self._run(self.batches[index])
+
+    def _run(self, batch: Batch) -> None:
+        batch = batch.private()
         with ExitStack() as stack:
             if self._ends is not None:  # what units read must be fit to learn from
                 stack.enter_context(torch.inference_mode(False))
@@ -297,10 +312,14 @@ class Calibration:
         self._held.restore(key)
         run.switch()
         if not run.dead:
-            self._held.store(key, run, (self._place, key != index, self.batches[index].shapes))
+            kind = key // len(self._runs)
+            self._held.store(key, run, (self._place, kind, self.batches[index].shapes))
 
     def _key(self, index: int, run: greenlet.greenlet) -> int:
-        """What a coroutine's activations are held under: twins come after the batches."""
+        """What a coroutine's activations are held under: twins come after the batches, and shadows
+        after these."""
+        if run is self._shadows.runs.get(index):
+            return index + 2 * len(self._runs)
         return index if run is self._runs[index] else index + len(self._runs)
 
     def _advance_twins(self, moving: Sequence[int], place: int, fresh: Iterable[int] = ()) -> None:
@@ -334,8 +353,11 @@ class Calibration:
 
     def _pause(self, place: Place) -> None:
         """In a coroutine: wait until the driver has pruned this place."""
-        self._waiting.setdefault(place, []).append(self._current)
         self._place = place
+        if self._shadows.running:
+            self._shadows.waits(self._current, place)
+        else:
+            self._waiting.setdefault(place, []).append(self._current)
         self._switch()
 
     def _switch(self) -> None:
@@ -343,12 +365,17 @@ class Calibration:
             self._driver.switch()
 
     def _abandon(self) -> None:
-        runs = [*self._runs, *(self._twins.runs if self._twins is not None else [])]
-        for key, run in enumerate(runs):
+        count = len(self._runs)
+        runs = dict(enumerate(self._runs))
+        if self._twins is not None:
+            runs.update(enumerate(self._twins.runs, count))
+        runs.update({2 * count + i: run for i, run in self._shadows.runs.items()})
+        for key, run in runs.items():
             if not run.dead:
                 self._held.restore(key)
                 run.throw()
         self._runs, self._twins, self._units = [], None, {}
+        self._shadows.runs = {}
         self._gathering.clear()
 
     def _measure_held(self, moving: Iterable[int] = ()) -> None:
@@ -357,6 +384,7 @@ class Calibration:
         waiting = [*moving, *(i for w in self._waiting.values() for i in w)]
         if self._twins is not None:
             waiting += [count + i for i, run in enumerate(self._twins.runs) if not run.dead]
+        waiting += [2 * count + i for i, run in self._shadows.runs.items() if not run.dead]
         held = sum(self._held.bytes.get(i, 0) for i in waiting)
         for unit in self._units.values():
             held += sum(t.nbytes for tensors in unit.dense.values() for t in tensors)
@@ -393,16 +421,13 @@ class Calibration:
                 if other.layer.module is module and other.layer.tensor == tensor:
                     self._reached(i, Read(self._current, None, lambda: inputs))
 
-        keep_rows = lambda shape: self._token_mask(name, torch.Size((*shape, 0)))  # noqa: E731
-        stack.enter_context(experts.observed(module, reach, keep_rows))
+        stack.enter_context(experts.observed(module, reach))
 
     def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module, name: str) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is not None:
-                conv = isinstance(module, ConvNd)
-                keep = None if conv else self._token_mask(name, x.shape)
-                rows = lambda: input_rows(module, x, keep)  # noqa: E731
+                rows = lambda: input_rows(module, x)  # noqa: E731
                 self._reached(index, Read(self._current, x, rows, geometry(module)))
 
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -432,19 +457,11 @@ class Calibration:
         found = self._covered[at]
         if found is None:
             return None
-        keep = None
-        if product.geometry == "rows" and x is not None:
-            keep = self._token_mask(target.name, x.shape)
-
-        def own() -> list[Tensor]:
-            rows = product.rows()
-            return rows if keep is None else [r[keep.reshape(-1)] for r in rows]
-
         if view.groups == 1:
-            return Read(batch, x, own, product.geometry)
+            return Read(batch, x, product.rows, product.geometry)
 
         def rows() -> list[Tensor]:
-            mine = own()
+            mine = product.rows()
             none = mine[0].new_empty(0, view.cols)
             stack = [none] * view.groups
             for one in found:
@@ -453,10 +470,6 @@ class Calibration:
 
         alike = product.geometry, view.groups, view.cols, tuple(found)
         return Read(batch, x, rows, alike)
-
-    def _token_mask(self, name: str, shape: torch.Size) -> Tensor | None:
-        batch = self.batches[self._current]
-        return batch.token_mask(shape[:-1], name, encoder_decoder=self._encoder_decoder)
 
     def _reached(self, index: int, read: Read) -> None:
         """A batch is about to run a layer."""
@@ -470,6 +483,11 @@ class Calibration:
         if self._twins is not None and self._twins.running:
             self._place = (index, 0)
             self._twins.reached(index, read, self._done, self._switch)
+            return
+        shadow = self._shadows.running
+        read.visit = self._padding.visit(read.batch, index, shadow=shadow)
+        if shadow:
+            self._shadow_reached(index, read)
             return
         if index in self._done:
             self._reached_again(index, read)
@@ -486,12 +504,7 @@ class Calibration:
                 self.usage.revisited.add(self.targets[index].name)
             if alone:
                 return  # more reads may come, so that the pass goes on to its end
-        dense = self._dense.get(read.batch)
-        if dense is not None:
-            dense.again = dense.again or not dense.missing
-            dense.missing.discard(index)
-            if not dense.missing and dense.short:  # the rest would be thrown away
-                raise _AllReached
+        self._no_more_missing(index)
 
     def _reached_again(self, index: int, read: Read) -> None:
         """A batch is about to run a layer that is pruned."""
@@ -508,6 +521,31 @@ class Calibration:
             counted.add(read.batch)
             if not self._needs([read.batch]):
                 self._pause(self._end)
+
+    def _shadow_reached(self, index: int, read: Read) -> None:
+        """A shadow is about to run a layer."""
+        if index in self._done:
+            return
+        self._padding.note(read.batch, index, read.visit, read.rows())
+        if self._pauses[index] and self._pausing:
+            self._pause((index, 0))
+        else:
+            self._no_more_missing(index)
+
+    def _no_more_missing(self, index: int) -> None:
+        """In a block's dense pass: once all layers were reached the rest would be thrown away."""
+        dense = self._dense.get(self._current)
+        if dense is not None:
+            dense.again = dense.again or not dense.missing
+            dense.missing.discard(index)
+            if not dense.missing and dense.short:
+                raise _AllReached
+
+    def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
+        """Which of the rows that a batch reads are tokens'."""
+        loose = read.x is None or read.x.dim() == 2
+        name = self.targets[index].name
+        return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
@@ -539,6 +577,7 @@ class Calibration:
         last, alpha, forward = members[-1], self._ends.alpha, module.forward
         self._units[last] = Unit(name, module, [self.targets[i] for i in members])
         replays = Replays(name, module)
+        ended_once: set[tuple[int, bool]] = set()
 
         @put_on(stack, module)
         def ended(*args: Any, **kwargs: Any) -> Any:
@@ -551,18 +590,27 @@ class Calibration:
                 if not self._wants_twins(batch):
                     raise TwinDone
                 return out
-            if not self._done.isdisjoint(members) or any(c.batch == batch for c in unit.calls):
+            shadow = self._shadows.running
+            if not self._done.isdisjoint(members) or (batch, shadow) in ended_once:
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
+            ended_once.add((batch, shadow))
             start = replays.start(args, kwargs)
+            if shadow:
+                given = floats_of(forward(*args, **kwargs))
+                self._padding.note(batch, (last, 1), 0, [_rows(t) for t in given])
+                self._pause((last, 1))
+                start.restore()
+                return passively(*args, **kwargs)
             wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
             start.restore()
-            forward(*args, **kwargs)
+            given = floats_of(forward(*args, **kwargs))
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
                 pairs = zip(wanted, dense, strict=True)
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
-                counts = [self._token_mask(name, t.shape) for t in wanted]
+                rows = [_rows(t) for t in given]
+                counts = self._padding.tokens(batch, (last, 1), 0, rows, name, loose=False)
                 unit.calls.append(Call(args, kwargs, wanted, counts, batch, start))
             self._pause((last, 1))
             start.restore()
@@ -611,3 +659,8 @@ class Calibration:
         for index in siblings:
             self._promised[index], self._counted[index] = found[place].sources, set()
         return siblings
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A unit's output as a matrix."""
+    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)

@@ -22,12 +22,14 @@ class Read:
         x: the tensor, or None where nothing can be shared.
         rows: of it, one (rows, cols) matrix a group of the layer.
         geometry: what makes two layers read the same tensor as the same matrices.
+        visit: how often the batch read at that layer before.
     """
 
     batch: int
     x: Tensor | None
     rows: Rows
     geometry: Hashable = "rows"
+    visit: int = 0
 
     @property
     def source(self) -> Tensor | None:

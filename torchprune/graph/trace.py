@@ -84,7 +84,7 @@ class _Walk:
 
 def as_batch(model: nn.Module, example_inputs: Any) -> Batch:
     """Example inputs as one call: a tensor, a tuple or list (positional), a mapping (keywords)."""
-    return read_batches([example_inputs], model, 1)[0][0]
+    return read_batches([example_inputs], model, 1).batches[0]
 
 
 def trace(model: nn.Module, example: Batch) -> Trace:

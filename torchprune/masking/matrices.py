@@ -151,14 +151,13 @@ def view_of(module: nn.Module, shape: Sequence[int]) -> View:
     return View.of("linear", shape, [], [0], [*range(1, len(shape))])
 
 
-def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None) -> list[Tensor]:
+def input_rows(module: nn.Module, x: Tensor) -> list[Tensor]:
     """A layer's input as one (tokens, cols) matrix a group, in the order of `View.cols`.
 
     Args:
         module: a linear or convolution layer.
         x: its input, (..., in) for linear layers, (batch, in, *space) or unbatched for
             convolutions.
-        keep: bool, the leading shape of x for linear layers: tokens that count; None = all.
     """
     if isinstance(module, ConvNd):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -167,8 +166,7 @@ def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None) -> list[Tensor
         x = x.unsqueeze(0) if x.dim() == space + 1 else x
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         return patches(x, Taps(module.kernel_size, module.stride, module.dilation), module.groups)
-    rows = x.reshape(-1, x.shape[-1])
-    return [rows if keep is None else rows[keep.reshape(-1)]]
+    return [x.reshape(-1, x.shape[-1])]
 
 
 @dataclass(frozen=True)

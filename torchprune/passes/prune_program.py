@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import ChainMap, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration.padding import Padding, counted
 from torchprune.calibration.survey import is_plain
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.packing import masked
@@ -52,15 +54,10 @@ class _Use:
         view, pairs = self.target.view, zip(self.reads, self._spans, strict=True)
         return view.groups, view.cols, tuple((read.source, span) for read, span in pairs)
 
-    def rows(self, number: int, env: Env, batch: Batch) -> list[Tensor]:
+    def rows(self, number: int, env: Env) -> list[Tensor]:
         """What a read's product is about to multiply, by the groups of the target."""
         read, view = self.reads[number], self.target.view
-        found, keep = read.rows(env), None
-        if read.x is not None and len(found) == 1:
-            shape = env[read.x].shape[:-1]
-            keep = batch.token_mask(shape, self.target.name, encoder_decoder=False)
-        if keep is not None:
-            found = [found[0][keep.reshape(-1)]]
+        found = read.rows(env)
         stack = [found[0].new_empty(0, view.cols)] * view.groups
         for one in self._spans[number]:
             stack[one.group] = found[one.own][:, one.start : one.start + view.cols]
@@ -157,6 +154,19 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 # -- running --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """The environments of all batches, and by their numbers those of the shadows of some."""
+
+    envs: Sequence[Env]
+    shadows: Mapping[int, Env]
+
+    def every(self) -> Iterator[Env]:
+        """All of them."""
+        yield from self.envs
+        yield from self.shadows.values()
+
+
 class _Run:
     """The batches in the graph, each with its environment: values by node, while needed."""
 
@@ -170,6 +180,7 @@ class _Run:
     ) -> None:
         self._program, self._decider, self._batches = program, decider, batches
         self._spec, self._blocks = decider.spec, blocks
+        self._padding = Padding(program.module(), batches)
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
         self._uses = sorted(uses, key=lambda use: self._at[use.reads[0].node])
@@ -179,21 +190,23 @@ class _Run:
     def changes(self, sequential: str) -> Iterator[Change]:
         """The changes of all layers, in the order of the graph: each before its first product."""
         envs = [self._begin(batch) for batch in self._batches]
+        shadows = {i: self._begin(self._padding.shadow(i)) for i in self._padding.shadowed()}
+        runs = _Runs(envs, shadows)
         groups = self._groups(sequential)
-        known = self._ahead(envs, self._repeated(groups))
+        known = self._ahead(runs, self._repeated(groups))
         at = 0
         for group in groups:
             first = self._at[group[0].reads[0].node]
-            for env in envs:
+            for env in runs.every():
                 self._advance(env, at, first)
             at = first
-            found = self._statistics(envs, at, group, known)
+            found = self._statistics(runs, at, group, known)
             with modes.exact():
                 for change in self._decider.changes(found):
                     use = next(u for u in group if u.target is change.target)
                     weight = change.target.weight if change.values is None else change.values
                     new = masked(weight.to(change.target.weight.dtype), change.mask)
-                    for env in envs:
+                    for env in runs.every():
                         use.replace(env, new)
                     yield change
 
@@ -224,15 +237,15 @@ class _Run:
                 found.append(use)
         return found
 
-    def _ahead(self, envs: Sequence[Env], uses: Sequence[_Use]) -> dict[_Use, Moments]:
+    def _ahead(self, runs: _Runs, uses: Sequence[_Use]) -> dict[_Use, Moments]:
         """All that some layers read in the dense program: to be pruned before the first product
         they must be known then."""
         moments = {use: self._fresh(use) for use in uses}
-        self._pass(envs, 0, [(use, moments[use]) for use in uses])
+        self._pass(runs, 0, [(use, moments[use]) for use in uses])
         return moments
 
     def _statistics(
-        self, envs: Sequence[Env], at: int, group: Sequence[_Use], known: Mapping[_Use, Moments]
+        self, runs: _Runs, at: int, group: Sequence[_Use], known: Mapping[_Use, Moments]
     ) -> list[tuple[Target, Moments]]:
         """What the layers of a group read, from here on with none of them pruned."""
         shared: dict[Hashable, Moments] = {}
@@ -246,21 +259,19 @@ class _Run:
             else:
                 moments[use] = shared[use.source] = self._fresh(use)
                 counting.append((use, moments[use]))
-        self._pass(envs, at, counting)
+        self._pass(runs, at, counting)
         for use in group:
             own = moments[use]
             with modes.exact():
                 own.finish()
-            own.batches = len(envs)  # however many products there are
+            own.batches = len(self._batches)  # however many products there are
             if not own.is_finite():
                 raise CalibrationError(
                     f"{use.target.name}: its inputs hold inf or NaN on the calibration data"
                 )
         return [(use.target, moments[use]) for use in group]
 
-    def _pass(
-        self, envs: Sequence[Env], start: int, counting: Sequence[tuple[_Use, Moments]]
-    ) -> None:
+    def _pass(self, runs: _Runs, start: int, counting: Sequence[tuple[_Use, Moments]]) -> None:
         """Let copies of the environments run on from a node, and count what these layers read."""
         places = [
             (self._at[read.node], use, number, moments)
@@ -268,14 +279,28 @@ class _Run:
             for number, read in enumerate(use.reads)
         ]
         places.sort(key=lambda place: place[0])
+        for index, env in enumerate(runs.envs):
+            for shadow in (True, False) if index in runs.shadows else (False,):
+                ahead, at = dict(runs.shadows[index] if shadow else env), start
+                for place, use, number, moments in places:
+                    self._advance(ahead, at, place)
+                    at = place
+                    self._count(moments, use, number, ahead, index, shadow=shadow)
+            self._padding.forget(index)
+
+    def _count(
+        self, moments: Moments, use: _Use, number: int, env: Env, index: int, *, shadow: bool
+    ) -> None:
+        rows, place = use.rows(number, env), (use, number)
+        if shadow:
+            self._padding.note(index, place, 0, rows)
+            return
+        x = use.reads[number].x
+        loose, name = x is None or env[x].dim() == 2, use.target.name
+        counts = self._padding.tokens(index, place, 0, rows, name, loose=loose)
         sample = 0 if self._spec.needs_gram else -(-SAMPLE_ROWS // len(self._batches))
-        for batch, env in zip(self._batches, envs, strict=True):
-            ahead, at = dict(env), start
-            for place, use, number, moments in places:
-                self._advance(ahead, at, place)
-                at = place
-                with modes.exact():
-                    moments.add(use.rows(number, ahead, batch), sample)
+        with modes.exact():
+            moments.add(counted(rows, counts), sample)
 
     def _fresh(self, use: _Use) -> Moments:
         spec, view = self._spec, use.target.view

@@ -41,6 +41,7 @@ class RunRecord:
     def finish(self, batches: int, usage: Usage) -> None:
         """Note what calibration used."""
         self.batches, self.peak_held_bytes = batches, usage.peak_held_bytes
+        self.notes += usage.notes
         for name in sorted(usage.repeated):
             self.notes.append(
                 f"{name} is read more than once in a forward pass: its statistics are from every "

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.lockstep import Usage
+from torchprune.calibration.padding import Padding
 from torchprune.errors import CalibrationError, ShrinkError, TargetError
 from torchprune.masking.mask import Record, attach, obstacle, original_of
 from torchprune.masking.selection import (
@@ -55,7 +56,7 @@ def prune_blocks(
         )
     choose = _by_cosine if spec.score == "cosine" else _by_loss
     with tqdm(total=len(batches), desc="layers", unit="batch", disable=not progress) as bar:
-        scores = choose(model, blocks, batches, spec, bar)
+        scores = choose(model, blocks, batches, spec, run, bar)
     run.finish(batches=len(batches), usage=Usage())
     with modes.exact():
         for name, note in scores.items():
@@ -168,34 +169,46 @@ def _by_cosine(
     blocks: dict[str, nn.Module],
     batches: Sequence[Batch],
     spec: LayerSpec,
+    run: RunRecord,
     bar: Any,
 ) -> dict[str, str]:
     """The blocks whose output is most like their input, with the reason as a note."""
     turned = dict.fromkeys(blocks, 0.0)
     tokens = dict.fromkeys(blocks, 0)
-    current = [batches[0]]
+    padding, current, shadow = Padding(model, batches), 0, False
 
     def hook(name: str) -> Callable[..., None]:
-        def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             one, two = _given(args, kwargs), _first(out)
             if one is None or not isinstance(two, Tensor) or one.shape != two.shape:
                 return
-            apart = 1 - torch.cosine_similarity(one.float(), two.float(), dim=-1)
-            keep = current[0].token_mask(one.shape[:-1], name, encoder_decoder=False)
-            apart = apart.flatten() if keep is None else apart[keep]
+            rows = one.reshape(-1, one.shape[-1])
+            visit = padding.visit(current, name, shadow=shadow)
+            if shadow:
+                padding.note(current, name, visit, [rows])
+                return
+            (keep,) = padding.tokens(current, name, visit, [rows], name, loose=False)
+            apart = 1 - torch.cosine_similarity(one.float(), two.float(), dim=-1).flatten()
+            apart = apart if keep is None else apart[keep]
             turned[name] += float(apart.sum())
             tokens[name] += apart.numel()
 
-        return run
+        return seen
 
     with modes.calibration_mode(model), torch.no_grad(), ExitStack() as stack:
         for name, block in blocks.items():
             handle = block.register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
-        for batch in batches:
-            current[0] = batch
+        shadowed = set(padding.shadowed())
+        for current, batch in enumerate(batches):
+            if current in shadowed:
+                shadow = True
+                padding.run_shadow(current, lambda other: other.run(model))
+                shadow = False
             batch.run(model)
+            padding.forget(current)
             bar.update()
+    run.notes += padding.notes()
     mean = {name: turned[name] / tokens[name] for name in blocks if tokens[name]}
     order = sorted(mean, key=lambda name: mean[name])
     chosen = _leaving_one(order, _lengths(model, blocks), spec.drop)
@@ -217,6 +230,7 @@ def _by_loss(
     blocks: dict[str, nn.Module],
     batches: Sequence[Batch],
     spec: LayerSpec,
+    run: RunRecord,
     bar: Any,
 ) -> dict[str, str]:
     """One by one the block whose absence costs least, with the loss as a note."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchprune.calibration.batches import Batch, read_batches
+from torchprune.calibration.items import is_dataset
 from torchprune.checkpoint.whole_files import write_whole
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.reports.report import report
@@ -133,10 +134,11 @@ def _draws(data: Any, max_batches: int, *, digest: bool) -> list[_Draw]:
 
 def _draw(name: str, data: Any, max_batches: int, digest: bool) -> _Draw:
     taken = data
-    if isinstance(data, Iterable) and not isinstance(data, Tensor | Mapping | str | bytes):
+    whole = isinstance(data, Tensor | Mapping | str | bytes) or is_dataset(data)
+    if isinstance(data, Iterable) and not whole:
         taken = list(islice(data, max(0, max_batches) + 1))  # one more, so that `sparsify` says so
     try:
-        batches, _ = read_batches(taken, nn.Module(), max_batches)
+        batches = read_batches(taken, nn.Module(), max_batches).batches
     except CalibrationError as error:
         raise CalibrationError(f"draw {name!r}: {error}" if name else str(error)) from None
     return _Draw(name, taken, _digest(batches) if digest else "")

@@ -52,7 +52,7 @@ class Silenced:
         shape[channel] = len(dead)
         x = given[at] = x.masked_fill(dead.view(shape), 0)
         with torch.no_grad():
-            rows = input_rows(module, x, None)
+            rows = input_rows(module, x)
             live = torch.stack([r.float().square().sum(0) > 0 for r in rows]).cpu()
         self.live = live if self.live is None else self.live & live
         return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))

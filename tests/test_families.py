@@ -27,7 +27,6 @@ def _unreached() -> Iterator[None]:
     """torch's attention multiplies by its output layer's weight without calling the layer."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*out_proj: no calibration batch reached it")
-        warnings.filterwarnings("ignore", message=r"covered .*in_proj_weight")
         yield
 
 

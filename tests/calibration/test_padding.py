@@ -70,7 +70,7 @@ SAID = [case for case in CASES if _exact(case)]
 )
 def test_the_embedding_of_padding_does_not_matter(case: Case, side: str) -> None:
     made = assert_nothing_leaks(case.make(), case.data(side), WandaSpec())
-    assert torchprune.report(made).notes == []
+    assert not any("padding" in note for note in torchprune.report(made).notes)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,8 @@ ROUTING = {
 @pytest.mark.parametrize("how", ROUTING, ids=lambda how: how.__name__)
 def test_whatever_chooses_or_weighs_is_found(how: Any) -> None:
     torch.manual_seed(0)
-    assert set(found(Block(how), torch.randn(2, 6, WIDTH))) == ROUTING[how]
+    for rows, length in ((2, 6), (EXPERTS, EXPERTS)):  # also where no size tells axes apart
+        assert set(found(Block(how), torch.randn(rows, length, WIDTH))) == ROUTING[how]
 
 
 # -- what looks like it, and is none ---------------------------------------------------------------
@@ -233,7 +234,13 @@ def attention(b: Block, x: Tensor) -> Tensor:
 
 
 def fused_attention(b: Block, x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(b.key(x), b.key(x), x)
+    said = F.scaled_dot_product_attention(b.key(x), b.key(x), b.key(x))
+    return x.gather(-1, said.topk(WIDTH // 8)[1]).repeat(1, 1, 8)
+
+
+def conditioned(b: Block, x: Tensor) -> Tensor:
+    """A scale for each of many channels, from somewhat more inputs."""
+    return (x.view(*x.shape[:2], 8, -1) * b.key(x).unsqueeze(-1)).flatten(2)
 
 
 @pytest.mark.parametrize(
@@ -246,12 +253,14 @@ def fused_attention(b: Block, x: Tensor) -> Tensor:
         swish,
         attention,
         fused_attention,
+        conditioned,
     ],
     ids=lambda how: how.__name__,
 )
 def test_what_chooses_no_expert_is_none(how: Any) -> None:
     torch.manual_seed(0)
-    assert found(Block(how), torch.randn(2, 6, WIDTH)) == {}
+    for rows, length in ((2, 6), (8, 8)):
+        assert found(Block(how), torch.randn(rows, length, WIDTH)) == {}
 
 
 def test_nothing_is_held_after_the_pass() -> None:

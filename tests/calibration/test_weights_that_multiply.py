@@ -265,6 +265,7 @@ class Asked(nn.Module):
         return self.call(self.other, self.first(x))
 
 
+@pytest.mark.filterwarnings("ignore:covered .*other.weight")  # told, as nobody left it out
 @pytest.mark.parametrize("kind", ASKED)
 @pytest.mark.parametrize("spec", [WandaSpec(targets="other"), SparseGPTSpec(targets="other")])
 def test_what_is_pruned_only_where_it_is_asked_for(kind: str, spec: Any) -> None:

@@ -132,17 +132,81 @@ def test_frozen_and_trained_layers_alone_make_no_adapter() -> None:
     """Transfer learning freezes layers beside small ones that are no factors of their shape."""
 
     class Head(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, *sizes: tuple[int, int]) -> None:
             super().__init__()
             self.body = nn.Linear(16, 16).requires_grad_(False)
-            self.narrow, self.out = nn.Linear(16, 4), nn.Linear(4, 10)
+            self.more = nn.ModuleList(nn.Linear(*size) for size in sizes)
 
-    found = make_plan(nn.Sequential(Head(), Head()), MagnitudeSpec())
-    assert [t.name for t in found.targets if t.name.startswith("0")] == [
-        "0.body",
-        "0.narrow",
-        "0.out",
-    ]
+    for sizes in (
+        [(16, 4), (4, 10)],
+        [(16, 4)],
+        [(16, 4), (4, 16), (20, 20)],
+        [(16, 24), (24, 16)],
+    ):
+        model = nn.Sequential(Head(*sizes), Head(*sizes))
+        found = [t.name for t in make_plan(model, MagnitudeSpec()).targets]
+        assert found[0] == "0.body"
+        assert len(found) == 2 * (1 + len(sizes))
+
+
+class PeftModel(nn.Module):
+    """peft's, as far as names and protocols go: root, tuner, and a layer with its adapters."""
+
+    def __init__(self, base_model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = base_model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+
+class BaseTuner(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class LoraModel(BaseTuner):
+    pass
+
+
+class LoraLinear(nn.Module):
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        down = nn.Linear(base_layer.in_features, 2, bias=False)
+        up = nn.Linear(2, base_layer.out_features, bias=False)
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": down}), nn.ModuleDict({"default": up})
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+for kind in (PeftModel, BaseTuner, LoraModel):
+    kind.__module__ = "peft.as_imitated"
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_stands_for_peft_is_pruned_as_its_base(trained: bool) -> None:
+    """Also for inference, when the adapters are as frozen as the rest."""
+    model = PeftModel(LoraModel(blocks(LoraLinear)))
+    model.requires_grad_(trained)
+    assert [t.name for t in make_plan(model, MagnitudeSpec()).targets] == PLAIN
+    for one in ("0.up", "base_model.model.0.up", "base_model.model.0.up.base_layer"):
+        assert [t.name for t in make_plan(model, MagnitudeSpec(targets=one)).targets] == ["0.up"]
+    assert [t.name for t in make_plan(model, MagnitudeSpec(ignore="1")).targets] == PLAIN[:2]
+    torchprune.sparsify(model, WandaSpec(), [torch.randn(9, 16)], progress=False)
+    report = torchprune.report(model)
+    assert [y.name for y in report.layers] == PLAIN
+    assert report.coverage.share == 1.0
+    key = "base_model.model.0.up.base_layer.weight"  # where it really is, for state_dict and files
+    assert key in torchprune.masks(model)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft and transformers, to one another

@@ -240,6 +240,15 @@ def test_biases_and_scales_of_inputs_are_none() -> None:
     assert found.name == "weight_scale"
 
 
+def test_what_is_negative_somewhere_is_no_scale() -> None:
+    layer = Coded(uneven(8, 8, (1, 8)), (1, 8), name="first")
+    layer.register_buffer("shift", torch.randn(8, 1) - 1)
+    layer.register_buffer("zeros", torch.zeros(8, 1))
+    found = scale_of(layer, "weight", layer.weight)
+    assert found is not None
+    assert found.name == "first"
+
+
 def test_stacks_of_experts_have_scales_each() -> None:
     module = nn.Module()
     codes, scale = torch.randn(3, 8, 16).to(torch.float8_e4m3fn), torch.rand(3, 2, 4) + 0.1

@@ -66,6 +66,7 @@ class Usage:
     unread: set[str] = field(default_factory=set)
     """Layers of which some read could not be counted."""
     notes: list[str] = field(default_factory=list)
+    """What is to be said of padding."""
 
 
 class _AllReached(BaseException):
@@ -248,8 +249,8 @@ class Calibration:
         stop += [(self.targets[i], found[place].moments) for i in foreseen]
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
-        self._fresh = {i for i in fresh if i in self._watched.values()}
         self._padding.forget(places=list(fresh))
+        self._fresh = {i for i in fresh if i in self._watched.values()}
         self._advance_twins(moving, place, fresh)
         self._measure_held(moving)
         yield stop
@@ -365,11 +366,10 @@ class Calibration:
             self._driver.switch()
 
     def _abandon(self) -> None:
-        count = len(self._runs)
-        runs = dict(enumerate(self._runs))
+        count, runs = len(self._runs), dict(enumerate(self._runs))
         if self._twins is not None:
             runs.update(enumerate(self._twins.runs, count))
-        runs.update({2 * count + i: run for i, run in self._shadows.runs.items()})
+        runs.update((2 * count + i, run) for i, run in self._shadows.runs.items())
         for key, run in runs.items():
             if not run.dead:
                 self._held.restore(key)
@@ -396,11 +396,11 @@ class Calibration:
         module, reading = target.layer.module, target.reading
         if is_fused_experts(module):
             if "forward" not in vars(module):  # once for all the weights of the module
-                self._observe_experts(stack, module, target.name)
+                self._observe_experts(stack, module)
         elif target.mask is not None or (
             not is_stock(module) if reading is None else reading.hooked
         ):
-            self._observe_calls(stack, index, module, target.name)
+            self._observe_calls(stack, index, module)
         else:
             self._watched[id(target.weight)] = index
 
@@ -415,7 +415,7 @@ class Calibration:
                     found.add(index)
         return found
 
-    def _observe_experts(self, stack: ExitStack, module: nn.Module, name: str) -> None:
+    def _observe_experts(self, stack: ExitStack, module: nn.Module) -> None:
         def reach(tensor: str, inputs: list[Tensor]) -> None:
             for i, other in enumerate(self.targets):
                 if other.layer.module is module and other.layer.tensor == tensor:
@@ -423,7 +423,7 @@ class Calibration:
 
         stack.enter_context(experts.observed(module, reach))
 
-    def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module, name: str) -> None:
+    def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is not None:
@@ -477,34 +477,46 @@ class Calibration:
             return
         repeated = index in self._repeated
         if self._ahead:
-            if repeated:
+            if repeated and not self._shadow_reads(index, read):
                 self._gathering.run_through(index, read, alone=True)
             return
         if self._twins is not None and self._twins.running:
             self._place = (index, 0)
             self._twins.reached(index, read, self._done, self._switch)
             return
-        shadow = self._shadows.running
-        read.visit = self._padding.visit(read.batch, index, shadow=shadow)
-        if shadow:
-            self._shadow_reached(index, read)
-            return
         if index in self._done:
-            self._reached_again(index, read)
+            if not self._shadows.running:
+                self._reached_again(index, read)
             return
+        counts = not repeated or not self._pausing  # else what it reads is counted already
+        mine = counts and not self._shadow_reads(index, read)
         if self._pauses[index] and self._pausing:
-            if not repeated:  # what it reads is counted already
+            if mine:
                 self._gathering.wait(index, read)
             self._pause((index, 0))
             return
-        if not repeated or not self._pausing:
+        if counts:
             reading = self.targets[index].reading
             alone = reading is not None and reading.reads != 1
-            if self._gathering.run_through(index, read, alone=alone):
+            if mine and self._gathering.run_through(index, read, alone=alone):
                 self.usage.revisited.add(self.targets[index].name)
             if alone:
                 return  # more reads may come, so that the pass goes on to its end
         self._no_more_missing(index)
+
+    def _shadow_reads(self, index: int, read: Read) -> bool:
+        """Whether what is about to run a layer is a shadow, of which this is noted and no more."""
+        shadow = self._shadows.running
+        read.visit = self._padding.visit(read.batch, index, shadow=shadow)
+        if shadow:
+            self._padding.note(read.batch, index, read.visit, read.rows())
+        return shadow
+
+    def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
+        """Which of the rows that a batch reads are tokens'."""
+        loose = read.x is None or read.x.dim() == 2
+        name = self.targets[index].name
+        return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
 
     def _reached_again(self, index: int, read: Read) -> None:
         """A batch is about to run a layer that is pruned."""
@@ -522,16 +534,6 @@ class Calibration:
             if not self._needs([read.batch]):
                 self._pause(self._end)
 
-    def _shadow_reached(self, index: int, read: Read) -> None:
-        """A shadow is about to run a layer."""
-        if index in self._done:
-            return
-        self._padding.note(read.batch, index, read.visit, read.rows())
-        if self._pauses[index] and self._pausing:
-            self._pause((index, 0))
-        else:
-            self._no_more_missing(index)
-
     def _no_more_missing(self, index: int) -> None:
         """In a block's dense pass: once all layers were reached the rest would be thrown away."""
         dense = self._dense.get(self._current)
@@ -540,12 +542,6 @@ class Calibration:
             dense.missing.discard(index)
             if not dense.missing and dense.short:
                 raise _AllReached
-
-    def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
-        """Which of the rows that a batch reads are tokens'."""
-        loose = read.x is None or read.x.dim() == 2
-        name = self.targets[index].name
-        return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
 
     def _run_twice(self, stack: ExitStack, block: nn.Module, place: int) -> None:
         """Let a block run dense to gather statistics, wait to be pruned, and run again."""
@@ -595,21 +591,19 @@ class Calibration:
                 return forward(*args, **kwargs)  # not dense any more, or not its first call
             ended_once.add((batch, shadow))
             start = replays.start(args, kwargs)
+            wanted = [] if alpha == 1 or shadow else floats_of(passively(*args, **kwargs))
+            start.restore()
+            rows = [_rows(t) for t in floats_of(forward(*args, **kwargs))]
             if shadow:
-                given = floats_of(forward(*args, **kwargs))
-                self._padding.note(batch, (last, 1), 0, [_rows(t) for t in given])
+                self._padding.note(batch, (last, 1), 0, rows)
                 self._pause((last, 1))
                 start.restore()
                 return passively(*args, **kwargs)
-            wanted = [] if alpha == 1 else floats_of(passively(*args, **kwargs))
-            start.restore()
-            given = floats_of(forward(*args, **kwargs))
             if alpha and batch in unit.dense:
                 dense = unit.dense.pop(batch)
                 pairs = zip(wanted, dense, strict=True)
                 wanted = [torch.lerp(w, d, alpha) for w, d in pairs] if wanted else dense
             if wanted:
-                rows = [_rows(t) for t in given]
                 counts = self._padding.tokens(batch, (last, 1), 0, rows, name, loose=False)
                 unit.calls.append(Call(args, kwargs, wanted, counts, batch, start))
             self._pause((last, 1))

@@ -25,7 +25,7 @@ from torchprune.calibration.pad_masks import (
     readings_of,
     with_contents,
 )
-from torchprune.calibration.row_prints import Prints, distances, prints_of
+from torchprune.calibration.row_prints import Prints, distances
 
 _Seen = list[tuple[torch.Size, Prints]]
 _Decided = dict[tuple[object, ...], set[tuple[Path, bool]]]
@@ -168,7 +168,7 @@ def _prints(value: Any) -> Iterator[tuple[torch.Size, Prints]]:
         if x.is_floating_point() and x.dim() > 1 and x.numel():
             with modes.exact():
                 unscaled = torch.ones(x.shape[-1], device=x.device)
-                yield x.shape, prints_of(x.reshape(-1, x.shape[-1]), unscaled)
+                yield x.shape, Prints(x.reshape(-1, x.shape[-1]), unscaled).kept()
 
 
 def _borne_out(tokens: Tensor, usual: _Seen, other: _Seen) -> tuple[int, int]:

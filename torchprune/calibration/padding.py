@@ -25,7 +25,7 @@ from torchprune.calibration.batches import Batch
 from torchprune.calibration.nested import Path, mapped
 from torchprune.calibration.pad_masks import PadMask, changed
 from torchprune.calibration.pad_search import masks_of_all
-from torchprune.calibration.row_prints import Prints, distances, found_in, nearest, prints_of
+from torchprune.calibration.row_prints import Prints, distances, found_in, nearest
 
 _VARIANTS = 4
 """Contents tried at the padding, should a model refuse some."""
@@ -115,7 +115,7 @@ class Padding:
     def note(self, index: int, place: Hashable, visit: int, rows: Sequence[Tensor]) -> None:
         """What a shadow reads: per group a (rows, cols) matrix."""
         with modes.exact():
-            prints = [prints_of(x) for x in rows]
+            prints = [Prints(x).kept() for x in rows]
         self._known[index].seen.setdefault(place, {})[visit] = prints
 
     def forget(self, index: int | None = None, places: Sequence[Hashable] = ()) -> None:
@@ -152,7 +152,7 @@ class Padding:
             found = []
             for group, x in enumerate(rows):
                 other = None if seen is None else seen[group]
-                mine = prints_of(x, None if other is None else other.scale)
+                mine = Prints(x, None if other is None else other.scale)
                 found.append(self._compared(known, mine, other, name, loose=loose))
         return found
 
@@ -194,13 +194,15 @@ class Padding:
         same, empty = mine.exact == other.exact, mine.exact == 0
         if bool(same.all()) and not bool(empty.any()):
             return None
-        lays, far = _laid(known.masks, len(mine)), distances(mine, other)
-        near = same | (far <= mine.tolerance)
-        for alike in (same, near):
-            if (lay := _consistent(lays, alike, empty)) is not None:
-                return lay.tokens
+        lays = _laid(known.masks, len(mine))
+        if (lay := _consistent(lays, same, empty)) is not None:
+            return lay.tokens
         if bool(same.all()):
             return None
+        far = distances(mine, other)
+        near = same | (far <= mine.tolerance)
+        if (lay := _consistent(lays, near, empty)) is not None:
+            return lay.tokens
         if (lay := _set_apart(lays, far)) is not None:
             return lay.tokens
         if loose and not lays:  # rows may have come here by other ways, in another order

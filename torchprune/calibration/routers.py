@@ -121,7 +121,8 @@ class Routers:
                 continue
             for output in self._outputs.get(tensor, ()):
                 if output.rows * _FEW <= output.cols:
-                    self._find(output, f"a gate: each of its {output.rows} outputs scales a vector")
+                    outputs = "output" if output.rows == 1 else f"{output.rows} outputs, each"
+                    self._find(output, f"a gate: its {outputs} scales a vector")
 
     def _judge_mixing(self, name: str, args: Sequence[Any], operands: Sequence[Tensor]) -> None:
         """A softmax of outputs, multiplied with what is no parameter along their own axis."""

@@ -6,56 +6,63 @@ depends on nothing but the row. A sketch, a few random projections, says how far
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 _WIDTH = 16
 """Projections of a row."""
-_CHUNK = 1 << 20
-"""Numbers that are fingerprinted at a time."""
+_CHUNK = 1 << 17
+"""Words that are fingerprinted at a time: few enough to stay in a processor's cache."""
 _TOO_SMALL = 1e-3
 """Rows shorter than this share of the usual length are told apart as if they were that long."""
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
-@dataclass(frozen=True, eq=False)
 class Prints:
     """The prints of n rows.
 
+    Args:
+        rows: (n, cols).
+        scale: (cols,) by which columns are divided in the sketch, so that none outweighs the
+            others: of the prints that these will be compared with, or None.
+
     Attributes:
         exact: (n,) int64, equal where rows are equal (a zero's sign aside).
-        sketch: (n, 16) float32.
-        scale: (cols,) float32 by which columns were divided, so that none outweighs the others.
         tolerance: relative distance that rounding in the rows' dtype may explain.
     """
 
-    exact: Tensor
-    sketch: Tensor
-    scale: Tensor
-    tolerance: float
+    def __init__(self, rows: Tensor, scale: Tensor | None = None) -> None:
+        self._rows: Tensor | None = rows.detach()
+        self.exact = _fingerprints(self._rows)
+        precise = rows.dtype if rows.is_floating_point() else torch.float32
+        self.tolerance = torch.finfo(precise).eps ** 0.5
+        self._scale = scale
 
     def __len__(self) -> int:
         return len(self.exact)
 
+    @cached_property
+    def scale(self) -> Tensor:
+        """(cols,) float32, the given one or the size of the columns."""
+        if self._scale is not None:
+            return self._scale
+        assert self._rows is not None
+        size = self._rows.float().square().mean(0).sqrt()
+        return torch.where(size > 0, size, size.mean().clamp_min(torch.finfo(torch.float32).tiny))
 
-def prints_of(rows: Tensor, scale: Tensor | None = None) -> Prints:
-    """The prints of a (n, cols) matrix.
+    @cached_property
+    def sketch(self) -> Tensor:
+        """(n, 16) float32."""
+        assert self._rows is not None
+        directions = _directions(self._rows.shape[1], self._rows.device)
+        return self._rows.float() @ (directions / self.scale[:, None])
 
-    Args:
-        scale: of the prints that these will be compared with.
-    """
-    rows = rows.detach()
-    wide = rows.float()
-    if scale is None:
-        size = wide.square().mean(0).sqrt()
-        scale = torch.where(size > 0, size, size.mean().clamp_min(torch.finfo(torch.float32).tiny))
-    sketch = (wide / scale) @ _directions(rows.shape[1], rows.device)
-    precise = rows.dtype if rows.is_floating_point() else torch.float32
-    return Prints(_fingerprints(rows), sketch, scale, torch.finfo(precise).eps ** 0.5)
+    def kept(self) -> Prints:
+        """These prints, when the rows are gone."""
+        _ = self.sketch
+        self._rows = None
+        return self
 
 
 def found_in(mine: Prints, other: Prints) -> Tensor:
@@ -101,12 +108,13 @@ def _at_least(lengths: Tensor) -> Tensor:
 
 
 def _fingerprints(rows: Tensor) -> Tensor:
-    if rows.element_size() > 1:
-        rows = rows + 0.0  # -0.0 becomes 0.0
-    bits = rows.contiguous().view(_BITS[rows.element_size()])
-    factors = _factors(bits.shape[1], bits.device)
-    step = max(1, _CHUNK // max(1, bits.shape[1]))
-    return torch.cat([(part.long() * factors).sum(1) for part in bits.split(step)])
+    rows = rows + 0.0 if rows.element_size() > 1 else rows  # -0.0 becomes 0.0
+    if rest := -rows.shape[1] % (8 // rows.element_size()):
+        rows = torch.nn.functional.pad(rows, (0, rest))
+    words = rows.contiguous().view(torch.int64)
+    factors = _factors(words.shape[1], words.device)
+    step = max(1, _CHUNK // max(1, words.shape[1]))
+    return torch.cat([(part * factors).sum(1) for part in words.split(step)])
 
 
 @lru_cache(16)

@@ -22,7 +22,7 @@ class Read:
         x: the tensor, or None where nothing can be shared.
         rows: of it, one (rows, cols) matrix a group of the layer.
         geometry: what makes two layers read the same tensor as the same matrices.
-        visit: how often the batch read at that layer before.
+        visit: how often the batch read something at this layer before.
     """
 
     batch: int

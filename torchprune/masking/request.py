@@ -14,7 +14,7 @@ from torchprune.specs.spec import Selector, Spec
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A spec's selectors, each of which fits some of a model's layers.
+    """A spec's selectors and goals.
 
     Attributes:
         targets: what picks layers; all are picked if there is none.
@@ -29,21 +29,23 @@ class Request:
     goal: Goal
 
     @classmethod
-    def read(cls, spec: Spec, model: nn.Module, layers: list[Layer]) -> Request:
-        """A spec's selectors, checked.
+    def of(cls, spec: Spec) -> Request:
+        """What a spec asks for."""
+        goals = {key: spec.override_goal(key) for key in spec.overrides}
+        return cls(as_selectors(spec.targets), as_selectors(spec.ignore), goals, spec.goal)
 
-        Raises:
-            TargetError: one fits none of the layers.
-        """
-        targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
-        goals = {}
-        for what, selectors in (("targets", targets), ("ignore", ignore)):
+    def check(self, model: nn.Module, layers: list[Layer]) -> None:
+        """Raise TargetError if a selector fits none of the layers."""
+        asked = {"targets": self.targets, "ignore": self.ignore, "overrides": tuple(self.goals)}
+        for what, selectors in asked.items():
             for selector in selectors:
                 check_used(what, selector, model, layers)
-        for key in spec.overrides:
-            check_used("overrides", key, model, layers)
-            goals[key] = spec.override_goal(key)
-        return cls(targets, ignore, goals, spec.goal)
+
+    def asks_for(self, layer: Layer) -> bool:
+        """Whether a selector is a layer's own name, or its module's type."""
+        return self.named(layer) is not None or any(
+            isinstance(s, type) and s is not nn.Module and matches(s, layer) for s in self.targets
+        )
 
     def picks(self, layer: Layer) -> bool:
         """Whether `targets` has a layer, or leaves the choice open."""
@@ -76,8 +78,8 @@ class Request:
             for s in self.targets
         )
 
-    def cannot_mean(self, tensor: Layer) -> bool:
-        """Whether the spec's words leave out a tensor that is no prunable layer.
+    def leaves_out(self, tensor: Layer) -> bool:
+        """Whether a tensor that is no layer to choose stays dense by the spec's own words.
 
         Callables are not asked, since they may expect one.
         """

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from torchprune.errors import SpecError, TargetError
-from torchprune.masking.coverage import coverage_of, percent, warning_of
 from torchprune.masking.defaults import surroundings_of, why_dense
+from torchprune.masking.left_dense import Left, lost, nothing_left, uncovered
 from torchprune.masking.mask import Mask, mask_of, obstacle, original_of
 from torchprune.masking.matrices import View, is_asked_for, prunable_names, view_of
 from torchprune.masking.reading import Reading
@@ -20,17 +18,14 @@ from torchprune.masking.request import Request
 from torchprune.masking.scales import is_coded
 from torchprune.masking.selection import (
     Layer,
-    as_selectors,
     every_layer,
-    is_exact,
-    matches,
     output_head,
     repeated_blocks,
     tied_to,
 )
 from torchprune.specs.goals import Goal
 from torchprune.specs.patterns import NM, misfit, prune_count
-from torchprune.specs.spec import Selector, Spec
+from torchprune.specs.spec import Spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,21 +70,11 @@ class Plan:
         return "\n".join([*lines, *(f"{k}  dense: {why}" for k, why in self.skipped.items())])
 
 
-@dataclass(frozen=True, eq=False)
-class Left:
-    """A layer that stays dense, and why: by the user's "choice", by the "rule" of defaults, as the
-    pattern is a "misfit", or for an "obstacle" to masks."""
-
-    layer: Layer
-    kind: Literal["choice", "rule", "misfit", "obstacle"]
-    why: str
-
-
 def make_plan(
     model: nn.Module,
     spec: Spec,
     readings: Mapping[int, Reading] | None = None,
-    watched: Mapping[int, str] | None = None,
+    routers: Mapping[int, str] | None = None,
 ) -> Plan:
     """Decide every layer's fate before anything is touched.
 
@@ -97,36 +82,32 @@ def make_plan(
     what the user names himself, in full, is an error.
 
     Args:
-        readings: id of a parameter -> how the model reads it, where that was looked at.
-        watched: id of a parameter -> why it is a router or a gate, of those seen at work.
+        readings: how the model reads its parameters, by their identity, where that was looked at.
+        routers: why a parameter is a router or a gate, by its identity, likewise.
 
     Raises:
         TargetError: a selector matches nothing, or names a layer that cannot be pruned; nothing is
             left to prune, or less than half of what should be.
-        SpecError: a shape cannot hold the pattern and the layer is named or the only one, a layer
-            is already sparser, or it holds codes that the method cannot write.
+        SpecError: a shape cannot hold the pattern and the layer is named or nothing else is left, a
+            layer is already sparser, or it holds codes that the method cannot write.
     """
-    readings = readings or {}
-    blocks = repeated_blocks(model)
-    layers = _candidates(model, (*as_selectors(spec.targets), *spec.overrides), readings)
-    request = Request.read(spec, model, layers)
+    readings, blocks, request = readings or {}, repeated_blocks(model), Request.of(spec)
+    layers = _candidates(model, request, readings)
+    request.check(model, layers)
     inside = {id(m) for block in blocks.values() for m in block.modules()}
     head, ties = output_head(model), tied_to(model)
     barred = {y.key: why for y in layers if (why := obstacle(y, ties))}
-    views = {y.key: _view(y, readings) for y in layers if y.key not in barred}
-    around = surroundings_of(model, layers, blocks, views, watched)
-    found = ((y.key, why_dense(y, views[y.key], around)) for y in layers if y.key in views)
-    dense = {key: why for key, why in found if why is not None}
+    views = {y: _view(y, readings) for y in layers if y.key not in barred}
+    dense = _dense_by_default(model, views, blocks, routers)
 
     def fate(layer: Layer) -> Target | Left:
-        named = request.named(layer)
+        named, goal = request.named(layer), request.goal_of(layer)
         if request.ignores(layer):
             return Left(layer, "choice", "ignored")
         if not request.targets and blocks and id(layer.module) not in inside:
             return Left(layer, "choice", "outside the repeated blocks")
         if layer.module is head and named != "targets":
             return Left(layer, "choice", "output head (name it in targets to prune it)")
-        goal = request.goal_of(layer)
         if goal is None:
             return Left(layer, "choice", f"dense by overrides[{request.override(layer)!r}]")
         if why := barred.get(layer.key):
@@ -136,7 +117,7 @@ def make_plan(
         if layer.key in dense and not request.means(layer, layers, dense):
             return Left(layer, "rule", dense[layer.key])
         reading = readings.get(id(original_of(layer.module, layer.tensor)))
-        target = Target(layer, goal, views[layer.key], reading)
+        target = Target(layer, goal, views[layer], reading)
         if why := _misfit(target):
             if named:
                 raise SpecError(f"{layer.name}: {why}; ignore the layer or override its pattern")
@@ -146,101 +127,18 @@ def make_plan(
     fates = [fate(layer) for layer in layers if request.picks(layer)]
     targets = [_checked(one, spec) for one in fates if isinstance(one, Target)]
     left = [one for one in fates if isinstance(one, Left)]
-    lost = _lost(targets, left, ties)
-    _check_any(model, targets, left)
+    masked = {id(t.weight): t.weight.numel() for t in targets}
+    warning = lost(left, sum(masked.values()))
+    if not targets:
+        raise nothing_left(model, left)
     if spec.scope == "global":
         _check_global(targets, spec)
+    warnings = [warning, uncovered(model, request, left, layers, masked)]
     skipped = {one.layer.name: one.why for one in left}
-    warnings = [lost, _uncovered(model, request, targets, left)]
     return Plan(targets, skipped, blocks, [w for w in warnings if w is not None])
 
 
-def _view(layer: Layer, readings: Mapping[int, Reading]) -> View:
-    weight = original_of(layer.module, layer.tensor)
-    reading = readings.get(id(weight))
-    return view_of(layer.module, weight.shape) if reading is None else reading.view
-
-
-def _misfit(target: Target) -> str | None:
-    """Why a layer's shape cannot hold its pattern, or None."""
-    view, pattern = target.view, target.goal.pattern
-    along = misfit(pattern, view.rows, view.axis) if isinstance(pattern, NM) else None
-    return along or misfit(pattern, view.rows, view.cols)
-
-
-def _lost(
-    targets: Sequence[Target], left: Sequence[Left], ties: dict[int, list[str]]
-) -> str | None:
-    """What to say of the layers that should be pruned and cannot carry a mask.
-
-    Tied weights are not lost: what they are tied to was to stay dense.
-
-    Raises:
-        TargetError: they are more than half of what should be pruned.
-    """
-    lost = [x for x in left if x.kind == "obstacle" and obstacle(x.layer, {})]
-    sizes = [_size(x.layer) for x in lost]
-    if not any(sizes):
-        return None
-    share = sum(sizes) / (sum(sizes) + sum(t.weight.numel() for t in targets))
-    layers = "1 layer" if len(lost) == 1 else f"{len(lost)} layers"
-    reasons = "; ".join(f"{x.layer.name}: {x.why}" for x in lost[:3])
-    more = f" (and {len(lost) - 3} more)" if len(lost) > 3 else ""
-    text = f"{layers} with {percent(share)} of the weights to prune cannot carry a mask: {reasons}"
-    if share > 0.5:
-        raise TargetError(
-            f"{text}{more}; load the model whole and unquantized, and remove what computes its "
-            "weights, or leave these layers out with ignore to prune the others"
-        )
-    return text + more
-
-
-def _size(layer: Layer) -> int:
-    """How many weights a layer holds, whatever computes them."""
-    if not parametrize.is_parametrized(layer.module, layer.tensor):
-        return original_of(layer.module, layer.tensor).numel()
-    chain = cast(nn.ModuleDict, layer.module.parametrizations)[layer.tensor]
-    return max((p.numel() for p in chain.parameters()), default=0)
-
-
-def _check_any(model: nn.Module, targets: Sequence[Target], left: Sequence[Left]) -> None:
-    if targets:
-        return
-    kind = type(model).__name__
-    why = "; ".join(f"{x.layer.name}: {x.why}" for x in left[:5])
-    if any(x.kind == "misfit" for x in left):
-        raise SpecError(f"{why}; nothing is left to prune in this {kind}")
-    raise TargetError(
-        f"nothing to prune in this {kind}: "
-        + (why or "it holds no Linear, Conv or fused expert weights")
-        + ("; name it in targets to prune it" if any(x.kind == "rule" for x in left) else "")
-    )
-
-
-def _uncovered(
-    model: nn.Module, request: Request, targets: Sequence[Target], left: Sequence[Left]
-) -> str | None:
-    """What to say of weights that stay dense by the rule, or are no layer that can be pruned."""
-    known = {x.layer.key: x for x in left}
-    coverage = coverage_of(model, {id(t.weight) for t in targets})
-    reasons = {}
-    for tensor in coverage.bare:
-        one = known.get(tensor.key)
-        if one is None:
-            if not request.cannot_mean(tensor):
-                reasons[tensor] = (
-                    "it is pruned only where it is named"
-                    if is_asked_for(tensor.module)
-                    else "nothing is known of how it multiplies"
-                )
-        elif one.kind in ("rule", "misfit"):
-            reasons[tensor] = one.why
-    return warning_of(coverage, reasons)
-
-
-def _candidates(
-    model: nn.Module, asked: Sequence[Selector], readings: Mapping[int, Reading]
-) -> list[Layer]:
+def _candidates(model: nn.Module, request: Request, readings: Mapping[int, Reading]) -> list[Layer]:
     """The layers that their modules tell of, those seen to multiply, and those asked for by name
     or type."""
     found = []
@@ -250,15 +148,34 @@ def _candidates(
         if isinstance(layer.module, nn.Embedding) and id(weight) not in readings:
             continue  # a lookup, which multiplies nothing
         seen = id(weight) in readings and not is_asked_for(layer.module)
-        if known or seen or any(_asks(selector, layer) for selector in asked):
+        if known or seen or request.asks_for(layer):
             found.append(layer)
     return found
 
 
-def _asks(selector: Selector, layer: Layer) -> bool:
-    """Whether a selector is a layer's own name, or its module's type."""
-    kind = isinstance(selector, type) and selector is not nn.Module
-    return is_exact(selector, layer) or (kind and matches(selector, layer))
+def _view(layer: Layer, readings: Mapping[int, Reading]) -> View:
+    weight = original_of(layer.module, layer.tensor)
+    reading = readings.get(id(weight))
+    return view_of(layer.module, weight.shape) if reading is None else reading.view
+
+
+def _dense_by_default(
+    model: nn.Module,
+    views: Mapping[Layer, View],
+    blocks: Mapping[str, nn.Module],
+    routers: Mapping[int, str] | None,
+) -> dict[str, str]:
+    """key -> why, for the layers that stay dense unless they are named."""
+    around = surroundings_of(model, views, blocks, routers)
+    found = ((layer.key, why_dense(layer, view, around)) for layer, view in views.items())
+    return {key: why for key, why in found if why is not None}
+
+
+def _misfit(target: Target) -> str | None:
+    """Why a layer's shape cannot hold its pattern, or None."""
+    view, pattern = target.view, target.goal.pattern
+    along = misfit(pattern, view.rows, view.axis) if isinstance(pattern, NM) else None
+    return along or misfit(pattern, view.rows, view.cols)
 
 
 def _checked(target: Target, spec: Spec) -> Target:

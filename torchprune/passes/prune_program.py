@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import ChainMap, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -154,19 +153,6 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 # -- running --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """The environments of all batches, and by their numbers those of the shadows of some."""
-
-    envs: Sequence[Env]
-    shadows: Mapping[int, Env]
-
-    def every(self) -> Iterator[Env]:
-        """All of them."""
-        yield from self.envs
-        yield from self.shadows.values()
-
-
 class _Run:
     """The batches in the graph, each with its environment: values by node, while needed."""
 
@@ -181,6 +167,7 @@ class _Run:
         self._program, self._decider, self._batches = program, decider, batches
         self._spec, self._blocks = decider.spec, blocks
         self._padding = Padding(program.module(), batches)
+        self._shadows: dict[int, Env] = {}
         self._nodes = [n for n in program.graph_module.graph.nodes if n.op != "output"]
         self._at = {node: i for i, node in enumerate(self._nodes)}
         self._uses = sorted(uses, key=lambda use: self._at[use.reads[0].node])
@@ -190,23 +177,22 @@ class _Run:
     def changes(self, sequential: str) -> Iterator[Change]:
         """The changes of all layers, in the order of the graph: each before its first product."""
         envs = [self._begin(batch) for batch in self._batches]
-        shadows = {i: self._begin(self._padding.shadow(i)) for i in self._padding.shadowed()}
-        runs = _Runs(envs, shadows)
+        self._shadows = {i: self._begin(self._padding.shadow(i)) for i in self._padding.shadowed()}
         groups = self._groups(sequential)
-        known = self._ahead(runs, self._repeated(groups))
+        known = self._ahead(envs, self._repeated(groups))
         at = 0
         for group in groups:
             first = self._at[group[0].reads[0].node]
-            for env in runs.every():
+            for env in (*envs, *self._shadows.values()):
                 self._advance(env, at, first)
             at = first
-            found = self._statistics(runs, at, group, known)
+            found = self._statistics(envs, at, group, known)
             with modes.exact():
                 for change in self._decider.changes(found):
                     use = next(u for u in group if u.target is change.target)
                     weight = change.target.weight if change.values is None else change.values
                     new = masked(weight.to(change.target.weight.dtype), change.mask)
-                    for env in runs.every():
+                    for env in (*envs, *self._shadows.values()):
                         use.replace(env, new)
                     yield change
 
@@ -237,15 +223,15 @@ class _Run:
                 found.append(use)
         return found
 
-    def _ahead(self, runs: _Runs, uses: Sequence[_Use]) -> dict[_Use, Moments]:
+    def _ahead(self, envs: Sequence[Env], uses: Sequence[_Use]) -> dict[_Use, Moments]:
         """All that some layers read in the dense program: to be pruned before the first product
         they must be known then."""
         moments = {use: self._fresh(use) for use in uses}
-        self._pass(runs, 0, [(use, moments[use]) for use in uses])
+        self._pass(envs, 0, [(use, moments[use]) for use in uses])
         return moments
 
     def _statistics(
-        self, runs: _Runs, at: int, group: Sequence[_Use], known: Mapping[_Use, Moments]
+        self, envs: Sequence[Env], at: int, group: Sequence[_Use], known: Mapping[_Use, Moments]
     ) -> list[tuple[Target, Moments]]:
         """What the layers of a group read, from here on with none of them pruned."""
         shared: dict[Hashable, Moments] = {}
@@ -259,19 +245,21 @@ class _Run:
             else:
                 moments[use] = shared[use.source] = self._fresh(use)
                 counting.append((use, moments[use]))
-        self._pass(runs, at, counting)
+        self._pass(envs, at, counting)
         for use in group:
             own = moments[use]
             with modes.exact():
                 own.finish()
-            own.batches = len(self._batches)  # however many products there are
+            own.batches = len(envs)  # however many products there are
             if not own.is_finite():
                 raise CalibrationError(
                     f"{use.target.name}: its inputs hold inf or NaN on the calibration data"
                 )
         return [(use.target, moments[use]) for use in group]
 
-    def _pass(self, runs: _Runs, start: int, counting: Sequence[tuple[_Use, Moments]]) -> None:
+    def _pass(
+        self, envs: Sequence[Env], start: int, counting: Sequence[tuple[_Use, Moments]]
+    ) -> None:
         """Let copies of the environments run on from a node, and count what these layers read."""
         places = [
             (self._at[read.node], use, number, moments)
@@ -279,9 +267,9 @@ class _Run:
             for number, read in enumerate(use.reads)
         ]
         places.sort(key=lambda place: place[0])
-        for index, env in enumerate(runs.envs):
-            for shadow in (True, False) if index in runs.shadows else (False,):
-                ahead, at = dict(runs.shadows[index] if shadow else env), start
+        for index, env in enumerate(envs):
+            for shadow in (True, False) if index in self._shadows else (False,):
+                ahead, at = dict(self._shadows[index] if shadow else env), start
                 for place, use, number, moments in places:
                     self._advance(ahead, at, place)
                     at = place

@@ -46,7 +46,11 @@ class Spec(Checked):
             over all layers); the default is the method's own.
         targets: which layers, as exact names, glob patterns, "re:" patterns, module types or
             callables `(module, name) -> bool`, one or several. A name also selects everything
-            inside it. Default: the linear and convolution layers of the model's repeated blocks.
+            inside it. Default: what multiplies in the model's repeated blocks. Routers and gates,
+            depthwise kernels, vectors, adapters and what holds less than a thousandth of its block
+            stay dense in any pattern (`masking/defaults.py`), unless a name is one of theirs, or a
+            selector picks nothing else. What cannot take the pattern stays dense, too; it is an
+            error only for a layer named in full, here or in `overrides`.
         ignore: layers left dense, selected likewise.
         overrides: selector string -> a sparsity, a pattern, a pair (pattern, sparsity), or
             "dense". The first key that matches a layer decides.

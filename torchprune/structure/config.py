@@ -19,6 +19,8 @@ _WIDTHS = re.compile(r".*(intermediate|ffn|d_ff|n_inner|mlp|feed_forward|hidden_
 _LAYERS = re.compile(r".*(num|n)_?(\w+_)?layers?$")
 _MOST = 256
 """Settings tried at most: each builds the model without its weights."""
+_FEW = 4
+"""Of them, how many are tried once more with each number that may count blocks."""
 
 
 def is_configured(model: nn.Module) -> bool:
@@ -45,12 +47,37 @@ def native_settings(
     """
     want = _shapes(model)
     best: dict[str, Any] = {}
-    rank = _equal(_built(model, {}), want), 0
-    for settings in itertools.islice(_candidates(model, removals, lists), _MOST):
-        own = _equal(_built(model, settings), want), -len(settings)
+    rank = _equal(_built(model, {}), want), 0, 0
+
+    def judge(settings: dict[str, Any]) -> None:
+        nonlocal rank, best
+        followed = sum(isinstance(value, list | tuple) for value in settings.values())
+        equal = _equal(_built(model, settings), want)
+        own = equal, followed if equal >= 0 else 0, -len(settings)
         if own > rank:  # a setting that changes no size is not changed either
             rank, best = own, settings
+
+    candidates = list(itertools.islice(_candidates(model, removals, lists), _MOST))
+    for settings in candidates:
+        judge(settings)
+    if lists and rank[0] < 0:  # a number may say how many of the first blocks are of a kind
+        for settings in candidates[:_FEW]:
+            for name, value in _counted(model.config, lists):
+                judge({**settings, name: value})
     return best
+
+
+def _counted(
+    config: Any, lists: Mapping[str, tuple[int, Sequence[str]]]
+) -> Iterator[tuple[str, int]]:
+    """Numbers that may count blocks from the first on, without those that went."""
+    for name, value in _fields(config, nested=True):
+        if type(value) is not int:
+            continue
+        for before, gone in lists.values():
+            fewer = sum(place < value for place in _places(gone))
+            if 0 < value <= before and fewer:
+                yield name, value - fewer
 
 
 def _equal(built: dict[str, tuple[int, ...]] | None, want: dict[str, tuple[int, ...]]) -> int:
@@ -75,9 +102,13 @@ def has_its_tensors(model: nn.Module) -> bool:
 
 
 def apply_settings(config: Any, settings: dict[str, Any]) -> None:
-    """Change a configuration."""
+    """Change a configuration, also the ones inside it (`text_config.num_hidden_layers`)."""
     for name, value in settings.items():
-        setattr(config, name, value)
+        *path, last = name.split(".")
+        owner = config
+        for part in path:
+            owner = getattr(owner, part)
+        setattr(owner, last, value)
 
 
 def is_accepted(model: nn.Module) -> str | None:
@@ -100,9 +131,9 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _built(model: nn.Module, settings: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
     config = copy.deepcopy(model.config)
-    apply_settings(config, settings)
     kind: Any = type(model)
     try:
+        apply_settings(config, settings)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return _shapes(kind(config))
     except Exception:  # whatever a class makes of settings that contradict each other
@@ -114,29 +145,28 @@ def _candidates(
 ) -> Iterator[dict[str, Any]]:
     """Settings worth trying, those that change most first."""
     config: Any = model.config
-    fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    fields = dict(_fields(config, nested=bool(lists)))
     heads = {(r.before, r.after) for r in removals if r.group.kind == "heads"}
     widths = {(r.before, r.after) for r in removals if r.group.kind == "neurons"}
     options: dict[str, list[Any]] = {}
     for name, value in fields.items():
         new: list[Any] = []
-        if isinstance(value, list):
-            new += [
-                _without(value, gone) for before, gone in lists.values() if before == len(value)
-            ]
+        plain = name.rpartition(".")[2]
+        if isinstance(value, list | tuple):
+            kept = (_left(value, before, gone) for before, gone in lists.values())
+            new += [left for left in kept if left is not None]
         elif value is None and name == "n_inner":  # GPT-2's way to say four times the width
             new += [after for _, after in widths]
         elif type(value) is not int:
             continue
-        elif name != "head_dim" and _HEADS.fullmatch(name):
+        elif plain != "head_dim" and _HEADS.fullmatch(plain):
             new += [value * after // before for before, after in heads if value % before == 0]
-        elif _LAYERS.fullmatch(name):
+        elif _LAYERS.fullmatch(plain):
             new += [value - len(gone) for before, gone in lists.values() if before == value]
-        elif _WIDTHS.fullmatch(name):
+        elif _WIDTHS.fullmatch(plain):
             new += [after for before, after in widths if before == value]
-        if new:
-            # A list of something for each block must follow; of numbers any may be meant.
-            options[name] = new if isinstance(value, list) else [*dict.fromkeys([*new, value])]
+        if new:  # any may be meant: what the class makes of them decides
+            options[name] = [*new, *(() if value in new else (value,))]
     if heads and fields.get("head_dim") is None and (size := _head_size(config)):
         options["head_dim"] = [size, None]  # else it would follow from the number of heads
     names = list(options)
@@ -154,7 +184,34 @@ def _head_size(config: Any) -> int | None:
     return None
 
 
-def _without(value: list[Any], gone: Sequence[str]) -> list[Any]:
-    """A setting that lists something for each block, without the blocks that went."""
-    places = {int(name.rpartition(".")[2]) for name in gone}
-    return [item for at, item in enumerate(value) if at not in places]
+def _fields(config: Any, *, nested: bool, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A configuration's settings by name, those of the configurations inside it too."""
+    for name, value in vars(config).items():
+        if name.startswith("_"):
+            continue
+        if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
+            if nested:
+                yield from _fields(value, nested=True, prefix=f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _left(value: Any, before: int, gone: Sequence[str]) -> Any:
+    """What a list that says something of each block says without those that went, or None.
+
+    Either it has an entry for each, or its entries are places of blocks in rising order, of which
+    one is none any more.
+    """
+    places = _places(gone)
+    if len(value) == before:
+        return type(value)(item for at, item in enumerate(value) if at not in places)
+    rising = all(type(item) is int for item in value) and list(value) == sorted(set(value))
+    if value and rising and value[0] >= 0 and value[-1] < before:
+        return type(value)(
+            at - sum(place < at for place in places) for at in value if at not in places
+        )
+    return None
+
+
+def _places(gone: Sequence[str]) -> set[int]:
+    return {int(name.rpartition(".")[2]) for name in gone}

@@ -116,7 +116,11 @@ def set_attributes(modules: Mapping[str, nn.Module], attributes: Attributes) -> 
 
 
 def drop_blocks(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
-    """Take blocks out of their lists and count the others anew. The lists' lengths before."""
+    """Take blocks out of their lists and count the others anew. The lists' lengths before.
+
+    What counts blocks follows, whatever it is called: numbers in their modules that are each
+    block's own place, and lists beside them that have an entry for each.
+    """
     before: dict[str, int] = {}
     gone: dict[str, set[str]] = {}
     for name in blocks:
@@ -125,16 +129,46 @@ def drop_blocks(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
     for parent, names in gone.items():
         held = model.get_submodule(parent)
         before[parent] = len(held._modules)
-        kept = [child for name, child in held._modules.items() if name not in names]
+        counters = _counters(held)
+        kept = [
+            (at, child) for at, (k, child) in enumerate(held._modules.items()) if k not in names
+        ]
+        _shorten_lists(model.get_submodule(parent.rpartition(".")[0]), before[parent], kept)
         held._modules.clear()
-        for index, child in enumerate(kept):
+        for index, (place, child) in enumerate(kept):
             held._modules[str(index)] = child
             for module in child.modules() if child is not None else ():
-                for attribute in _PLACES:
-                    if type(getattr(module, attribute, None)) is int:
-                        setattr(module, attribute, index)
+                for attribute, value in list(vars(module).items()):
+                    if type(value) is int and counters.get(attribute) == value - place:
+                        setattr(module, attribute, value - place + index)
     return before
 
 
-_PLACES = ("layer_idx", "layer_id", "layer_index", "block_idx")
-"""Attributes by which a block's modules know its place, as key-value caches do."""
+def _counters(held: nn.Module) -> dict[str, int]:
+    """Attributes of the modules in a list by which each knows its block's place in it, as key-value
+    caches do, and what they count from."""
+    offsets: dict[str, set[int]] = {}
+    places: dict[str, set[int]] = {}
+    for place, child in enumerate(held._modules.values()):
+        for module in child.modules() if child is not None else ():
+            for name, value in vars(module).items():
+                if type(value) is int:
+                    offsets.setdefault(name, set()).add(value - place)
+                    places.setdefault(name, set()).add(place)
+    found = {name: min(values) for name, values in offsets.items() if len(values) == 1}
+    few = len(held._modules) < _COUNTED  # two numbers in a row may be anything
+    return {
+        name: first
+        for name, first in found.items()
+        if len(places[name]) > 1 and (first in (0, 1) or not few)
+    }
+
+
+_COUNTED = 3
+
+
+def _shorten_lists(owner: nn.Module, before: int, kept: Sequence[tuple[int, Any]]) -> None:
+    """The lists of a module that have an entry for each of its blocks, without those that go."""
+    for name, value in list(vars(owner).items()):
+        if not name.startswith("_") and type(value) in (list, tuple) and len(value) == before:
+            setattr(owner, name, type(value)(value[place] for place, _ in kept))

@@ -23,6 +23,7 @@ from torchprune.structure.config import (
     is_native,
     native_settings,
 )
+from torchprune.structure.generating import differing, generated
 from torchprune.structure.plan import Removal, ShrinkPlan, check_fits
 from torchprune.structure.resize import (
     Attributes,
@@ -46,7 +47,8 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     """Remove what the plan lists, in place: the same modules with smaller tensors, fewer blocks.
 
     The law: outputs equal those of the masked model within rounding; on the plan's example inputs
-    they are compared before this returns. Masks on what stays stay; a mask that keeps everything
+    they are compared before this returns, and where the model generates, a few tokens after them
+    with its key-value cache. Masks on what stays stay; a mask that keeps everything
     goes. A transformers configuration is updated where it can say the new sizes. Parameters are new
     objects: make optimizers after shrinking.
 
@@ -65,6 +67,7 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     if not plan:
         return model
     expected = _outputs(model, plan.example)
+    spoken = _spoken(model, plan.example)
     snapshot = Snapshot(model)
     try:
         shared_key = {path for path, m in model.named_modules() if key_heads(m) == 1}
@@ -74,6 +77,7 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
             restate(module)
         settings, original = _configure(model, plan.removals)
         attributes = _fit(model, plan, expected, shared_key)
+        _check_generating(model, plan, spoken)
         record = Resized(recorded, attributes, settings, original)
         _remember(model, record, plan.blocks)
     except BaseException:
@@ -198,6 +202,32 @@ def _fit(
         f"of its modules gives: {changed}. Let that code read its sizes from its tensors, or from "
         "an integer attribute of the module"
     )
+
+
+def _spoken(model: nn.Module, example: Batch) -> list[Tensor] | None:
+    """What the model generates before it is changed; None if it cannot."""
+    try:
+        return generated(model, example)
+    except Exception:  # whatever it misses in the example: nothing to compare with then
+        return None
+
+
+def _check_generating(model: nn.Module, plan: ShrinkPlan, spoken: list[Tensor] | None) -> None:
+    if spoken is None:
+        return
+    try:
+        found = generated(model, plan.example)
+        tolerance = _TOLERANCE.get(spoken[0].dtype, 1e-1)
+        problem = "generates nothing" if found is None else differing(found, spoken, tolerance)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        problem = f"fails with {type(error).__name__}: {lines[0]}"
+    if problem:
+        what = ", ".join(plan.blocks) or "the units that go"
+        raise ShrinkError(
+            f"without {what} the smaller {type(model).__name__} {problem} when it generates with "
+            "its cache; keep some of them with ignore= in the spec that masked them"
+        )
 
 
 def _renamed(model: nn.Module, blocks: list[str]) -> dict[str, str]:

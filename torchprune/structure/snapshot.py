@@ -19,9 +19,7 @@ class Snapshot:
         ]
         configs: dict[int, Any] = {}
         for module in model.modules():
-            config = getattr(module, "config", None)
-            if config is not None and hasattr(config, "__dict__"):
-                configs[id(config)] = config
+            _note(getattr(module, "config", None), configs)
         self._configs = [(config, dict(vars(config))) for config in configs.values()]
 
     def restore(self) -> None:
@@ -38,3 +36,13 @@ class Snapshot:
             state = vars(config)
             state.clear()
             state.update(attributes)
+
+
+def _note(config: Any, found: dict[int, Any]) -> None:
+    """A configuration, and those inside it."""
+    if config is None or not hasattr(config, "__dict__") or id(config) in found:
+        return
+    found[id(config)] = config
+    for value in list(vars(config).values()):
+        if hasattr(value, "to_dict"):
+            _note(value, found)

@@ -1,0 +1,105 @@
+"""Layers that stay dense, why, and what the user must know of those that he did not leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from torchprune.errors import SpecError, TargetError, TorchpruneError
+from torchprune.masking.coverage import coverage_of, percent, warning_of
+from torchprune.masking.mask import obstacle, original_of
+from torchprune.masking.matrices import is_asked_for
+from torchprune.masking.request import Request
+from torchprune.masking.selection import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """A layer that stays dense, and why: by the user's "choice", by the "rule" of defaults, as the
+    pattern is a "misfit", or for an "obstacle" to masks."""
+
+    layer: Layer
+    kind: Literal["choice", "rule", "misfit", "obstacle"]
+    why: str
+
+
+def lost(left: Sequence[Left], kept: int) -> str | None:
+    """What to say of the layers that should be pruned and cannot carry a mask.
+
+    Tied weights are not lost: what they are tied to was to stay dense.
+
+    Args:
+        kept: how many weights are to be pruned.
+
+    Raises:
+        TargetError: the lost ones are more than half of what should be.
+    """
+    found = [x for x in left if x.kind == "obstacle" and obstacle(x.layer, {})]
+    size = sum(_size(x.layer) for x in found)
+    if not size:
+        return None
+    share = size / (size + kept)
+    layers = "1 layer" if len(found) == 1 else f"{len(found)} layers"
+    reasons = "; ".join(f"{x.layer.name}: {x.why}" for x in found[:3])
+    more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+    text = f"{layers} with {percent(share)} of the weights to prune cannot carry a mask: {reasons}"
+    if share > 0.5:
+        raise TargetError(
+            f"{text}{more}; load the model whole and unquantized, and remove what computes its "
+            "weights, or leave these layers out with ignore to prune the others"
+        )
+    return text + more
+
+
+def _size(layer: Layer) -> int:
+    """How many weights a layer holds, whatever computes them."""
+    if not parametrize.is_parametrized(layer.module, layer.tensor):
+        return original_of(layer.module, layer.tensor).numel()
+    chain = cast(nn.ModuleDict, layer.module.parametrizations)[layer.tensor]
+    return max((p.numel() for p in chain.parameters()), default=0)
+
+
+def uncovered(
+    model: nn.Module,
+    request: Request,
+    left: Sequence[Left],
+    layers: Collection[Layer],
+    masked: Collection[int],
+) -> str | None:
+    """What to say of weights without a mask by no one's choice: of the rule's, and of no layer's.
+
+    Args:
+        layers: what the request chose from.
+        masked: the ids of the parameters that are to be pruned.
+    """
+    coverage = coverage_of(model, masked)
+    left_by, known = {x.layer.key: x for x in left}, {y.key for y in layers}
+    reasons: dict[Layer, str] = {}
+    for tensor in coverage.bare:
+        one = left_by.get(tensor.key)
+        if one is not None and one.kind in ("rule", "misfit"):
+            reasons[tensor] = one.why
+        elif tensor.key not in known and not request.leaves_out(tensor):
+            reasons[tensor] = _unknown(tensor)
+    return warning_of(coverage, reasons)
+
+
+def _unknown(tensor: Layer) -> str:
+    if is_asked_for(tensor.module):
+        return f"a {type(tensor.module).__name__} is pruned only where it is named"
+    return "it was not seen to multiply and belongs to no layer that is known how to prune"
+
+
+def nothing_left(model: nn.Module, left: Sequence[Left]) -> TorchpruneError:
+    """The error that no layer is to be pruned."""
+    kind = type(model).__name__
+    why = "; ".join(f"{x.layer.name}: {x.why}" for x in left[:5])
+    if any(x.kind == "misfit" for x in left):
+        return SpecError(f"{why}; nothing is left to prune in this {kind}")
+    hint = "; name it in targets to prune it" if any(x.kind == "rule" for x in left) else ""
+    there = why or "it holds no Linear, Conv or fused expert weights"
+    return TargetError(f"nothing to prune in this {kind}: {there}{hint}")

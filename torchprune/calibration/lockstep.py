@@ -542,7 +542,7 @@ class Calibration:
 
         @put_on(stack, block)
         def twice(*args: Any, **kwargs: Any) -> Any:
-            if place not in self._done and self._pausing:
+            if place not in self._done and self._pausing and not self._ahead:
                 start = replays.start(args, kwargs)
                 dense = _DensePass(set(self._members[place]), short=kind in self._met_once)
                 self._dense[self._current] = dense
@@ -570,7 +570,7 @@ class Calibration:
         @put_on(stack, module)
         def ended(*args: Any, **kwargs: Any) -> Any:
             unit, batch = self._units.get(last), self._current
-            if self._passive or unit is None:
+            if self._passive or self._ahead or unit is None:
                 return forward(*args, **kwargs)
             if self._twins is not None and self._twins.running:
                 out = forward(*args, **kwargs)

@@ -187,6 +187,21 @@ def test_every_token_is_counted_by_as_many_experts_as_it_was_sent_to(
         assert experts == {2 * 2 * REAL}
 
 
+@pytest.mark.filterwarnings("ignore:.*no (calibration batch|tokens) reached it")
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_that_padding_alone_is_sent_to(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Small(lambda: Listed(24)).eval()
+    data = [padded(lengths=(5, 2), seed=seed)]
+    for spec in (WandaSpec(), WandaSpec(sequential="none")):
+        made = assert_nothing_leaks(model, data, spec)
+        for block in range(2):
+            own = [(n or 0) for name, n in counted(made).items() if f"mix.{block}.experts" in name]
+            assert sum(own) == 2 * 2 * 7
+            assert not all(own)
+
+
 # -- where the mask is ---------------------------------------------------------------------------
 
 

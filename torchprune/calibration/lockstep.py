@@ -8,7 +8,9 @@ computes once per batch, sees inputs from all earlier pruned layers, and any Pyt
 Defined behaviour at the edges:
 - Where batches wait at different layers (routed experts in a ModuleList), the layer registered
   first is pruned first, on the batches that wait at it. A batch that arrives later runs through.
-- A layer reached again in the same forward was pruned at its first use, on those inputs.
+- A layer that a forward is known to read several times is pruned at its first use, on all that it
+  reads in the dense model. Where nobody looked and it turns out so, `Unsurveyed` is raised: begin
+  again with a look.
 - A layer no batch reaches is never yielded.
 - Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
   then reads something else, or is not called, `Unforeseen` is raised: begin again without. So it is

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from plain_wanda import Sums, blocks_of, difference, sums_by_block, sums_by_layer
@@ -44,7 +44,10 @@ def _folded(built: Built, masks: dict[str, Tensor]) -> nn.Module:
 
 
 def _eager(model: nn.Module) -> nn.Module:
-    """Experts one by one, in products that are seen."""
+    """Experts one by one, in products that are seen; no caches, with which some do otherwise."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "use_cache", None) is True:
+            cast(Any, module).config.use_cache = False
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
@@ -219,10 +222,20 @@ LAWS: dict[str, Law] = {
 }
 
 
+EXEMPT: dict[tuple[str, str], str] = {
+    ("cpmant", "padding"): "rows of its prompt, which are no tokens, read padding",
+}
+"""What cannot hold, and why; what begins to hold is to be taken off."""
+
+
 def broken(built: Built) -> dict[str, str]:
     """The laws that a family breaks, and how."""
     found = {}
     for name, law in LAWS.items():
+        if (built.kind, name) in EXEMPT:
+            if not law(built):
+                found[name] = "holds now: take it off the exempt ones"
+            continue
         try:
             why = law(built)
         except Exception as error:  # one law's failure must not hide another's

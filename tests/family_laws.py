@@ -149,14 +149,18 @@ def padding(built: Built) -> str:
 
 
 def coverage(built: Built) -> str:
-    """Most of the blocks' weights carry masks, routers do not."""
-    masks = torchprune.masks(pruned(built, built.data()))
+    """Most of the weights that multiply in the blocks carry masks, routers do not."""
+    data = built.data()
+    masks = torchprune.masks(pruned(built, data))
     blocks = blocks_of(built.model)
-    inside = {
-        k: p
-        for k, p in built.model.named_parameters()
-        if p.dim() > 1 and (not blocks or any(k.startswith(f"{b}.") for b in blocks))
-    }
+    names = [
+        name
+        for name, p in built.model.named_parameters()
+        if p.dim() > 1 and (not blocks or any(name.startswith(f"{b}.") for b in blocks))
+    ]
+    sums = sums_by_layer(_eager(copy.deepcopy(built.model)), names, data)
+    own = weights_of(built.model)
+    inside = {name: own[name] for name in names if bool((sums[name].row >= 0).any())}
     total = sum(p.numel() for p in inside.values())
     bare = {k: p.numel() for k, p in inside.items() if k not in masks}
     share = 1 - sum(bare.values()) / total if total else 1.0

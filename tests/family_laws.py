@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from plain_wanda import Sums, blocks_of, difference, sums_by_block, sums_by_layer
@@ -44,7 +44,10 @@ def _folded(built: Built, masks: dict[str, Tensor]) -> nn.Module:
 
 
 def _eager(model: nn.Module) -> nn.Module:
-    """Experts one by one, in products that are seen."""
+    """Experts one by one, in products that are seen; no caches, with which some do otherwise."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "use_cache", None) is True:
+            cast(Any, module).config.use_cache = False
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
@@ -139,21 +142,34 @@ def padding(built: Built) -> str:
         one, two = one[..., pad + 1 :], two[..., pad + 1 :]
     if not torch.allclose(one, two, rtol=1e-4, atol=1e-5):
         return f"skip: the model itself reads padding ({float((one - two).abs().max()):.2g})"
-    wrong = [k for k, m in masks[0].items() if not torch.equal(m, masks[1][k])]
+    # Pads are routed too, and experts round by how many rows they get: a tie may fall otherwise.
+    apart = {k: int((m != masks[1][k]).sum()) for k, m in masks[0].items()}
+    bits = sum(mask.numel() for mask in masks[0].values())
+    wrong = [k for k, count in apart.items() if count]
+    if sum(apart.values()) <= _TIES * bits:
+        return ""
     return (
-        f"{len(wrong)} of {len(masks[0])} masks change with padding: {wrong[:3]}" if wrong else ""
+        f"{len(wrong)} of {len(apart)} masks change with padding "
+        f"({sum(apart.values()) / bits:.2%} of their bits): {wrong[:3]}"
     )
 
 
+_TIES = 3e-4
+
+
 def coverage(built: Built) -> str:
-    """Most of the blocks' weights carry masks, routers do not."""
-    masks = torchprune.masks(pruned(built, built.data()))
+    """Most of the weights that multiply in the blocks carry masks, routers do not."""
+    data = built.data()
+    masks = torchprune.masks(pruned(built, data))
     blocks = blocks_of(built.model)
-    inside = {
-        k: p
-        for k, p in built.model.named_parameters()
-        if p.dim() > 1 and (not blocks or any(k.startswith(f"{b}.") for b in blocks))
-    }
+    names = [
+        name
+        for name, p in built.model.named_parameters()
+        if p.dim() > 1 and (not blocks or any(name.startswith(f"{b}.") for b in blocks))
+    ]
+    sums = sums_by_layer(_eager(copy.deepcopy(built.model)), names, data)
+    own = weights_of(built.model)
+    inside = {name: own[name] for name in names if bool((sums[name].row >= 0).any())}
     total = sum(p.numel() for p in inside.values())
     bare = {k: p.numel() for k, p in inside.items() if k not in masks}
     share = 1 - sum(bare.values()) / total if total else 1.0
@@ -219,10 +235,20 @@ LAWS: dict[str, Law] = {
 }
 
 
+EXEMPT: dict[tuple[str, str], str] = {
+    ("cpmant", "padding"): "rows of its prompt, which are no tokens, read padding",
+}
+"""What cannot hold, and why; what begins to hold is to be taken off."""
+
+
 def broken(built: Built) -> dict[str, str]:
     """The laws that a family breaks, and how."""
     found = {}
     for name, law in LAWS.items():
+        if (built.kind, name) in EXEMPT:
+            if not law(built):
+                found[name] = "holds now: take it off the exempt ones"
+            continue
         try:
             why = law(built)
         except Exception as error:  # one law's failure must not hide another's

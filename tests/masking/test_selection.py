@@ -121,6 +121,16 @@ def test_of_lists_of_lists_the_blocks_are_what_is_called(outer: Any) -> None:
     assert list(repeated_blocks(stages)) == [f"{keys[0]}.0", f"{keys[0]}.1", f"{keys[1]}.0"]
 
 
+def test_blocks_of_raw_parameters_alone_are_blocks_too() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.weight = nn.LayerNorm(4), nn.Parameter(torch.randn(4, 4))
+
+    stack = nn.Sequential(nn.Linear(4, 4), nn.ModuleList([Raw(), Raw()]))
+    assert list(repeated_blocks(stack)) == ["1.0", "1.1"]
+
+
 def test_a_shared_module_is_one_layer() -> None:
     same = nn.Linear(4, 4)
     model = nn.Sequential(same, nn.ReLU(), same)

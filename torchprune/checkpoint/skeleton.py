@@ -57,7 +57,7 @@ def write_config(model: nn.Module, directory: Path) -> tuple[str | None, str | N
     data["architectures"] = [type(model).__name__]
     data["dtype"] = str(model.dtype).removeprefix("torch.")
     for name, known in _KERNELS.items():
-        if (chosen := getattr(config, f"_{name}", None)) in known:
+        if (chosen := getattr(config, f"_{name}", None)) in known and _throughout(config, name):
             data[name] = chosen
     text = json.dumps(data, indent=2, sort_keys=True)
     (directory / CONFIG).write_text(text + "\n", "utf-8")
@@ -66,6 +66,14 @@ def write_config(model: nn.Module, directory: Path) -> tuple[str | None, str | N
         return CONFIG, None
     (directory / GENERATION).write_text(generation.to_json_string(), "utf-8")
     return CONFIG, GENERATION
+
+
+def _throughout(config: Any, name: str) -> bool:
+    """Whether a choice is that of the configurations inside too: read from the file it would be
+    theirs, also where a part refuses it, as a tower without experts does one for experts."""
+    inner = [getattr(config, sub, None) for sub in getattr(config, "sub_configs", {})]
+    chosen = getattr(config, f"_{name}", None)
+    return all(getattr(sub, f"_{name}", chosen) == chosen for sub in inner if sub is not None)
 
 
 def _is_stock(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -162,9 +162,16 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The model's outermost repeated blocks, by name: what a depth of layers is made of.
 
     The children of an `nn.ModuleList`, or of an `nn.Sequential` or `nn.ModuleDict` in which a type
-    occurs twice, provided they are themselves made of modules and hold prunable layers. Of a list
-    of lists, which nobody calls, the blocks are the children of the inner ones.
+    occurs twice, provided they are themselves made of modules and hold prunable layers; where none
+    does, parameters of two or more axes. Of a list of lists, which nobody calls, the blocks are the
+    children of the inner ones.
     """
+    return _blocks(model, layers_of) or _blocks(model, every_layer)
+
+
+def _blocks(
+    model: nn.Module, layers_in: Callable[[nn.Module], Iterator[Layer]]
+) -> dict[str, nn.Module]:
     blocks: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
@@ -174,7 +181,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
             isinstance(module, nn.Sequential | nn.ModuleDict) and len(set(kinds)) < len(kinds)
         )
         called = {k: c for k, c in children.items() if not isinstance(c, _NEVER_CALLED)}
-        found = {k for k, c in called.items() if any(layers_of(c))} if repeats else set()
+        found = {k for k, c in called.items() if any(layers_in(c))} if repeats else set()
         for key, child in module.named_children():
             path = f"{name}.{key}" if name else key
             if key in found:

@@ -152,6 +152,14 @@ def convolved(b: Block, x: Tensor) -> Tensor:
     return b.chosen(x, b.conv(x.transpose(1, 2)).transpose(1, 2).topk(2)[1])
 
 
+def reshaped(b: Block, x: Tensor) -> Tensor:
+    """Copies, after which the axis of experts lies between others."""
+    image = x.mT.reshape(*x.mT.shape[:2], 2, -1)
+    scores = F.conv2d(image, b.chooser.weight[..., None, None])
+    scores = scores.permute(0, 1, 3, 2).reshape(len(x), EXPERTS, -1)
+    return b.chosen(x, scores.topk(2, dim=1)[1].mT)
+
+
 def mixed(b: Block, x: Tensor) -> Tensor:
     return (b.chooser(x).softmax(-1).unsqueeze(-2) @ b.outputs(x)).squeeze(-2)
 
@@ -185,6 +193,7 @@ ROUTING = {
     contracted: {"raw"},
     added: {"chooser.weight"},
     convolved: {"conv.weight"},
+    reshaped: {"chooser.weight"},
     mixed: {"chooser.weight"},
     weighed: {"chooser.weight"},
     in_place: {"chooser.weight"},

@@ -60,6 +60,8 @@ class Block(nn.Module):
         self.raw = nn.Parameter(torch.randn(WIDTH, EXPERTS))
         self.conv = nn.Conv1d(WIDTH, EXPERTS, 1)
         self.one = nn.Linear(WIDTH, 1)
+        self.steer = nn.Linear(EXPERTS, EXPERTS)
+        self.down = nn.Linear(8 * WIDTH, WIDTH)
         self.specialists = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH))
             for _ in range(EXPERTS)
@@ -178,6 +180,18 @@ def gated(b: Block, x: Tensor) -> Tensor:
     return torch.sigmoid(b.one(x)) * b.specialists[0](x)
 
 
+def steered(b: Block, x: Tensor) -> Tensor:
+    """Few numbers make the gates of several streams, as in Gemma 3n's AltUp."""
+    gates = b.steer(b.chooser(x).float().tanh().type_as(x)) + 1
+    streams = torch.stack([expert(x) for expert in b.specialists])
+    return (streams * gates.permute(2, 0, 1).unsqueeze(-1)).sum(0)
+
+
+def gated_residual(b: Block, x: Tensor) -> Tensor:
+    """A layer that writes to the residual stream makes no gate, though one reads the stream."""
+    return b.specialists[0](x) * b.one(x + b.down(x.repeat(1, 1, 8))).sigmoid()
+
+
 ROUTING = {
     over_softmax: {"chooser.weight"},
     over_scores: {"chooser.weight"},
@@ -198,6 +212,8 @@ ROUTING = {
     weighed: {"chooser.weight"},
     in_place: {"chooser.weight"},
     gated: {"one.weight"},
+    steered: {"chooser.weight", "steer.weight"},
+    gated_residual: {"one.weight"},
 }
 
 
@@ -371,6 +387,29 @@ def switch() -> nn.Module:
     )
 
 
+def gemma3n() -> nn.Module:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    return Gemma3nForCausalLM(
+        Gemma3nTextConfig(
+            vocab_size=61,
+            vocab_size_per_layer_input=61,
+            hidden_size=32,
+            hidden_size_per_layer_input=8,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            layer_types=["sliding_attention", "full_attention"],
+            activation_sparsity_pattern=[0.0, 0.0],
+            pad_token_id=0,
+        )
+    )
+
+
 def nllb() -> nn.Module:
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 
@@ -396,13 +435,14 @@ def nllb() -> nn.Module:
     ("make", "router"),
     [
         (llama4, "feed_forward.router"),
+        (gemma3n, "altup.modality_router altup.correction_coefs"),
         pytest.param(switch, "router.classifier", marks=pytest.mark.sweep),
         pytest.param(nllb, "router.classifier", marks=pytest.mark.sweep),
     ],
 )
 def test_routers_of_other_families(make: Callable[[], nn.Module], router: str) -> None:
     ids = tokens(count=1)[0]
-    batch = {"input_ids": ids} | ({} if make is llama4 else {"decoder_input_ids": ids})
+    batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if make in (switch, nllb) else {})
     check_routers(make(), router, batch)
 
 

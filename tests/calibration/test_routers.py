@@ -239,6 +239,12 @@ def made_sparse(b: Block, x: Tensor) -> Tensor:
     return torch.zeros_like(wide).scatter(-1, index, values)[..., :WIDTH]
 
 
+def sparse_code(b: Block, x: Tensor) -> Tensor:
+    """The same of a layer with as many outputs as inputs."""
+    values, index = b.before(x).topk(8)
+    return torch.zeros_like(x).scatter(-1, index, values)
+
+
 def largest_values(b: Block, x: Tensor) -> Tensor:
     return x * b.chooser(x).max(-1, keepdim=True)[0]
 
@@ -273,6 +279,7 @@ def conditioned(b: Block, x: Tensor) -> Tensor:
     [
         squeezed,
         made_sparse,
+        sparse_code,
         largest_values,
         strongest_in_time,
         swish,

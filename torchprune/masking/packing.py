@@ -55,6 +55,12 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     return (weight.detach().view(words) * mask).view(weight.dtype)
 
 
+def zeros_in(tensor: Tensor) -> int:
+    """How many elements are zero, -0.0 among them. Of any dtype: eight-bit floats know no
+    `count_nonzero`."""
+    return int((tensor.detach() == 0).sum())
+
+
 def nonzero_bits(tensor: Tensor) -> Tensor:
     """bool, the tensor's shape: which elements hold any bit but zeros (-0.0 does)."""
     return (as_words(tensor) != 0).view(tensor.shape)

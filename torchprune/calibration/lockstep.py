@@ -397,9 +397,7 @@ class Calibration:
         if is_fused_experts(module):
             if "forward" not in vars(module):  # once for all the weights of the module
                 self._observe_experts(stack, module)
-        elif target.mask is not None or (
-            not is_stock(module) if reading is None else reading.hooked
-        ):
+        elif not is_stock(module) if reading is None else reading.hooked:
             self._observe_calls(stack, index, module)
         else:
             self._watched[id(target.weight)] = index

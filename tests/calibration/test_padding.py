@@ -86,7 +86,7 @@ def test_the_embedding_of_padding_does_not_matter(case: Case, side: str) -> None
     ],
     ids=["block", "none", "sparsegpt", "alpha", "training", "training halfway", "training dense"],
 )
-@pytest.mark.parametrize("case", sample(SAID, "llama", "listed"), ids=str)
+@pytest.mark.parametrize("case", sample(SAID, "listed"), ids=str)
 def test_however_it_is_calibrated(case: Case, spec: Any) -> None:
     assert_nothing_leaks(case.make(), case.data("left"), spec)
 
@@ -188,7 +188,7 @@ def test_every_token_is_counted_by_as_many_experts_as_it_was_sent_to(
 
 
 @pytest.mark.filterwarnings("ignore:.*no (calibration batch|tokens) reached it")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", sample(range(3), "0"))
 def test_experts_that_padding_alone_is_sent_to(seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

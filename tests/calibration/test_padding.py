@@ -417,6 +417,39 @@ def test_patches_as_many_as_the_padded_text_is_long(merged: bool) -> None:
     assert set(read.values()) == {REAL}
 
 
+class Patches(nn.Module):
+    """Cuts images to patches, of which those of padding are not attended to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut, self.attend = nn.Conv2d(3, 16, 4, stride=4), Attention(16)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
+        x = self.cut(pixel_values).flatten(2).mT
+        seen = -nn.functional.max_pool2d(-pixel_mask[:, None].float(), 4).flatten(1)
+        result: Tensor = self.out(x + self.attend(x, seen))
+        return result
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.bool])
+def test_images_of_several_sizes(kind: torch.dtype) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    mask = torch.ones(2, 16, 16).to(kind)
+    mask[1, 8:], mask[1, :, 10:] = 0, 0
+    found = []
+    model = Patches().eval()
+    for filling in (0.0, 3.0):
+        filled = torch.where(mask[:, None] == 1, images, filling)
+        data = [{"pixel_values": filled, "pixel_mask": mask}]
+        found.append(pruned(model, data, WandaSpec(targets=[nn.Linear, nn.Conv2d])))
+    assert agreeing(*found) == 1.0
+    assert set(counted(found[0]).values()) == {16 + 2 * 2}  # a patch half of padding is none
+    parts = {"pixel_values": images, "pixel_mask": (torch.rand(2, 16, 16) > 0.5).to(kind)}
+    made = pruned(model, [parts], WandaSpec(targets=[nn.Conv2d]))
+    assert set(counted(made).values()) == {32}  # an object's outline is no padding
+
+
 def sound(norm: str) -> nn.Module:
     import transformers
 

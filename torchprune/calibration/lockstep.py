@@ -15,6 +15,7 @@ Defined behaviour at the edges:
 - Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
   then reads something else, or is not called, `Unforeseen` is raised: begin again without. So it is
   where a block's layers were found to share statistics and then read something else.
+- A batch that holds padding has a shadow beside it (see `padding`), which is never counted.
 - Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
 - An error in any batch ends the calibration; hooks are gone and the error is the model's own.
 """

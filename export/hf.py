@@ -136,10 +136,11 @@ def folded_copy(model: nn.Module) -> nn.Module:
     for slot in slots.values():
         memo[id(slot.tensor)] = slot.tensor
         if slot.mask is not None:
-            with torch.no_grad():
-                folded = slot.mask(slot.tensor)
-            memo[id(slot.tensor)] = nn.Parameter(folded, slot.tensor.requires_grad)
-            for part in (slot.mask.mask, slot.mask.dense):
+            if not slot.mask.makes_ready(slot.tensor):
+                with torch.no_grad():
+                    folded = slot.mask(slot.tensor)
+                memo[id(slot.tensor)] = nn.Parameter(folded, slot.tensor.requires_grad)
+            for part in slot.mask.buffers():
                 memo[id(part)] = part
     plain = copy.deepcopy(model, memo)
     for layer, _ in list(masked_layers(plain)):

@@ -64,10 +64,23 @@ def _compared(built: Built, masks: dict[str, Tensor], sums: dict[str, Sums], pat
 def by_layer(built: Built, **options: Any) -> str:
     """Masks are the plain loop's, layer after layer."""
     data = built.data()
-    masks = torchprune.masks(pruned(built, data, sequential="layer", **options))
-    masks = {k: m for k, m in masks.items() if m.dim() > 1}
-    sums = sums_by_layer(_eager(_folded(built, masks)), list(masks), data)
+    model = pruned(built, data, sequential="layer", **options)
+    masks = _matrices(model)
+    final, often = _eager(_folded(built, masks)), _read_often(model, masks)
+    sums = sums_by_layer(final, [name for name in masks if name not in often], data)
+    sums |= sums_by_layer(_eager(copy.deepcopy(built.model)), often, data)
     return _compared(built, masks, sums, (2, 4) if options else 0.5)
+
+
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    return {name: mask for name, mask in torchprune.masks(model).items() if mask.dim() > 1}
+
+
+def _read_often(model: nn.Module, masks: dict[str, Tensor]) -> list[str]:
+    """What the report says is read more than once in a forward."""
+    notes = [note for note in torchprune.report(model).notes if " is read more than once " in note]
+    said = {note.partition(" ")[0] for note in notes}
+    return [name for name in masks if name in said or name.removesuffix(".weight") in said]
 
 
 def headline(built: Built) -> str:
@@ -80,9 +93,12 @@ def by_block(built: Built) -> str:
     if not blocks_of(built.model):
         return ""
     data = built.data()
-    masks = torchprune.masks(pruned(built, data, sequential="block"))
-    dense, final = _eager(copy.deepcopy(built.model)), _folded(built, masks)
-    sums = sums_by_block(dense, final, list(masks), data)
+    model = pruned(built, data, sequential="block")
+    masks = _matrices(model)
+    dense, often = _eager(copy.deepcopy(built.model)), _read_often(model, masks)
+    sums = sums_by_layer(dense, often, data)
+    single = [name for name in masks if name not in often]
+    sums |= sums_by_block(dense, _folded(built, masks), single, data, often)
     return _compared(built, masks, sums, 0.5)
 
 

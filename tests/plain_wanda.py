@@ -7,7 +7,8 @@ its sum of squares, is the derivative of the product of squared inputs by that w
 
 In layer mode each layer is pruned on what it reads when all earlier ones are pruned: that is what
 it reads in the finished model. In block mode a block's layers are pruned on what they read in the
-block's first dense run, after the blocks before it were pruned.
+block's first dense run, after the blocks before it were pruned. A weight that a forward reads more
+than once is pruned at the first of its uses, on what all of them read in the dense model.
 """
 
 from __future__ import annotations
@@ -46,15 +47,11 @@ class Sums:
 
 
 class Products(TorchDispatchMode):
-    """Sums of squares of all that multiplies some parameters, while `counting`.
+    """Sums of squares of all that multiplies some parameters, while `counting`."""
 
-    Args:
-        again: whether weights that are read again in the same forward count again.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], *, again: bool) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.counting, self.again = True, again
+        self.counting = True
         self._known: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
         self._spans: dict[str, slice] = {}
@@ -68,12 +65,10 @@ class Products(TorchDispatchMode):
         self._squares = torch.zeros(total, dtype=torch.float64)
         self._row = torch.full((total,), -1)
         self._place = torch.zeros(total, dtype=torch.long)
-        self._seen = torch.zeros(total, dtype=torch.bool)
         self.unknown: set[str] = set()
 
     def new_forward(self) -> None:
         """What follows is another forward."""
-        self._seen.zero_()
         for tensor in self._alive:
             self._known.pop(tensor.untyped_storage().data_ptr(), None)
         self._alive.clear()
@@ -166,12 +161,9 @@ class Products(TorchDispatchMode):
 
     def _add(self, numbers: Tensor, squares: Tensor, rows: Tensor, places: Tensor) -> None:
         at = numbers.reshape(-1)
-        fresh = slice(None) if self.again else ~self._seen[at]
-        at = at[fresh]
-        self._squares.index_add_(0, at, squares.reshape(-1)[fresh])
-        self._row[at] = rows.reshape(-1)[fresh]
-        self._place[at] = places.reshape(-1)[fresh]
-        self._seen[at] = True
+        self._squares.index_add_(0, at, squares.reshape(-1))
+        self._row[at] = rows.reshape(-1)
+        self._place[at] = places.reshape(-1)
 
 
 _NO_PRODUCTS = {
@@ -199,14 +191,15 @@ class _Enough(BaseException):
 
 
 def sums_by_layer(
-    pruned: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any]]
+    model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, Sums]:
-    """What weights are multiplied by in the finished model, at their first use in a forward."""
-    products = Products(_named(pruned, names), again=False)
+    """What weights are multiplied by in a model as it is: the finished one, or the dense one for
+    weights that are read more than once in a forward."""
+    products = Products(_named(model, names))
     for batch in batches:
         products.new_forward()
         with torch.no_grad(), products:
-            pruned(**copy.deepcopy(dict(batch)))
+            model(**copy.deepcopy(dict(batch)))
     return {name: products.of(name) for name in names}
 
 
@@ -215,8 +208,13 @@ def sums_by_block(
     pruned: nn.Module,
     names: Sequence[str],
     batches: Sequence[Mapping[str, Any]],
+    others: Sequence[str] = (),
 ) -> dict[str, Sums]:
-    """What weights are multiplied by in the first run of their block, dense, after pruned ones."""
+    """What weights are multiplied by in the first run of their block, dense, after pruned ones.
+
+    Args:
+        others: weights that are pruned with their blocks, but on something else.
+    """
     blocks = blocks_of(dense)
     order = _order(dense, blocks, batches)
     found = {}
@@ -224,7 +222,7 @@ def sums_by_block(
     weights, final = dict(model.named_parameters()), dict(pruned.named_parameters())
     for block in order:
         inside = [n for n in names if n.startswith(f"{block}.")]
-        products = Products({n: weights[n] for n in inside}, again=True)
+        products = Products({n: weights[n] for n in inside})
         for batch in batches:
             products.new_forward()
             inner = model.get_submodule(block)
@@ -232,7 +230,7 @@ def sums_by_block(
                 model(**copy.deepcopy(dict(batch)))
         found.update({n: products.of(n) for n in inside})
         with torch.no_grad():
-            for name in inside:
+            for name in [*inside, *(n for n in others if n.startswith(f"{block}."))]:
                 weights[name].copy_(final[name])
     return found
 

@@ -47,6 +47,7 @@ def sparsify(
     progress: bool = True,
     max_batches: int = 128,
     keep_dense: bool = False,
+    reversible: bool = True,
     hold: torch.dtype | None = None,
     seed: int = 0,
     tokenizer: Any = None,
@@ -57,7 +58,7 @@ def sparsify(
     Args:
         model: any module. Its training flags, hooks and settings are as before afterwards. Or an
             `ExportedProgram`, of which a new one with masks is returned; the given one stays as it
-            is (`keep_dense` and `hold` do not apply, and data must be given).
+            is (`keep_dense`, `reversible` and `hold` do not apply, and data must be given).
         spec: `BestSpec`, or `MagnitudeSpec`, `WandaSpec`, `RIASpec`, `SparseGPTSpec` or `ADMMSpec`
             for single weights; `HeadSpec`, `NeuronSpec`, `ChannelSpec` or `LayerSpec` for whole
             units, which `torchprune.shrink` can then remove.
@@ -72,6 +73,8 @@ def sparsify(
         max_batches: read at most so many batches; all of them wait at each layer together, so
             memory grows with their number and size.
         keep_dense: keep the dense weights beside changed ones, so that `densify` can go back.
+        reversible: keep the values that masks prune, packed, so that `densify` can go back where
+            no others were changed. Without, a mask costs one bit a weight and nothing else.
         hold: `torch.bfloat16` or `torch.float16` to hold the float32 activations of waiting batches
             in half the memory; statistics then come from rounded inputs.
         seed: for the sampled text, or the windows of given texts.
@@ -90,25 +93,25 @@ def sparsify(
         InputError: texts that cannot be read, or that the tokenizer cannot take.
         Exception: whatever the model raises. After any error the model is as it was.
     """
-    _check_request(spec, hold)
+    _check_request(spec, hold, keep_dense and not reversible)
     calibration = Data(data, tokenizer, max_batches, seed, progress, token_mask)
     if type(model).__name__ == "ExportedProgram":
-        for_modules = keep_dense or hold is not None
+        for_modules = keep_dense or not reversible or hold is not None
         return cast(Model, _prune_program(model, spec, calibration, for_modules))
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a Module or an ExportedProgram, got {type(model).__name__}")
     run = RunRecord(spec=spec)
     if isinstance(spec, Spec):
-        _Weights(model, spec, calibration, run, keep_dense, hold).prune()
+        _Weights(model, spec, calibration, run, keep_dense, reversible, hold).prune()
     else:
-        _prune_structures(model, spec, calibration, run, keep_dense, hold)
+        _prune_structures(model, spec, calibration, run, keep_dense, reversible, hold)
     remember_run(model, run)
     for warning in run.warnings:
         warnings.warn(warning, stacklevel=3)
     return model
 
 
-def _check_request(spec: object, hold: object) -> None:
+def _check_request(spec: object, hold: object, contradictory: bool) -> None:
     if not isinstance(spec, Spec | StructuredSpec | LayerSpec) or type(spec) is Spec:
         got = f"the class {spec.__name__}" if isinstance(spec, type) else repr(spec)
         raise SpecError(
@@ -117,6 +120,11 @@ def _check_request(spec: object, hold: object) -> None:
         )
     if hold not in (None, torch.bfloat16, torch.float16):
         raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")
+    if contradictory:
+        raise SpecError(
+            "keep_dense=True keeps what densify needs and reversible=False drops it: give one of "
+            "them"
+        )
 
 
 # -- single weights of a module --------------------------------------------------------------------
@@ -131,6 +139,7 @@ class _Weights:
     data: Data
     run: RunRecord
     keep_dense: bool
+    reversible: bool
     hold: torch.dtype | None
 
     def prune(self) -> None:
@@ -185,10 +194,13 @@ class _Weights:
             self._in_lockstep(plan, own, batches, surveyed)
 
     def _by_weights_alone(self, plan: Plan) -> None:
-        with modes.exact(), all_or_nothing(plan.targets, keep_dense=self.keep_dense) as changes:
+        with modes.exact(), self._changing(plan) as changes:
             for change in without_data(plan.targets, self.spec):
                 changes.stage(change)
                 changes.settle()
+
+    def _changing(self, plan: Plan) -> AbstractContextManager[Changes]:
+        return all_or_nothing(plan.targets, keep_dense=self.keep_dense, reversible=self.reversible)
 
     def _permuted(self, plan: Plan, batches: Sequence[Batch]) -> AbstractContextManager[None]:
         if not self.spec.permute:
@@ -202,10 +214,7 @@ class _Weights:
     ) -> None:
         """Calibrate foreseeing which layers share their inputs; where that fails, without."""
         for foresee in (True, False):
-            with (
-                suppress(Unforeseen),
-                all_or_nothing(plan.targets, keep_dense=self.keep_dense) as changes,
-            ):
+            with suppress(Unforeseen), self._changing(plan) as changes:
                 if not foresee:
                     self.run.notes.append(
                         "calibrated twice: layers that read one tensor in some blocks read "
@@ -282,7 +291,7 @@ class _Weights:
                 for target in unit.targets:
                     if (mask := target.mask) is not None:  # a layer that no batch reached has none
                         stack.enter_context(mask.transparent())
-                        weights.append((target.weight, mask.whole()))
+                        weights.append((target.weight, mask.mask))
                 gains.append(reconstruct(unit, weights, options, sampled=sampled))
 
         return Ends(plan.blocks or {"": self.model}, train, options.alpha)
@@ -312,6 +321,7 @@ def _prune_structures(
     data: Data,
     run: RunRecord,
     keep_dense: bool,
+    reversible: bool,
     hold: torch.dtype | None,
 ) -> None:
     # torch.export takes a while to import
@@ -321,10 +331,17 @@ def _prune_structures(
     batches, notes = data.read(model, type(spec).__name__)
     run.notes += notes
     if isinstance(spec, LayerSpec):
-        prune_blocks(model, spec, batches, run, progress=data.progress)
+        prune_blocks(model, spec, batches, run, progress=data.progress, reversible=reversible)
     else:
         prune_structures(
-            model, spec, batches, run, progress=data.progress, keep_dense=keep_dense, hold=hold
+            model,
+            spec,
+            batches,
+            run,
+            progress=data.progress,
+            keep_dense=keep_dense,
+            reversible=reversible,
+            hold=hold,
         )
 
 
@@ -339,7 +356,9 @@ def _prune_program(
             "sparsify and shrink the model, then export it"
         )
     if for_modules:
-        raise SpecError("keep_dense and hold are for modules; a program's own weights stay anyway")
+        raise SpecError(
+            "keep_dense, reversible and hold are for modules; a program's own weights stay anyway"
+        )
     if data.tokenizer is not None:
         raise CalibrationError(
             "tokenizer is for modules, whose context is known; give a program batches: "

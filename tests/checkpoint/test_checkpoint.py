@@ -32,6 +32,7 @@ from torchprune import (
 from torchprune.checkpoint import whole_files
 from torchprune.checkpoint.manifest import read_manifest
 from torchprune.errors import CheckpointError, MaskError
+from torchprune.masking.mask import masked_layers
 from torchprune.reports.report import runs_of
 
 # -- round trips -----------------------------------------------------------------------------------
@@ -277,9 +278,9 @@ def test_masked_models_are_filled_in_place(tmp_path: Path) -> None:
     model = prune(net(), MagnitudeSpec(0.75))
     torchprune.save(model, tmp_path)
     other = prune(net(seed=1), MagnitudeSpec(0.25)).train()
-    masks = {k: m.data_ptr() for k, m in torchprune.masks(other).items()}
+    bits = {y.key: m.bits.data_ptr() for y, m in masked_layers(other)}
     torchprune.load_into(other, tmp_path)
-    assert {k: m.data_ptr() for k, m in torchprune.masks(other).items()} == masks
+    assert {y.key: m.bits.data_ptr() for y, m in masked_layers(other)} == bits
     assert other.training
     assert other.conv.training
     other.eval()

@@ -146,7 +146,7 @@ def test_a_state_given_by_hand(tmp_path: Path) -> None:
 def test_a_state_of_a_wrapper_is_refused(tmp_path: Path) -> None:
     model = masked_llama()
     given = nn.ModuleDict({"module": model}).state_dict()
-    with pytest.raises(CheckpointError, match=r"module\..*0\.mask.*without what wraps it"):
+    with pytest.raises(CheckpointError, match=r"module\..*0\.bits.*without what wraps it"):
         model.save_pretrained(tmp_path, state_dict=given)
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -338,7 +338,7 @@ def test_accelerate_keeps_a_state(tmp_path: Path) -> None:
     accelerator.save_state(str(tmp_path / "state"))
     step(prepared, optimizer)
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.parametrizations.weight[0].mask.logical_not_()
+        model.model.layers[0].mlp.up_proj.parametrizations.weight[0].bits.bitwise_not_()
     assert raw(model) != before
     accelerator.load_state(str(tmp_path / "state"))
     assert raw(model) == before

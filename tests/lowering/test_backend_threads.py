@@ -107,9 +107,10 @@ def test_a_call_uses_its_own_weights_wherever_another_comes_between(
         if shared == "models":
             torch.compile(model, backend=recorder)(x)
         else:
-            part = model if shared == "blocks" else model.up
+            mask = model.up.parametrizations.weight[0] if shared == "masked layers" else None
+            part, given = (model, x) if mask is None else (mask, model.up.weight)
             part.compile(backend=recorder)
-            part(x)
+            part(given)
     assert len(recorder.runs) == 1  # they share it
     (run,), (mine, others) = recorder.runs, recorder.calls
     expected, not_this = run(*mine), run(*others)

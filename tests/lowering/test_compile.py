@@ -56,3 +56,18 @@ def test_new_masks_take_effect_without_recompiling(train: bool) -> None:
                     assert not grad[~mask].any()
                     assert grad[mask].any()
     assert counter.frame_count == 1
+
+
+def test_code_that_reads_data_compiles_with_the_mask() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / self.weight.data.norm() + x @ self.weight.mT
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled(16, 16), nn.Linear(16, 16))
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    x = torch.randn(3, 16)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(compiled(x), model(x))

@@ -59,10 +59,11 @@ class BesideConv(nn.Module):
 class Block(nn.Module):
     def __init__(self, wrap: Any) -> None:
         super().__init__()
+        self.mix = wrap(nn.Linear(16, 16))
         self.up, self.down = wrap(nn.Linear(16, 24)), nn.Linear(24, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).relu())
+        return x + self.down(self.up(self.mix(x)).relu())
 
 
 def blocks(wrap: Any) -> nn.Module:
@@ -70,7 +71,7 @@ def blocks(wrap: Any) -> nn.Module:
     return nn.Sequential(*[Block(wrap) for _ in range(2)])
 
 
-PLAIN = ["0.up", "0.down", "1.up", "1.down"]
+PLAIN = ["0.mix", "0.up", "0.down", "1.mix", "1.up", "1.down"]
 
 
 @pytest.mark.parametrize("wrap", [nn.Identity, Beside, Within])
@@ -78,10 +79,10 @@ def test_the_layer_is_pruned_by_its_plain_name(wrap: Any) -> None:
     model = blocks((lambda layer: layer) if wrap is nn.Identity else wrap)
     assert [t.name for t in make_plan(model, MagnitudeSpec()).targets] == PLAIN
     assert [t.name for t in make_plan(model, MagnitudeSpec(targets="0.up")).targets] == ["0.up"]
-    assert [t.name for t in make_plan(model, MagnitudeSpec(targets="0")).targets] == PLAIN[:2]
+    assert [t.name for t in make_plan(model, MagnitudeSpec(targets="0")).targets] == PLAIN[:3]
     assert [t.name for t in make_plan(model, MagnitudeSpec(targets=nn.Linear)).targets] == PLAIN
     dense = make_plan(model, MagnitudeSpec(ignore="*.up"))
-    assert [t.name for t in dense.targets] == ["0.down", "1.down"]
+    assert [t.name for t in dense.targets] == ["0.mix", "0.down", "1.mix", "1.down"]
 
 
 @pytest.mark.parametrize("wrap", [Beside, Within])
@@ -89,20 +90,22 @@ def test_masks_are_those_of_the_plain_model(wrap: Any) -> None:
     plain, adapted = blocks(lambda layer: layer), blocks(wrap)
     with torch.no_grad():  # the adapters drew numbers, too
         for mine, its in zip(plain, adapted, strict=True):
-            layer = its.up.inner if wrap is Beside else its.up
-            mine.up.weight.copy_(layer.weight)
+            for name in ("mix", "up"):
+                layer = its.get_submodule(f"{name}.inner" if wrap is Beside else name)
+                mine.get_submodule(name).weight.copy_(layer.weight)
             mine.down.load_state_dict(its.down.state_dict())
     before = {k: v.clone() for k, v in adapted.state_dict().items()}
     for model in (plain, adapted):
         torchprune.sparsify(model, MagnitudeSpec(0.5, scope="row"), progress=False)
     found = list(torchprune.masks(adapted).values())
     wanted = list(torchprune.masks(plain).values())
-    assert len(found) == 4
+    assert len(found) == 6
     assert all(map(torch.equal, found, wanted))
     assert torchprune.report(adapted).coverage.share == 1.0
     torchprune.fold(adapted)
     after = adapted.state_dict()
-    own = [k for k in before if not k.endswith(("inner.weight", "down.weight", "up.weight"))]
+    masked = ("inner.weight", "mix.weight", "up.weight", "down.weight")
+    own = [k for k in before if not k.endswith(masked)]
     assert own
     assert all(torch.equal(before[k], after[k]) for k in own)
 
@@ -200,7 +203,7 @@ def test_what_stands_for_peft_is_pruned_as_its_base(trained: bool) -> None:
     assert [t.name for t in make_plan(model, MagnitudeSpec()).targets] == PLAIN
     for one in ("0.up", "base_model.model.0.up", "base_model.model.0.up.base_layer"):
         assert [t.name for t in make_plan(model, MagnitudeSpec(targets=one)).targets] == ["0.up"]
-    assert [t.name for t in make_plan(model, MagnitudeSpec(ignore="1")).targets] == PLAIN[:2]
+    assert [t.name for t in make_plan(model, MagnitudeSpec(ignore="1")).targets] == PLAIN[:3]
     torchprune.sparsify(model, WandaSpec(), [torch.randn(9, 16)], progress=False)
     report = torchprune.report(model)
     assert [y.name for y in report.layers] == PLAIN

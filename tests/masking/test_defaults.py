@@ -122,11 +122,11 @@ def test_if_nothing_else_is_there_reasons_are_given() -> None:
 
 def test_what_was_seen_at_work_stays_dense() -> None:
     model = mixers()
-    routers = {id(model[1].wide.weight): "a router: its outputs are ranked by topk"}
-    found = make_plan(model, WandaSpec(), routers=routers)
+    watched = {id(model[1].wide.weight): "a router: its outputs are ranked by topk"}
+    found = make_plan(model, WandaSpec(), watched=watched)
     assert found.skipped["1.wide"] == "a router: its outputs are ranked by topk"
     assert "0.wide" in [t.name for t in found.targets]
-    named = make_plan(model, WandaSpec(targets="1.wide"), routers=routers)
+    named = make_plan(model, WandaSpec(targets="1.wide"), watched=watched)
     assert [t.name for t in named.targets] == ["1.wide"]
 
 
@@ -186,10 +186,11 @@ def dense_by_rule(model: nn.Module) -> dict[str, str]:
     layers = list(layers_of(model))
     blocks = repeated_blocks(model)
     inside = {id(m) for block in blocks.values() for m in block.modules()}
-    views = {y: view_of(y.module, original_of(y.module, y.tensor).shape) for y in layers}
-    around = surroundings_of(model, views, blocks)
+    views = {y.key: view_of(y.module, original_of(y.module, y.tensor).shape) for y in layers}
+    around = surroundings_of(model, layers, blocks, views)
     found = {}
-    for layer, view in views.items():
+    for layer in layers:
+        view = view_of(layer.module, original_of(layer.module, layer.tensor).shape)
         if id(layer.module) in inside and (why := why_dense(layer, view, around)):
             found[re.sub(r"^.*?\d+\.", "", layer.name)] = why
     return found

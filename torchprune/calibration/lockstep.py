@@ -138,7 +138,7 @@ class Calibration:
             cross=cross,
             cap=cap,
             share=foresee,
-            tokens=self._tokens,
+            tokens=partial(_tokens, self._padding, self.targets),
         )
         self.usage = Usage()
         self._held = Held(model, hold, [(batch.args, batch.kwargs) for batch in self.batches])
@@ -375,7 +375,7 @@ class Calibration:
                 self._held.restore(key)
                 run.throw()
         self._runs, self._twins, self._units = [], None, {}
-        self._shadows.runs = {}
+        self._shadows.end()
         self._gathering.clear()
 
     def _measure_held(self, moving: Iterable[int] = ()) -> None:
@@ -397,9 +397,7 @@ class Calibration:
         if is_fused_experts(module):
             if "forward" not in vars(module):  # once for all the weights of the module
                 self._observe_experts(stack, module)
-        elif target.mask is not None or (
-            not is_stock(module) if reading is None else reading.hooked
-        ):
+        elif not is_stock(module) if reading is None else reading.hooked:
             self._observe_calls(stack, index, module)
         else:
             self._watched[id(target.weight)] = index
@@ -511,12 +509,6 @@ class Calibration:
         if shadow:
             self._padding.note(read.batch, index, read.visit, read.rows())
         return shadow
-
-    def _tokens(self, index: int, read: Read, rows: Sequence[Tensor]) -> list[Tensor | None]:
-        """Which of the rows that a batch reads are tokens'."""
-        loose = read.x is None or read.x.dim() == 2
-        name = self.targets[index].name
-        return self._padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)
 
     def _reached_again(self, index: int, read: Read) -> None:
         """A batch is about to run a layer that is pruned."""
@@ -658,3 +650,11 @@ class Calibration:
 def _rows(x: Tensor) -> Tensor:
     """A unit's output as a matrix."""
     return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+
+
+def _tokens(
+    padding: Padding, targets: Sequence[Target], index: int, read: Read, rows: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Which of the rows that a batch reads are tokens'."""
+    loose, name = read.x is None or read.x.dim() == 2, targets[index].name
+    return padding.tokens(read.batch, index, read.visit, rows, name, loose=loose)

@@ -74,9 +74,18 @@ class PadMask:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the caller calls it a mask, its zeros are the padding, and in every item the
-        tokens are one run that begins or ends with the item."""
-        return "mask" in self.name.lower() and not self.inverted and _is_padding(self.tokens)
+        """Whether it is called a mask, its zeros are the padding, and lie as padding does."""
+        return self.is_named and not self.inverted and self.is_padding
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the caller calls it a mask."""
+        return "mask" in self.name.lower()
+
+    @property
+    def is_padding(self) -> bool:
+        """Whether in every item the tokens are one run that begins or ends with the item."""
+        return _is_padding(self.tokens)
 
 
 def leaves_of(batch: Batch, forward: Callable[..., Any]) -> list[Leaf]:
@@ -109,12 +118,14 @@ def readings_of(leaves: Sequence[Leaf]) -> list[PadMask]:
         for inverted, tokens in _readings(leaf.tensor)
         if "mask" in leaf.name.lower() or (bool(tokens.any()) and _is_padding(tokens))
     ]
-    named = {mask.path for mask in found if "mask" in mask.name.lower()}
+    named = {mask.path for mask in found if mask.is_named}
     kept = []
     for mask in found:
         others = [leaf for leaf in leaves if leaf.path != mask.path and leaf.path not in named]
         whole = with_contents(mask, others, found)
-        if whole.contents:
+        if not whole.contents and mask.is_named:
+            whole = _of_the_last(mask, others)
+        if whole.contents or (whole.is_plain and not bool(whole.tokens.all())):
             kept.append(whole)
     return [*kept, *_ignored(leaves)]
 
@@ -156,6 +167,17 @@ def with_contents(mask: PadMask, leaves: Sequence[Leaf], rivals: Sequence[PadMas
             if len(tokens) == 1 < items and chosen[0].layout == "items first":
                 tokens = tokens.expand(items, -1)
             return replace(mask, contents=chosen, tokens=tokens)
+    return mask
+
+
+def _of_the_last(mask: PadMask, leaves: Sequence[Leaf]) -> PadMask:
+    """A mask of what a cache holds too, cut to what the batch holds: the last positions."""
+    items, length = mask.tokens.shape
+    for leaf in leaves:
+        shape = leaf.tensor.shape
+        if len(shape) > 1 and shape[0] == items and shape[1] < length:
+            last = replace(mask, tokens=mask.tokens[:, -shape[1] :])
+            return last if bool(last.tokens.all()) else with_contents(last, leaves)
     return mask
 
 

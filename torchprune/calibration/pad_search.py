@@ -58,7 +58,10 @@ def _found(model: nn.Module, batch: Batch, decided: _Decided) -> list[PadMask]:
     readings = readings_of(leaves_of(batch, model.forward))
     together: dict[Path, list[PadMask]] = {}
     for mask in readings:
-        together.setdefault(mask.contents[0].leaf.path, []).append(mask)
+        if mask.contents:
+            together.setdefault(mask.contents[0].leaf.path, []).append(mask)
+    if not together:  # there is padding, of something that nobody sees
+        return readings[:1]
     masks = []
     for path, rivals in together.items():
         plain = [mask for mask in rivals if mask.is_plain]
@@ -115,8 +118,8 @@ def _tried(model: nn.Module, batch: Batch, rivals: Sequence[PadMask]) -> PadMask
     for mask in rivals:
         new = {c.leaf.path: changed(c.leaf.tensor, mask, c, 0) for c in mask.contents}
         good, bad = _borne_out(mask.tokens, usual, _seen_with(model, batch, new))
-        named = "mask" in mask.name.lower()
-        if not good or (bad and not named):
+        named = mask.is_named
+        if not good or (bad and not (named and mask.is_padding)):
             continue
         # Where nothing comes after padding but what may not attend to it, or nothing before it but
         # what may not look ahead, either reading bears out: then what is masked must matter.
@@ -159,7 +162,7 @@ def _seen(model: nn.Module, batch: Batch) -> _Seen:
             if next(module.children(), None) is None:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-        found.extend(_prints(model(*batch.args, **batch.kwargs)))
+        found.extend(_prints(batch.run(model)))
     return found
 
 

@@ -75,3 +75,8 @@ class Shadows:
                     self._resume(index, run)
                 finally:
                     self.running = False
+
+    def end(self) -> None:
+        """Let go of everything: whoever resumes them may hold a model."""
+        self.runs = {}
+        del self._forward, self._resume

@@ -39,7 +39,7 @@ from torchprune.checkpoint.manifest import (
 )
 from torchprune.errors import CheckpointError
 from torchprune.masking.mask import Mask
-from torchprune.masking.packing import as_words, masked, pack_bits, pack_values
+from torchprune.masking.packing import as_words, masked, pack_bits
 from torchprune.masking.plain_state import Slot, obstacle, slots_of, ties_of
 
 Convert = Callable[[dict[str, Tensor], torch.dtype], dict[str, Tensor]]
@@ -50,15 +50,9 @@ Convert = Callable[[dict[str, Tensor], torch.dtype], dict[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """A masked model's state by plain names.
-
-    Attributes:
-        state: what a model without masks would have, masked tensors folded.
-        originals: the tensors behind the masks, by plain name, where the state held them.
-    """
+    """A masked model's state by plain names: what a model without masks would have, folded."""
 
     state: dict[str, Any]
-    originals: dict[str, Tensor]
 
 
 def folded_state(model: nn.Module, state: Mapping[str, Any]) -> Folded:
@@ -78,7 +72,6 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> Folded:
                 f"{key} is tied to {owner}, and masked; give it a weight of its own first"
             )
     plain: dict[str, Any] = {}
-    originals: dict[str, Tensor] = {}
     made: dict[tuple[int, int], Tensor] = {}
     parts = {name: (key, role) for key, s in slots.items() for name, role in _names(key, s)}
     for name, value in state.items():
@@ -91,21 +84,21 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> Folded:
             twin = value.data_ptr(), id(slots[key].mask)  # a shared module stays shared
             if twin not in made:
                 made[twin] = masked(value, keep).cpu()
-            plain[key], originals[key] = made[twin], value.detach()
+            plain[key] = made[twin]
     for name in plain:
         if is_mask_name(name, plain):
             raise CheckpointError(
                 f"state_dict has {name!r:.200}, which the {type(model).__name__} has not: give the "
                 "state of the model itself, without what wraps it, or none"
             )
-    return Folded(plain, originals)
+    return Folded(plain)
 
 
 def is_mask_name(name: str, names: Any) -> bool:
     """Whether a name in a state is that of a mask on another tensor in it."""
     path, _, last = name.rpartition(".0.")
     inside = path.split(".")[-2:-1] == ["parametrizations"]
-    return last == "mask" and inside and f"{path}.original" in names
+    return last in ("bits", "mask") and inside and f"{path}.original" in names
 
 
 def _names(key: str, slot: Slot) -> list[tuple[str, str]]:
@@ -113,7 +106,8 @@ def _names(key: str, slot: Slot) -> list[tuple[str, str]]:
     if slot.mask is None:
         return []
     stem = f"{key.removesuffix(slot.name)}parametrizations.{slot.name}"
-    return [(f"{stem}.original", "original"), (f"{stem}.0.mask", "mask"), (f"{stem}.0.dense", "")]
+    parts = ((f"{stem}.0.{part}", "") for part in ("bits", "hidden", "dense", "mask"))
+    return [(f"{stem}.original", "original"), *parts]
 
 
 def _mask_of(slot: Slot) -> Mask:
@@ -139,7 +133,7 @@ def write_beside(
         folded: the state that the checkpoint is written from. If it lacks some of the model's
             tensors nothing is written, and masks of an earlier save go.
         manifest: all but tensors and header.
-        hidden: write the values behind the masks' zeros too, for training to go on from.
+        hidden: write the values behind the masks' zeros too, for `densify` to go back to.
 
     Raises:
         CheckpointError: a tensor holds no plain values.
@@ -160,7 +154,7 @@ def write_beside(
         if key in ties:
             entries[key] = entry_of(stored, "tied", to=ties[key])
         else:
-            entries[key], parts = _encode(stored, folded.originals.get(key), hidden)
+            entries[key], parts = _encode(stored, hidden)
             blobs |= {f"{key}{suffix}": tensor for suffix, tensor in parts.items()}
     partial = directory / f".{BITS_BESIDE}.partial"
     try:
@@ -172,7 +166,7 @@ def write_beside(
     write_manifest(directory, replace(manifest, tensors=entries, header=header), model)
 
 
-def _encode(slot: Slot, original: Tensor | None, hidden: bool) -> tuple[Entry, dict[str, Tensor]]:
+def _encode(slot: Slot, hidden: bool) -> tuple[Entry, dict[str, Tensor]]:
     value = slot.tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if slot.mask is None:
         parts = {"": value} if slot.kind == "transient" else {}
@@ -181,8 +175,8 @@ def _encode(slot: Slot, original: Tensor | None, hidden: bool) -> tuple[Entry, d
     else:
         keep = slot.mask.mask.cpu()
         parts, before = {".bits": pack_bits(keep)}, [value]
-        if hidden and original is not None:
-            parts[".hidden"] = pack_values(original.cpu(), ~keep)
+        if hidden and slot.mask.hidden is not None:
+            parts[".hidden"] = slot.mask.hidden.detach().cpu()
         if slot.mask.dense is not None:
             parts[".dense"] = slot.mask.dense.detach().cpu().contiguous().clone()
         entry = entry_of(
@@ -190,7 +184,7 @@ def _encode(slot: Slot, original: Tensor | None, hidden: bool) -> tuple[Entry, d
             "masked",
             dense=".dense" in parts,
             hidden=".hidden" in parts,
-            reversible=slot.mask.reversible and ".hidden" in parts,
+            reversible=".hidden" in parts,
             record=slot.mask.record,
         )
     return replace(entry, checksum=of_tensors([*before, *parts.values()])), parts

@@ -16,16 +16,12 @@ Nothing here imports any of them.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +41,7 @@ from torchprune.checkpoint.save_load import load_into, versions
 from torchprune.checkpoint.skeleton import CONFIG, GENERATION
 from torchprune.errors import CheckpointError
 from torchprune.lowering.modules import BitmaskLinear
+from torchprune.masking.awaited import Lesson, when_imported, wrapped
 from torchprune.masking.mask import masked_layers
 from torchprune.reports.report import runs_of
 from torchprune.structure.size_record import resized_of
@@ -52,74 +49,27 @@ from torchprune.structure.size_record import resized_of
 _RESUMABLE: ContextVar[bool] = ContextVar("resumable", default=False)
 """Whether a checkpoint is being written that training is to go on from."""
 
-_TAUGHT = "_torchprune_taught"
 _INSTEAD = "Where it was written, save it with torchprune.save, or with"
 
 
 def teach() -> None:
     """Wrap the libraries' methods: now where they are imported, else when they are."""
-    waiting: dict[str, Callable[[ModuleType], None]] = {
+    waiting: dict[str, Lesson] = {
         "transformers.modeling_utils": _teach_models,
         "transformers.trainer": _teach_trainer,
         "huggingface_hub.hub_mixin": _teach_mixin,
         "accelerate.accelerator": _teach_accelerator,
         "safetensors.torch": _teach_safetensors,
     }
-    for name, lesson in list(waiting.items()):
-        if (module := sys.modules.get(name)) is not None:
-            lesson(module)
-            del waiting[name]
-    if waiting:
-        sys.meta_path.insert(0, _Awaited(waiting))
-
-
-class _Awaited(MetaPathFinder):
-    """Finds no module itself; tells when some have been imported."""
-
-    def __init__(self, waiting: dict[str, Callable[[ModuleType], None]]) -> None:
-        self._waiting = waiting
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        lesson = self._waiting.pop(name, None)
-        if lesson is None:
-            return None
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            try:
-                execute(module)
-            except BaseException:
-                self._waiting[name] = lesson  # it may be tried again
-                raise
-            lesson(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _wrapped(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put another function in a method's place, once."""
-    method = vars(owner).get(name)
-    kind = classmethod if isinstance(method, classmethod) else None
-    function = method.__func__ if kind else method
-    if function is None or hasattr(function, _TAUGHT):
-        return
-    taught = functools.wraps(function)(make(function))
-    setattr(taught, _TAUGHT, True)
-    setattr(owner, name, kind(taught) if kind else taught)
+    when_imported(waiting)
 
 
 # -- models ----------------------------------------------------------------------------------------
 
 
 def _teach_models(module: ModuleType) -> None:
-    _wrapped(module.PreTrainedModel, "save_pretrained", _saving)
-    _wrapped(module.PreTrainedModel, "from_pretrained", _loading)
+    wrapped(module.PreTrainedModel, "save_pretrained", _saving)
+    wrapped(module.PreTrainedModel, "from_pretrained", _loading)
 
 
 def _saving(original: Any) -> Any:
@@ -218,9 +168,9 @@ def _loading(original: Any) -> Any:
 
 
 def _teach_trainer(module: ModuleType) -> None:
-    _wrapped(module.Trainer, "_save_checkpoint", _checkpointing)
-    _wrapped(module.Trainer, "_load_from_checkpoint", _resuming)
-    _wrapped(module.Trainer, "_load_best_model", _going_back)
+    wrapped(module.Trainer, "_save_checkpoint", _checkpointing)
+    wrapped(module.Trainer, "_load_from_checkpoint", _resuming)
+    wrapped(module.Trainer, "_load_best_model", _going_back)
 
 
 def _checkpointing(original: Any) -> Any:
@@ -265,15 +215,15 @@ def _restored(trainer: Any, model: Any, directory: str | os.PathLike[str] | None
 
 
 def _teach_mixin(module: ModuleType) -> None:
-    _wrapped(module.PyTorchModelHubMixin, "_save_pretrained", _saving_mixed)
+    wrapped(module.PyTorchModelHubMixin, "_save_pretrained", _saving_mixed)
 
 
 def _teach_accelerator(module: ModuleType) -> None:
-    _wrapped(module.Accelerator, "save_model", _saving_by_accelerator)
+    wrapped(module.Accelerator, "save_model", _saving_by_accelerator)
 
 
 def _teach_safetensors(module: ModuleType) -> None:
-    _wrapped(module, "load_model", _reading)
+    wrapped(module, "load_model", _reading)
 
 
 def _reading(original: Any) -> Any:

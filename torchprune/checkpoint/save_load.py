@@ -40,7 +40,6 @@ from torchprune.lowering.modules import BitmaskLinear
 from torchprune.masking.mask import attach, detach, mask_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, obstacle, slots_of, ties_of
-from torchprune.masking.selection import maskable_of
 from torchprune.reports.report import keep_runs, remember_source, runs_of
 from torchprune.structure.size_record import resize, resized_of
 from torchprune.structure.snapshot import Snapshot
@@ -239,7 +238,7 @@ def _check_fit(
             expected = _described(slot.kind, slot.tensor.shape, entry.torch_dtype)
         if expected != got:
             raise CheckpointError(f"{key}: expected {expected} in the {name}, got {got}")
-    prunable = {layer.key for layer in maskable_of(model)}
+    prunable = {key for key, s in slots.items() if s.kind == "parameter"}
     for key, entry in entries.items():
         if entry.kind != "transient" and key not in lasting:
             raise CheckpointError(f"{key}: in the saved model, but the {name} has no such tensor")
@@ -312,17 +311,20 @@ def _place(entries: dict[str, Entry], slots: dict[str, Slot], held: dict[str, Te
 
 def _dress(model: nn.Module, manifest: Manifest, decoded: dict[str, Decoded]) -> None:
     """Attach the masks and what is known of them."""
-    for layer in list(maskable_of(model)):
-        entry = manifest.tensors.get(layer.key)  # none where another parametrization holds it
-        if entry is None or entry.record is None:
+    for key, slot in slots_of(model).items():
+        entry = manifest.tensors.get(key)  # none where another parametrization holds it
+        if entry is None or entry.record is None or key not in decoded:
             continue
-        read = decoded[layer.key]
+        read = decoded[key]
         assert read.mask is not None
-        attach(layer.module, layer.tensor, read.mask, entry.record, read.dense)
-        mask = mask_of(layer.module, layer.tensor)
-        assert mask is not None
+        hides = entry.hidden and entry.reversible  # else pruned values were not stored
+        mask = mask_of(slot.module, slot.name)
+        if mask is None:
+            mask = attach(slot.module, slot.name, read.mask, entry.record, reversible=hides)
+        else:
+            mask.hidden = None  # of what the model was
+            mask.change(slot.tensor, read.mask, entry.record, reversible=hides)
         mask.dense = read.dense
-        mask.reversible = entry.hidden and entry.reversible  # else pruned values were not stored
     keep_runs(model, manifest.runs)
     remember_source(model, None if manifest.header is not None else _UNCHECKED)
 

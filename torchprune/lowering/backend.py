@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchprune.errors import LoweringError
 from torchprune.lowering.bitmask import SLACK, Bitmask, obstacle
 from torchprune.lowering.kernels import operators as kernels
+from torchprune.masking.keeper import Guarded
 
 log = logging.getLogger(__name__)
 
@@ -176,11 +177,11 @@ def _weights_of(graph: Graph, example_inputs: Sequence[Any]) -> list[_Weight]:
     found: list[_Weight] = []
     pairs = dict.fromkeys(origin for origin in origins.values() if len(origin) == 2)
     for pair in pairs:
-        weight, mask = sorted(pair, key=lambda node: value[node].dtype == torch.bool)
+        weight, mask = sorted(pair, key=lambda node: not value[node].is_floating_point())
         w, m = value[weight], value[mask]
-        if m.dtype != torch.bool or not w.is_floating_point() or w.shape != m.shape:
+        if not w.is_floating_point() or m.dtype not in (torch.bool, torch.uint8):
             continue
-        inside = {node for node, origin in origins.items() if origin <= pair}
+        inside = {node for node, origin in origins.items() if origin and origin <= pair}
         results = [node for node in inside if any(user not in inside for user in node.users)]
         if any(origins[node] != pair or not _is_like(node, w) for node in results):
             continue  # something reads the weight or the mask otherwise
@@ -202,15 +203,20 @@ def _is_held(node: Node) -> bool:
 
 
 def _is_plain(example: object) -> bool:
-    return type(example) in (Tensor, nn.Parameter)
+    return type(example) in (Tensor, nn.Parameter, Guarded)
 
 
 def _origins(graph: Graph, held: set[Node]) -> dict[Node, frozenset[Node]]:
-    """For every node that computes from held tensors alone, without changing any: which ones."""
+    """For every node that computes from held tensors alone, without changing any: which ones.
+
+    None of them for what counts up numbers, as the unpacking of a mask's bits does.
+    """
     origins = {node: frozenset([node]) for node in held}
     for node in graph.nodes:
         reads = node.all_input_nodes
-        if node.op not in ("call_function", "call_method") or not reads or _writes(node):
+        if node.op not in ("call_function", "call_method") or _writes(node):
+            continue
+        if not reads and node.target is not torch.arange:
             continue
         if all(read in origins for read in reads):
             origins[node] = frozenset[Node]().union(*(origins[read] for read in reads))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from typing import cast
 
 from torch import nn
@@ -50,30 +51,29 @@ def adapted(module: nn.Module) -> Adapted | None:
     layer = module.get_submodule(name)
     inside = {id(weight)} if layer is module else {id(p) for p in layer.parameters()}
     own = [p for p in module.parameters() if id(p) not in inside]
-    sides = [_side(p, weight.shape[:2]) for p in own if p.requires_grad and p.dim() > 1]
-    return Adapted(name, own) if {0, 1} <= set(sides) and None not in sides else None
+    spans = [_spans(p, weight.shape[:2]) for p in own if p.requires_grad and p.dim() > 1]
+    if all(spans) and any(0 in a and 1 in b for a, b in permutations(spans, 2)):
+        return Adapted(name, own)
+    return None
 
 
 def _frozen_weight(module: nn.Module) -> nn.Parameter | None:
-    if prunable_names(module) != ("weight",):
-        return None
     if parametrize.is_parametrized(module, "weight"):
         chain = cast(nn.ModuleDict, module.parametrizations)["weight"]
         weight = chain._parameters.get("original")
     else:
         weight = module._parameters.get("weight")
-    return weight if weight is not None and not weight.requires_grad else None
+    if weight is None or weight.requires_grad or prunable_names(module) != ("weight",):
+        return None
+    return weight
 
 
-def _side(factor: nn.Parameter, shape: tuple[int, ...]) -> int | None:
-    """Which axis of a matrix of this shape a low-rank factor spans, or None."""
-    for axis, long in enumerate(shape):
-        sizes = list(factor.shape[:2])
-        if long in sizes:
-            sizes.remove(long)
-            if sizes[0] < min(shape):
-                return axis
-    return None
+def _spans(factor: nn.Parameter, shape: tuple[int, ...]) -> set[int]:
+    """Which axes of a matrix of this shape a low-rank factor may span."""
+    rank, length = sorted(factor.shape[:2])
+    if rank >= min(shape):
+        return set()
+    return {axis for axis, size in enumerate(shape) if size == length}
 
 
 def adapter_parameters(model: nn.Module) -> set[int]:

@@ -20,7 +20,7 @@ the depth of a convolutional net, first layers of a thousandth of the weights do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -52,22 +52,25 @@ class Surroundings:
 
 def surroundings_of(
     model: nn.Module,
-    views: Mapping[Layer, View],
+    layers: Sequence[Layer],
     blocks: Mapping[str, nn.Module],
-    routers: Mapping[int, str] | None = None,
+    views: Mapping[str, View],
+    watched: Mapping[int, str] | None = None,
 ) -> Surroundings:
     """What `why_dense` needs of a model's layers.
 
     Args:
-        views: its layers, and how each reads as matrices.
-        routers: id of a parameter -> why it is a router or a gate, of those seen at work.
+        views: of those layers that can be pruned, by their keys.
+        watched: routers and gates that were seen at work, see `calibration/routers.py`.
     """
-    gates = {**gates_of(model, blocks), **(routers or {})}
+    gates = {**gates_of(model, blocks), **(watched or {})}
     shares: dict[int, float] = {}
     for block in blocks.values():
         copies = copies_of(block)
-        inside = [(y, view) for y, view in views.items() if id(y.module) in copies]
-        sizes = {id(original_of(y.module, y.tensor)): _once(y, v, copies) for y, v in inside}
+        inside = [y for y in layers if id(y.module) in copies and y.key in views]
+        sizes = {
+            id(original_of(y.module, y.tensor)): _once(y, views[y.key], copies) for y in inside
+        }
         total = sum(sizes.values())
         shares |= {key: size / total for key, size in sizes.items() if total}
     return Surroundings(gates, adapter_parameters(model), shares)

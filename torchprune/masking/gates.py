@@ -58,11 +58,11 @@ def _beside(module: nn.Module, count: int, inside: set[int]) -> dict[int, str]:
 def _stacks(module: nn.Module, *, lists: bool) -> Iterator[tuple[int, set[int]]]:
     """How many experts stand directly below a module, and the ids of their parameters."""
     for child in module.children():
-        inside = {id(p) for p in child.parameters()}
+        counts = {len(p) for p in _stacked(child)}
         if lists and not isinstance(child, nn.Sequential) and (count := alike(child)) > 1:
-            yield count, inside
-        for count in {len(p) for p in _stacked(child)}:
-            yield count, inside
+            counts.add(count)
+        for count in counts:
+            yield count, {id(p) for p in child.parameters()}
     own = _stacked(module)
     for count in {len(p) for p in own}:
         yield count, {id(p) for p in own}

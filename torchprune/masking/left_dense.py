@@ -27,7 +27,7 @@ class Left:
     why: str
 
 
-def lost(left: Sequence[Left], kept: int) -> str | None:
+def lost_of(left: Sequence[Left], *, kept: int) -> str | None:
     """What to say of the layers that should be pruned and cannot carry a mask.
 
     Tied weights are not lost: what they are tied to was to stay dense.
@@ -63,35 +63,28 @@ def _size(layer: Layer) -> int:
     return max((p.numel() for p in chain.parameters()), default=0)
 
 
-def uncovered(
-    model: nn.Module,
-    request: Request,
-    left: Sequence[Left],
-    layers: Collection[Layer],
-    masked: Collection[int],
+def uncovered_of(
+    model: nn.Module, request: Request, left: Sequence[Left], masked: Collection[int]
 ) -> str | None:
-    """What to say of weights without a mask by no one's choice: of the rule's, and of no layer's.
+    """What to say of weights that stay dense by the rule, or are no layer that can be pruned.
 
     Args:
-        layers: what the request chose from.
         masked: the ids of the parameters that are to be pruned.
     """
+    known = {x.layer.key: x for x in left}
     coverage = coverage_of(model, masked)
-    left_by, known = {x.layer.key: x for x in left}, {y.key for y in layers}
     reasons: dict[Layer, str] = {}
     for tensor in coverage.bare:
-        one = left_by.get(tensor.key)
+        one = known.get(tensor.key)
         if one is not None and one.kind in ("rule", "misfit"):
             reasons[tensor] = one.why
-        elif tensor.key not in known and not request.leaves_out(tensor):
-            reasons[tensor] = _unknown(tensor)
+        elif one is None and not request.leaves_out(tensor):
+            reasons[tensor] = (
+                "it is pruned only where it is named"
+                if is_asked_for(tensor.module)
+                else "nothing is known of how it multiplies"
+            )
     return warning_of(coverage, reasons)
-
-
-def _unknown(tensor: Layer) -> str:
-    if is_asked_for(tensor.module):
-        return f"a {type(tensor.module).__name__} is pruned only where it is named"
-    return "it was not seen to multiply and belongs to no layer that is known how to prune"
 
 
 def nothing_left(model: nn.Module, left: Sequence[Left]) -> TorchpruneError:

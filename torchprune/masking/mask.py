@@ -7,117 +7,74 @@ the original where kept and exactly `+0.0` elsewhere, whatever the original hold
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import cast
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, SpecError, did_you_mean
+from torchprune.masking.access import install, own_class, uninstall
 from torchprune.masking.adapters import named_as_plain
+from torchprune.masking.awaited import around_exports
+from torchprune.masking.keeper import values_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
-from torchprune.masking.packing import masked, pack_bits, unpack_bits
+from torchprune.masking.packing import masked, merge_bits, pack_bits, pack_values
+from torchprune.masking.parametrization import Mask as Mask
+from torchprune.masking.parametrization import Record as Record
+from torchprune.masking.parametrization import laid_out_like as laid_out_like
+from torchprune.masking.parametrization import mismatch
 from torchprune.masking.scales import scale_of
 from torchprune.masking.selection import Layer, layer_at, tied_to
 
 
-@dataclass(frozen=True)
-class Record:
-    """How a mask came about: what `report` shows beside what it counts.
-
-    Attributes:
-        method: "magnitude", "wanda", "sparsegpt" and so on, the qualified name of a user's own
-            function, or "given" (by `apply_masks`).
-        pattern: the pattern's name, with the asked sparsity where the pattern implies none.
-        updates_weights: whether the method changed kept weights.
-        error: relative squared error of the layer's output on calibration inputs,
-            ||X (W - W')^T||^2 / ||X W^T||^2, or None without data.
-        tokens: calibration rows that reached the layer.
-        note: anything the user should know.
-    """
-
-    method: str
-    pattern: str
-    updates_weights: bool = False
-    error: float | None = None
-    tokens: int | None = None
-    note: str = ""
+def _clean_before_saving(chain: Any, prefix: str, keep_vars: bool) -> None:
+    """A hook: what a `state_dict` holds has the zeros."""
+    for mask in chain:
+        if isinstance(mask, Mask):
+            mask.makes_ready(chain.original)
 
 
-class Mask(nn.Module):
-    """The parametrization: `weight = where(mask, original, 0)`.
-
-    Buffers:
-        mask: bool, the weight's shape, True = kept. Part of `state_dict`, follows `.to()`.
-        dense: the weight before pruning, only where `keep_dense` was asked for.
-    """
-
-    mask: Tensor
-    dense: Tensor | None
-
-    def __init__(self, mask: Tensor, record: Record, dense: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-        self.register_buffer("dense", dense)
-        self.record = record
-        self.reversible = not record.updates_weights
-        """Whether the parametrized original still holds the dense values."""
-        self._bits: tuple[Tensor, torch.Size] | None = None
-        self._transparent = False
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if self._transparent:
-            return weight
-        mask = self.whole()
-        if torch.is_grad_enabled() or torch.compiler.is_exporting():
-            return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
-        return masked(weight, mask)  # inductor folds this one where weights are frozen
-
-    def compress(self, into: Tensor) -> None:
-        """Hold the mask as one bit a weight, `into` uint8; the buffer is empty until `expand`."""
-        if self._bits is None:
-            self._bits = into.copy_(pack_bits(self.mask)), self.mask.shape
-            self.mask = self.mask.new_empty(0)
-
-    def expand(self, like: Tensor) -> None:
-        """Undo `compress`; the mask takes the memory format of the weight, `like`."""
-        if self._bits is not None:
-            self.mask, self._bits = laid_out_like(self.whole(), like), None
-
-    @contextmanager
-    def transparent(self) -> Iterator[None]:
-        """For a while, give weights as they are: somebody else sees to the zeros."""
-        self._transparent = True
-        try:
-            yield
-        finally:
-            self._transparent = False
-
-    def whole(self) -> Tensor:
-        """The mask, whether or not it is compressed."""
-        return self.mask if self._bits is None else unpack_bits(*self._bits)
-
-    def snapshot(self) -> tuple[Tensor, Record, bool, Tensor | None]:
-        """What `restore` needs to make this mask what it is now."""
-        return pack_bits(self.whole()), self.record, self.reversible, self.dense
-
-    def restore(self, snapshot: tuple[Tensor, Record, bool, Tensor | None]) -> None:
-        """Become what the mask was when the snapshot was taken. It must not be compressed."""
-        bits, self.record, self.reversible, self.dense = snapshot
-        self.mask.copy_(unpack_bits(bits, self.mask.shape))
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        # Identity, so that registering a mask keeps the masked values: pruning can be taken back.
-        return weight
+def _pack_before_loading(
+    chain: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """A hook: a state from before there were bits is read as one with them."""
+    own, key = chain[0], f"{prefix}0.mask"
+    mask, original = state_dict.get(key), state_dict.get(f"{prefix}original")
+    if not isinstance(own, Mask) or mask is None or f"{prefix}0.bits" in state_dict:
+        return
+    del state_dict[key]
+    if mask.shape != own.shape or mask.dtype != torch.bool:
+        error_msgs.append(mismatch(key, mask, torch.bool, own.shape))
+        state_dict[f"{prefix}0.bits"] = own.bits
+        return
+    state_dict[f"{prefix}0.bits"] = pack_bits(mask)
+    if own.hidden is not None and original is not None and original.shape == own.shape:
+        hidden = pack_values(original, ~mask.to(original.device))
+        state_dict[f"{prefix}0.hidden"] = hidden.to(own.hidden.dtype)
 
 
-def laid_out_like(mask: Tensor, weight: Tensor) -> Tensor:
-    """The mask in the weight's memory format, so that masking does not undo `channels_last`."""
-    if mask.stride() == weight.stride():
-        return mask
-    return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+def _clean_after_loading(chain: Any, incompatible_keys: object) -> None:
+    """A hook: what was loaded has the zeros, also where the parameter is another one now."""
+    for mask in chain:
+        if isinstance(mask, Mask):
+            mask.put_on(chain.original)
+
+
+def keep_zeros(module: nn.Module) -> None:
+    """Have the masks of a module keep the zeros of the parameters that it has now."""
+    if parametrize.is_parametrized(module):
+        for name in cast(nn.ModuleDict, module.parametrizations):
+            if (mask := mask_of(module, name)) is not None:
+                mask.put_on(original_of(module, name))
 
 
 def mask_of(module: nn.Module, tensor: str) -> Mask | None:
@@ -164,37 +121,80 @@ def parameters_of(model: nn.Module) -> Iterator[Layer]:
 
 
 def attach(
-    module: nn.Module, tensor: str, mask: Tensor, record: Record, dense: Tensor | None = None
-) -> None:
-    """Put a mask on a module's tensor, or replace the one it carries. The values stay.
+    module: nn.Module,
+    tensor: str,
+    mask: Tensor,
+    record: Record,
+    dense: Tensor | None = None,
+    *,
+    reversible: bool = True,
+) -> Mask:
+    """Put a mask on a module's tensor, or replace the one it carries. What is kept stays.
 
-    The mask takes the weight's memory format, which the masked weight then has too.
+    Args:
+        dense: the weight before a method changed it, to keep beside it.
+        reversible: keep what the mask prunes, where the record says that it is the dense values.
+
+    Returns:
+        the mask, of which there is one at a time.
     """
-    present = mask_of(module, tensor)
+    reversible = reversible and not record.updates_weights
+    weight, present = original_of(module, tensor), mask_of(module, tensor)
     if present is not None:
-        present.mask.copy_(mask)  # in place: compiled models see the new mask without recompiling
-        present.record = record
-        present.reversible = present.reversible and not record.updates_weights
+        present.change(weight, mask, record, reversible=reversible and present.reversible)
         if dense is not None:
             present.dense = dense
-        return
-    mask = laid_out_like(mask, original_of(module, tensor))
-    order = list(module._parameters)
-    _own_class(module)
-    parametrize.register_parametrization(module, tensor, Mask(mask, record, dense), unsafe=True)
+        return present
+    hidden = pack_values(values_of(weight), ~mask) if reversible else None
+    return put_on(module, tensor, Mask(mask, record, dense, hidden))
+
+
+def put_on(module: nn.Module, tensor: str, mask: Mask) -> Mask:
+    """Put a mask that is made already on a module's tensor that has none."""
+    mask.__dict__["order"] = list(module._parameters)
+    if parametrize.is_parametrized(module):
+        held = (mask_of(module, name) for name in cast(nn.ModuleDict, module.parametrizations))
+        mask.__dict__["order"] = next(
+            (m.__dict__["order"] for m in held if m is not None), list(module._parameters)
+        )
+    own_class(module)
     # `unsafe` skips only a trial run of the mask; shapes were checked by whoever made it.
-    mask_of(module, tensor).__dict__["order"] = order
+    parametrize.register_parametrization(module, tensor, mask, unsafe=True)
+    install(module, tensor)
+    chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
+    chain.register_state_dict_pre_hook(_clean_before_saving)
+    chain.register_load_state_dict_pre_hook(_pack_before_loading)
+    chain.register_load_state_dict_post_hook(_clean_after_loading)
+    mask.put_on(original_of(module, tensor))
+    around_exports(_exporting)
+    return mask
 
 
 def detach(module: nn.Module, tensor: str) -> None:
     """Remove a mask and leave the parameter behind it as it is, in its old place."""
     mask = mask_of(module, tensor)
-    order = mask.__dict__.get("order", []) if mask is not None else []
-    _own_class(module)
+    order: list[str] = []
+    if mask is not None:
+        order = mask.__dict__.get("order", [])
+        mask.keeper.free()
+    own_class(module)
+    uninstall(module)
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
     for name in order:  # registration had moved the parameter to the end of the state_dict
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
+
+
+@contextmanager
+def _exporting(model: object) -> Iterator[None]:
+    """While a model is exported its masks are bool buffers: what graph passes look for."""
+    with ExitStack() as stack:
+        if isinstance(model, nn.Module):
+            for layer, mask in list(masked_layers(model)):
+                original = original_of(layer.module, layer.tensor)
+                mask.makes_ready(original)
+                stack.enter_context(mask.exported(original))
+        yield
 
 
 def obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
@@ -237,39 +237,22 @@ def _original_key(layer: Layer) -> str:
     return f"{prefix}parametrizations.{layer.tensor}.original"
 
 
-def _own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
-
-    torch adds and deletes the tensor's property on the class, which a deepcopy shares: without
-    this, folding a copy would take the weight away from the original.
-    """
-    if parametrize.is_parametrized(module):
-        shared = type(module)
-        own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-        if isinstance(module, nn.RNNBase):  # its forward reads a list of its parameters
-            own["_flat_weights"] = property(_flat_weights, lambda *_: None)
-        module.__class__ = type(shared.__name__, shared.__bases__, own)
-
-
-def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
-    return [getattr(module, name, None) for name in module._flat_weights_names]
-
-
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks of a sparsified model.
 
     Returns:
         tensor name in the plain model's `state_dict` -> bool mask of the weight's shape, True =
-        kept. The masks are the model's own; clone before changing them.
+        kept. They are copies: give changed ones to `apply_masks`.
     """
     return {layer.key: mask.mask for layer, mask in masked_layers(model)}
 
 
 @on_ordinary_tensors
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """Attach given masks (True = kept) to a model, in place; weights are not changed.
+    """Attach given masks (True = kept) to a model, in place; what they keep is not changed.
 
-    A layer that has a mask gets the new one instead. Gradients flow to kept weights only.
+    A tensor that has a mask gets the new one instead. Gradients flow to kept weights only. Any
+    floating-point parameter of any module can carry one.
 
     Args:
         masks: as `torchprune.masks` returns them: tensor name -> bool of the weight's shape.
@@ -295,7 +278,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     for key, mask in masks.items():
         layer = layers[key]
         weight = original_of(layer.module, layer.tensor)
-        own = mask.detach().to(weight.device, copy=True)
+        own = mask.detach().to(weight.device)
         attach(layer.module, layer.tensor, own, Record("given", "given"))
     return model
 
@@ -305,8 +288,9 @@ def densify(model: nn.Module) -> nn.Module:
     """Take the pruning back, in place: masks go, the dense weights return bit for bit.
 
     For a method that changed weights (`SparseGPTSpec`) this needs `sparsify(...,
-    keep_dense=True)`; for a loaded model the dense values are gone unless they were kept so.
-    Weights trained under a mask keep what they learned. Where a spec's `permute` put channels in
+    keep_dense=True)`; for a loaded model the dense values are gone unless they were kept so, and
+    after `sparsify(..., reversible=False)` too. Kept weights that were trained, or written, since
+    the pruning keep what they learned. Where a spec's `permute` put channels in
     another order they stay in it: the same function, with permuted weights.
 
     Raises:
@@ -316,17 +300,45 @@ def densify(model: nn.Module) -> nn.Module:
     if not found:
         raise MaskError("densify: this model carries no torchprune masks")
     for layer, mask in found:
-        if mask.dense is None and not mask.reversible:
+        if mask.dense is None and mask.hidden is None:
             raise MaskError(
-                f"densify: the dense weights of {layer.name} are gone ({mask.record.method} "
-                "changed them, or they were not saved); prune with keep_dense=True to be able to "
-                "go back, or use fold(model) to go on"
+                f"densify: the dense weights of {layer.name} are gone ({_why_gone(mask.record)}, "
+                "or use fold(model) to go on"
             )
     for layer, mask in found:
-        if mask.dense is not None:
-            original_of(layer.module, layer.tensor).data = mask.dense
+        original = original_of(layer.module, layer.tensor)
+        mask.makes_ready(original)
         detach(layer.module, layer.tensor)
+        if mask.dense is not None:
+            original.data = mask.dense
+        elif type(values_of(original)) is Tensor:
+            mask.fill(original.data)
+        else:
+            _fill_shard(original, mask)
     return model
+
+
+def _fill_shard(shard: Any, mask: Mask) -> None:
+    """Put the hidden values into this process's part of a sharded weight."""
+    from torch.distributed.tensor import distribute_tensor  # torch without it has no shards
+
+    assert mask.hidden is not None
+    whole = torch.zeros(mask.shape, dtype=mask.hidden.dtype, device=mask.hidden.device)
+    mask.fill(whole)
+    part: Any = distribute_tensor(whole, shard.device_mesh, shard.placements)
+    merge_bits(shard.to_local(), part.to_local())
+
+
+def _why_gone(record: Record) -> str:
+    if record.updates_weights:
+        return (
+            f"{record.method} changed them, or they were not saved); prune with keep_dense=True to "
+            "be able to go back"
+        )
+    return (
+        "reversible=False was asked for, or they were not saved); prune with reversible=True to be "
+        "able to go back"
+    )
 
 
 @on_ordinary_tensors
@@ -337,7 +349,8 @@ def fold(model: nn.Module) -> nn.Module:
     """
     for layer, mask in list(masked_layers(model)):
         original = original_of(layer.module, layer.tensor)
-        folded = masked(original, mask.mask)
+        clean = mask.makes_ready(original)
         detach(layer.module, layer.tensor)
-        original.data = folded
+        if not clean:
+            original.data = masked(original, laid_out_like(mask.mask, original))
     return model

@@ -8,10 +8,12 @@ follow in the same order. The laws, for every dtype of 1, 2, 4 or 8 bytes:
     unpack_values(pack_values(t, mask), mask) is t on the mask and all zero bits elsewhere
     with mask = nonzero_bits(t) that is t itself: -0.0 and every NaN come back as they were
     masked(t, mask) == where(mask, t, 0), the same bits
+    after clear(t, pack_bits(mask)) t is what masked(t, mask) was
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -23,6 +25,9 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _CHUNK = 1 << 24
 """Elements gathered at once: torch writes an eight-byte index for each one it takes."""
+
+_PIECE = 1 << 15
+"""Bytes of bits that a processor clears by at once, so that what they select stays in its cache."""
 
 
 def packed_size(count: int) -> int:
@@ -79,10 +84,55 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
             f"{count} bits are uint8 ({packed_size(count)},), got {bits.dtype} {tuple(bits.shape)}"
         )
     # Each byte's eight bools at once, as one 64-bit word from a table.
-    byte, lane = (torch.arange(n, dtype=torch.uint8, device=bits.device) for n in (256, 8))
-    table = ((byte.unsqueeze(1) >> lane) & 1).view(torch.int64).view(-1)
-    flat = table.take(bits.long()).view(torch.uint8)[:count]
+    table = _lanes(bits.device).view(torch.int64).view(-1)
+    flat = table.index_select(0, bits.int()).view(torch.uint8)[:count]
     return flat.view(torch.bool).reshape(tuple(shape))
+
+
+def traced_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `unpack_bits` gives, in operations that every tracer and compiler knows."""
+    lane = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flat = (bits.unsqueeze(1) >> lane).bitwise_and(1).view(-1)[: math.prod(shape)]
+    return flat.view(tuple(shape)).to(torch.bool)
+
+
+def clear(tensor: Tensor, bits: Tensor) -> None:
+    """Make every element zero, in place, that the bits do not keep, whatever it holds.
+
+    In pieces, so that no mask of a byte a weight comes to be. It must not overlap with itself.
+    """
+    words = _WORDS[tensor.itemsize]
+    if not tensor.is_contiguous():
+        tensor.view(words).mul_(unpack_bits(bits, tensor.shape))
+        return
+    flat = tensor.view(-1).view(words)
+    eights = flat.numel() // 8
+    groups, table = flat[: 8 * eights], _keepers(tensor.device, tensor.itemsize)
+    if tensor.data_ptr() % 8 == 0 and tensor.storage_offset() * tensor.itemsize % 8 == 0:
+        groups, table = groups.view(torch.int64), table.view(torch.int64)
+    piece = _PIECE if tensor.device.type == "cpu" else _CHUNK
+    pairs = zip(
+        groups.view(eights, table.shape[1]).split(piece), bits[:eights].split(piece), strict=True
+    )
+    for group, some in pairs:
+        group.bitwise_and_(table.index_select(0, some.int()))
+    if rest := flat.numel() - 8 * eights:
+        flat[-rest:].bitwise_and_(table.view(words).view(256, 8)[bits[-1:].long(), :rest].view(-1))
+
+
+@functools.cache
+def _lanes(device: torch.device) -> Tensor:
+    """The eight bits of each byte: uint8 (256, 8)."""
+    with torch.inference_mode(False):
+        byte, lane = (torch.arange(n, dtype=torch.uint8, device=device) for n in (256, 8))
+        return (byte.unsqueeze(1) >> lane) & 1
+
+
+@functools.cache
+def _keepers(device: torch.device, itemsize: int) -> Tensor:
+    """The same as words of an element's size, all ones for a bit that is set."""
+    with torch.inference_mode(False):
+        return -_lanes(device).to(_WORDS[itemsize])
 
 
 def padding_is_zero(bits: Tensor, count: int) -> bool:
@@ -110,3 +160,21 @@ def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
     out = torch.zeros(mask.numel(), dtype=words.dtype, device=words.device)
     out.masked_scatter_(mask.reshape(-1), words)
     return out.view(values.dtype).view(mask.shape)
+
+
+def put_values(tensor: Tensor, mask: Tensor, values: Tensor) -> None:
+    """Write values, in place, where the mask is set, in order; the rest stays.
+
+    Raises:
+        ValueError: there are more or fewer values than the mask has places.
+    """
+    places = int(torch.count_nonzero(mask))
+    if values.dim() != 1 or values.numel() != places:
+        raise ValueError(f"the mask has {places} places, got values {tuple(values.shape)}")
+    tensor.view(_WORDS[tensor.itemsize]).masked_scatter_(mask, as_words(values.to(tensor.dtype)))
+
+
+def merge_bits(tensor: Tensor, other: Tensor) -> None:
+    """Write another tensor's values in place; wherever one of the two is not +0.0, the other is."""
+    words = _WORDS[tensor.itemsize]
+    tensor.view(words).bitwise_or_(other.to(tensor.dtype).view(words))

@@ -78,8 +78,6 @@ def view_of_parts(parameter: Tensor, parts: Sequence[Part]) -> View | None:
     found = [role or "group" for role in roles[::-1]]
     places = _in_order(steps[::-1], parts[0])
     picked = {role: [a for a in places if found[a] == role] for role in ("group", "row", "col")}
-    if not picked["row"] and not picked["col"]:
-        return None
     first = parts[0]
     return View.of("parts", shape, picked["group"], picked["row"], picked["col"], axis=first.inner)
 

@@ -68,20 +68,20 @@ def _axes(module: nn.Module, tensor: str) -> int:
     return cast(Tensor, module._parameters[tensor]).ndim
 
 
-def layer_at(path: str, plain: str, module: nn.Module, tensor: str) -> Layer:
-    """A module's tensor as a layer, by the module's name and the one it has without adapters."""
-    key = f"{path}.{tensor}" if path else tensor
-    if tensor == "weight" and plain:
-        return Layer(plain, key, module, tensor)
-    return Layer(f"{plain}.{tensor}" if plain else tensor, key, module, tensor)
-
-
 def maskable_of(model: nn.Module) -> Iterator[Layer]:
     """Every tensor that may carry a mask: the prunable ones and the biases beside them."""
     for name, plain, module in named_as_plain(model):
         names = prunable_names(module)
         for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
             yield layer_at(name, plain, module, tensor)
+
+
+def layer_at(name: str, plain: str, module: nn.Module, tensor: str) -> Layer:
+    """A module's tensor, by the module's name and by its name in the model without adapters."""
+    key = f"{name}.{tensor}" if name else tensor
+    if tensor == "weight" and plain:
+        return Layer(plain, key, module, tensor)
+    return Layer(f"{plain}.{tensor}" if plain else tensor, key, module, tensor)
 
 
 def has_bias(module: nn.Module) -> bool:

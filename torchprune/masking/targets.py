@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchprune.errors import SpecError, TargetError
 from torchprune.masking.defaults import surroundings_of, why_dense
-from torchprune.masking.left_dense import Left, lost, nothing_left, uncovered
+from torchprune.masking.left_dense import Left, lost_of, nothing_left, uncovered_of
 from torchprune.masking.mask import Mask, mask_of, obstacle, original_of
 from torchprune.masking.matrices import View, is_asked_for, prunable_names, view_of
 from torchprune.masking.reading import Reading
@@ -74,7 +74,7 @@ def make_plan(
     model: nn.Module,
     spec: Spec,
     readings: Mapping[int, Reading] | None = None,
-    routers: Mapping[int, str] | None = None,
+    watched: Mapping[int, str] | None = None,
 ) -> Plan:
     """Decide every layer's fate before anything is touched.
 
@@ -82,14 +82,14 @@ def make_plan(
     what the user names himself, in full, is an error.
 
     Args:
-        readings: how the model reads its parameters, by their identity, where that was looked at.
-        routers: why a parameter is a router or a gate, by its identity, likewise.
+        readings: id of a parameter -> how the model reads it, where that was looked at.
+        watched: id of a parameter -> why it is a router or a gate, of those seen at work.
 
     Raises:
         TargetError: a selector matches nothing, or names a layer that cannot be pruned; nothing is
             left to prune, or less than half of what should be.
-        SpecError: a shape cannot hold the pattern and the layer is named or nothing else is left, a
-            layer is already sparser, or it holds codes that the method cannot write.
+        SpecError: a shape cannot hold the pattern and the layer is named or the only one, a layer
+            is already sparser, or it holds codes that the method cannot write.
     """
     readings, blocks, request = readings or {}, repeated_blocks(model), Request.of(spec)
     layers = _candidates(model, request, readings)
@@ -97,17 +97,20 @@ def make_plan(
     inside = {id(m) for block in blocks.values() for m in block.modules()}
     head, ties = output_head(model), tied_to(model)
     barred = {y.key: why for y in layers if (why := obstacle(y, ties))}
-    views = {y: _view(y, readings) for y in layers if y.key not in barred}
-    dense = _dense_by_default(model, views, blocks, routers)
+    views = {y.key: _view(y, readings) for y in layers if y.key not in barred}
+    around = surroundings_of(model, layers, blocks, views, watched)
+    found = ((y.key, why_dense(y, views[y.key], around)) for y in layers if y.key in views)
+    dense = {key: why for key, why in found if why is not None}
 
     def fate(layer: Layer) -> Target | Left:
-        named, goal = request.named(layer), request.goal_of(layer)
+        named = request.named(layer)
         if request.ignores(layer):
             return Left(layer, "choice", "ignored")
         if not request.targets and blocks and id(layer.module) not in inside:
             return Left(layer, "choice", "outside the repeated blocks")
         if layer.module is head and named != "targets":
             return Left(layer, "choice", "output head (name it in targets to prune it)")
+        goal = request.goal_of(layer)
         if goal is None:
             return Left(layer, "choice", f"dense by overrides[{request.override(layer)!r}]")
         if why := barred.get(layer.key):
@@ -117,7 +120,7 @@ def make_plan(
         if layer.key in dense and not request.means(layer, layers, dense):
             return Left(layer, "rule", dense[layer.key])
         reading = readings.get(id(original_of(layer.module, layer.tensor)))
-        target = Target(layer, goal, views[layer], reading)
+        target = Target(layer, goal, views[layer.key], reading)
         if why := _misfit(target):
             if named:
                 raise SpecError(f"{layer.name}: {why}; ignore the layer or override its pattern")
@@ -128,14 +131,27 @@ def make_plan(
     targets = [_checked(one, spec) for one in fates if isinstance(one, Target)]
     left = [one for one in fates if isinstance(one, Left)]
     masked = {id(t.weight): t.weight.numel() for t in targets}
-    warning = lost(left, sum(masked.values()))
+    lost = lost_of(left, kept=sum(masked.values()))
     if not targets:
         raise nothing_left(model, left)
     if spec.scope == "global":
         _check_global(targets, spec)
-    warnings = [warning, uncovered(model, request, left, layers, masked)]
     skipped = {one.layer.name: one.why for one in left}
+    warnings = [lost, uncovered_of(model, request, left, masked)]
     return Plan(targets, skipped, blocks, [w for w in warnings if w is not None])
+
+
+def _view(layer: Layer, readings: Mapping[int, Reading]) -> View:
+    weight = original_of(layer.module, layer.tensor)
+    reading = readings.get(id(weight))
+    return view_of(layer.module, weight.shape) if reading is None else reading.view
+
+
+def _misfit(target: Target) -> str | None:
+    """Why a layer's shape cannot hold its pattern, or None."""
+    view, pattern = target.view, target.goal.pattern
+    along = misfit(pattern, view.rows, view.axis) if isinstance(pattern, NM) else None
+    return along or misfit(pattern, view.rows, view.cols)
 
 
 def _candidates(model: nn.Module, request: Request, readings: Mapping[int, Reading]) -> list[Layer]:
@@ -151,31 +167,6 @@ def _candidates(model: nn.Module, request: Request, readings: Mapping[int, Readi
         if known or seen or request.asks_for(layer):
             found.append(layer)
     return found
-
-
-def _view(layer: Layer, readings: Mapping[int, Reading]) -> View:
-    weight = original_of(layer.module, layer.tensor)
-    reading = readings.get(id(weight))
-    return view_of(layer.module, weight.shape) if reading is None else reading.view
-
-
-def _dense_by_default(
-    model: nn.Module,
-    views: Mapping[Layer, View],
-    blocks: Mapping[str, nn.Module],
-    routers: Mapping[int, str] | None,
-) -> dict[str, str]:
-    """key -> why, for the layers that stay dense unless they are named."""
-    around = surroundings_of(model, views, blocks, routers)
-    found = ((layer.key, why_dense(layer, view, around)) for layer, view in views.items())
-    return {key: why for key, why in found if why is not None}
-
-
-def _misfit(target: Target) -> str | None:
-    """Why a layer's shape cannot hold its pattern, or None."""
-    view, pattern = target.view, target.goal.pattern
-    along = misfit(pattern, view.rows, view.axis) if isinstance(pattern, NM) else None
-    return along or misfit(pattern, view.rows, view.cols)
 
 
 def _checked(target: Target, spec: Spec) -> Target:

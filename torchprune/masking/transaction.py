@@ -1,9 +1,9 @@
 """Changing a model, all or nothing: every layer becomes pruned, or stays what it was.
 
-Memory is what large models lack, so nothing is held twice while batches wait: masks rest as one bit
-a weight until the end, and weights that a method overwrites rest in a temporary file. All those
-bits have one tensor from the start: many that come one by one would settle between the
-activations, and leave holes there that nothing fits in any more.
+Memory is what large models lack, so nothing is held twice while batches wait: masks are one bit a
+weight, with the values that they hide, and weights that a method overwrites rest in a temporary
+file. All those bits have one tensor until the end: many that come one by one would settle between
+the activations, and leave holes there that nothing fits in any more.
 """
 
 from __future__ import annotations
@@ -11,12 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from torchprune.masking.mask import Record, attach, detach
-from torchprune.masking.packing import masked, packed_size
+from torchprune.masking.keeper import values_of
+from torchprune.masking.mask import Mask, Record, detach, put_on
+from torchprune.masking.packing import (
+    clear,
+    masked,
+    pack_bits,
+    pack_values,
+    packed_size,
+    put_values,
+    unpack_bits,
+)
 from torchprune.masking.targets import Target
 from torchprune.masking.undo_file import Spool
 from torchprune.modes import exact
@@ -35,66 +45,102 @@ class Change:
 class _Edit:
     """One layer's change: how it is made, finished and undone.
 
-    Changed values are written into the parameter's own memory, as an optimizer would. Where a mask
-    is all that changes, the parameter holds the folded values only while batches run through the
-    freshly pruned layer (masking on every access would cost more than the product itself), and
-    `settle` then puts the original back under the mask.
+    Values are written into the parameter's own memory, as an optimizer would, and zeros too: what
+    they replace waits packed, or in a temporary file if nobody is to have it back. The mask is
+    attached when the batches have passed.
     """
 
-    def __init__(self, change: Change, room: Tensor, spool: Spool, *, keep_dense: bool) -> None:
-        self.change, self.room, self.spool = change, room, spool
+    def __init__(
+        self, change: Change, room: Tensor, spool: Spool, *, keep_dense: bool, reversible: bool
+    ) -> None:
+        self.change, self.spool = change, spool
+        self.room = room.copy_(pack_bits(change.mask))
         weight, mask = change.target.weight, change.target.mask
-        self.data, self.place, self.dense = weight.data, -1, None
-        self.mask_before = None if mask is None else mask.snapshot()
-        if change.values is None:
-            weight.data = masked(self.data, change.mask)
+        self.data, self.place = values_of(weight), -1
+        self.before = None if mask is None else mask.snapshot()
+        self.reversible = reversible and (mask is None or mask.reversible)
+        self.gone: Tensor | None = None
+        self.dense: Tensor | None = None
+        if change.values is None and not torch._debug_has_internal_overlap(self.data):
+            gone = pack_values(self.data, self._places())
+            if self.reversible:
+                self.gone = gone
+            else:
+                self.place, self.gone = spool.put(gone), torch.empty_like(gone, device="meta")
+            clear(self.data, self.room)
             return
-        if keep_dense and (mask is None or mask.reversible):
-            self.dense = self.data.clone()
-        new = masked(change.values, change.mask)
-        if self.data.is_contiguous():
+        if change.values is not None and keep_dense and self.reversible:
+            self.dense = self.data.clone() if mask is None else mask.restored(weight)
+        new = masked(self.data if change.values is None else change.values, change.mask)
+        if change.values is not None and self.data.is_contiguous():
             self.place = spool.put(self.data)
             self.data.copy_(new)
         else:  # an expanded weight cannot be written in place; a transposed one keeps its layout
             weight.data = torch.empty_like(self.data).copy_(new)
 
+    def _places(self) -> Tensor:
+        """What this change prunes, and nothing did before it."""
+        goes = ~unpack_bits(self.room, self.data.shape)
+        return goes if self.before is None else goes & unpack_bits(self.before[0], goes.shape)
+
     def settle(self) -> None:
         """The batches have passed: attach the mask."""
-        layer, change = self.change.target.layer, self.change
-        if change.values is None:
-            change.target.weight.data = self.data
-        attach(layer.module, layer.tensor, change.mask, change.record, self.dense)
-        mask = change.target.mask
-        assert mask is not None
-        if self.mask_before is None:
-            mask.compress(self.room)
-        change.mask, change.values = mask.mask, None  # while bits are all that is held, empty
+        layer, change, mask = self.change.target.layer, self.change, self.change.target.mask
+        if mask is None:
+            mask = Mask(change.mask, change.record, self.dense)
+            mask.bits = self.room
+            put_on(layer.module, layer.tensor, mask)
+        else:
+            mask.bits.copy_(self.room)  # in place: compiled models see it without recompiling
+            mask.record = change.record
+            mask.dense = mask.dense if self.dense is None else self.dense
+            mask.put_on(change.target.weight)
+        change.mask, change.values = self.room, None  # bits are all that is held
 
     def finish(self) -> None:
-        """All layers are done: the mask becomes an ordinary buffer."""
+        """All layers are done: the bits become the mask's own, with the values that they hide."""
         mask = self.change.target.mask
         assert mask is not None
-        mask.expand(self.change.target.weight)
+        if self.before is None:
+            mask.bits = self.room.clone()
+        if not self.reversible or self.change.record.updates_weights:
+            mask.hidden = None
+        elif self.gone is None:
+            mask.hidden = pack_values(self.data, ~mask.mask)
+        elif self.before is None:
+            mask.hidden = self.gone
+        else:
+            whole = torch.zeros_like(self.data)
+            bits, _, hidden, _ = self.before
+            put_values(whole, ~unpack_bits(bits, whole.shape), cast(Tensor, hidden))
+            put_values(whole, self._places(), self.gone)
+            mask.hidden = pack_values(whole, ~mask.mask)
 
     def undo(self) -> None:
         """Make the layer what it was."""
         target = self.change.target
         target.weight.data = self.data
-        if self.place >= 0:
+        if self.gone is not None:
+            gone = self.gone
+            if self.place >= 0:
+                gone = torch.empty_like(gone, device=self.data.device)
+                self.spool.fetch(self.place, gone)
+            put_values(self.data, self._places(), gone)
+        elif self.place >= 0:
             self.spool.fetch(self.place, self.data)
         if target.mask is None:
             return
-        if self.mask_before is None:
+        if self.before is None:
             detach(target.layer.module, target.layer.tensor)
         else:
-            target.mask.restore(self.mask_before)
+            target.mask.restore(self.before)
 
 
 class Changes:
     """Changes to a model that all stay, or all go. Made by `all_or_nothing`."""
 
-    def __init__(self, targets: Sequence[Target], spool: Spool, *, keep_dense: bool) -> None:
-        self._spool, self._keep_dense = spool, keep_dense
+    def __init__(self, targets: Sequence[Target], spool: Spool, **options: bool) -> None:
+        self._spool, self._options = spool, options
         self._rooms = _rooms(targets)
         self._edits: list[_Edit] = []
         self._settled = 0
@@ -102,7 +148,7 @@ class Changes:
     def stage(self, change: Change) -> None:
         """Make a layer act pruned from now on."""
         room = self._rooms[change.target.layer.key]
-        self._edits.append(_Edit(change, room, self._spool, keep_dense=self._keep_dense))
+        self._edits.append(_Edit(change, room, self._spool, **self._options))
 
     def settle(self) -> None:
         """Attach the masks of what is staged: no batch is about to run through it."""
@@ -140,10 +186,17 @@ def _rooms(targets: Sequence[Target]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def all_or_nothing(targets: Sequence[Target], *, keep_dense: bool) -> Iterator[Changes]:
-    """Changes to these layers stay if the block ends well; after any error all are as they were."""
+def all_or_nothing(
+    targets: Sequence[Target], *, keep_dense: bool, reversible: bool = True
+) -> Iterator[Changes]:
+    """Changes to these layers stay if the block ends well; after any error all are as they were.
+
+    Args:
+        keep_dense: keep the dense weight beside one that is changed.
+        reversible: keep the values under zeros, where they are the dense ones.
+    """
     with Spool() as spool:
-        changes = Changes(targets, spool, keep_dense=keep_dense)
+        changes = Changes(targets, spool, keep_dense=keep_dense, reversible=reversible)
         try:
             yield changes
             changes.finish()

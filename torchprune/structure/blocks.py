@@ -32,7 +32,13 @@ from torchprune.structure.specs import LayerSpec
 
 
 def prune_blocks(
-    model: nn.Module, spec: LayerSpec, batches: Sequence[Batch], run: RunRecord, *, progress: bool
+    model: nn.Module,
+    spec: LayerSpec,
+    batches: Sequence[Batch],
+    run: RunRecord,
+    *,
+    progress: bool,
+    reversible: bool,
 ) -> None:
     """Mask whole blocks of a model, in place.
 
@@ -63,9 +69,8 @@ def prune_blocks(
             record = Record("layers", f"block dropped by {spec.score}", note=note)
             for layer in _inside(model, name):
                 weight = original_of(layer.module, layer.tensor)
-                attach(
-                    layer.module, layer.tensor, torch.zeros_like(weight, dtype=torch.bool), record
-                )
+                keep = torch.zeros_like(weight, dtype=torch.bool)
+                attach(layer.module, layer.tensor, keep, record, reversible=reversible)
 
 
 def _candidates(model: nn.Module, spec: LayerSpec, run: RunRecord) -> dict[str, nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchprune import modes
-from torchprune.masking.mask import original_of
+from torchprune.masking.mask import mask_of, original_of
 from torchprune.masking.selection import Layer
 from torchprune.masking.targets import Target
 from torchprune.masking.undo_file import Spool
@@ -33,27 +33,32 @@ class Edits:
     def write(self, target: Target, matrices: Tensor, *, kept: bool = False) -> None:
         """Give a layer other values; unless they are `kept`, only until `settle`."""
         new = target.view.from_matrix(matrices, target.weight.shape)
-        self._put(target.weight, new, kept=kept)
+        self._put(target.layer, new, kept=kept)
 
     def shift(self, layer: Layer, shift: Tensor) -> None:
         """Add to a layer's bias."""
         bias = original_of(layer.module, "bias")
-        self._put(bias, (bias.detach().float() + shift).to(bias.dtype), kept=True)
         key = f"{layer.key.removesuffix(layer.tensor)}bias"
         self.biases.append(Layer(key, key, layer.module, "bias"))
+        self._put(self.biases[-1], (bias.detach().float() + shift).to(bias.dtype), kept=True)
 
-    def touch(self, tensor: Tensor) -> None:
-        """A tensor is about to be changed, for good."""
-        self._remember(tensor, kept=True)
+    def touch(self, layer: Layer) -> None:
+        """A layer's tensor is about to be changed, for good."""
+        self._remember(layer, kept=True)
 
-    def _put(self, tensor: Tensor, new: Tensor, *, kept: bool) -> None:
-        self._remember(tensor, kept=kept)
-        tensor.data.copy_(new)
+    def _put(self, layer: Layer, new: Tensor, *, kept: bool) -> None:
+        self._remember(layer, kept=kept)
+        original_of(layer.module, layer.tensor).data.copy_(new)
 
-    def _remember(self, tensor: Tensor, *, kept: bool) -> None:
+    def _remember(self, layer: Layer, *, kept: bool) -> None:
+        tensor, mask = original_of(layer.module, layer.tensor), mask_of(layer.module, layer.tensor)
         self._places.append((tensor, self._spool.put(tensor.data), kept))
-        if kept and self._keep_dense and id(tensor) not in self.dense:
+        if not kept or not self._keep_dense or id(tensor) in self.dense:
+            return
+        if mask is None:
             self.dense[id(tensor)] = tensor.data.clone()
+        elif mask.reversible:
+            self.dense[id(tensor)] = mask.restored(tensor)
 
     def settle(self) -> None:
         """The batches have passed: what was written for them alone gets its own values again."""

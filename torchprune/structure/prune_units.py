@@ -80,6 +80,7 @@ def prune_structures(
     *,
     progress: bool,
     keep_dense: bool,
+    reversible: bool,
     hold: torch.dtype | None,
 ) -> None:
     """Mask whole units of a model, in place.
@@ -97,7 +98,7 @@ def prune_structures(
         runner.finish()
         with modes.exact():
             edits.settle()
-            _attach(choices, spec, runner.done, edits)
+            _attach(choices, spec, runner.done, edits, reversible=reversible)
 
 
 # -- choosing --------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ class _Runner:
                 if id(weight) in inside:
                     if (mask := mask_of(layer.module, layer.tensor)) is not None:
                         stack.enter_context(mask.transparent())
-                    edits.touch(weight)
+                    edits.touch(layer)
                     self.done.setdefault(key, _Done()).changed = True
                     weights.append((weight, keep))
             return reconstruct(unit, weights, options)
@@ -390,7 +391,12 @@ def _is_whole(mask: Tensor) -> bool:
 
 
 def _attach(
-    choices: Sequence[_Choice], spec: StructuredSpec, done: dict[str, _Done], edits: Edits
+    choices: Sequence[_Choice],
+    spec: StructuredSpec,
+    done: dict[str, _Done],
+    edits: Edits,
+    *,
+    reversible: bool,
 ) -> None:
     """Put the masks on: of every layer one, for all the groups it belongs to."""
     patterns: dict[str, list[str]] = {}
@@ -410,7 +416,8 @@ def _attach(
             tokens=here.tokens,
             note="; ".join(here.notes),
         )
-        attach(layer.module, layer.tensor, keep, record, edits.dense.get(id(weight)))
+        dense = edits.dense.get(id(weight))
+        attach(layer.module, layer.tensor, keep, record, dense, reversible=reversible)
     for layer in edits.biases:
         bias = original_of(layer.module, layer.tensor)
         if id(bias) in edits.dense:  # nothing of it is pruned: the mask keeps the dense values
@@ -440,4 +447,4 @@ def _present(layer: Layer, weight: Tensor) -> Tensor:
     mask = mask_of(layer.module, layer.tensor)
     if mask is None:
         return torch.ones_like(weight, dtype=torch.bool, memory_format=torch.contiguous_format)
-    return mask.mask.clone()
+    return mask.mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -115,9 +116,7 @@ def _cut(slots: dict[str, Slot], plan: ShrinkPlan) -> None:
             made[id(slot.tensor)] = short
         _put(slot, made[id(slot.tensor)])
         if slot.mask is not None:
-            slot.mask.mask = _shortened(slot.mask.mask, cuts)
-            if slot.mask.dense is not None:
-                slot.mask.dense = _shortened(slot.mask.dense, cuts)
+            slot.mask.resize(partial(_shortened, cuts=cuts), made[id(slot.tensor)])
 
 
 def _shortened(tensor: Tensor, cuts: list[Any]) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from torchprune.masking.mask import keep_zeros
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -32,6 +34,8 @@ class Snapshot:
                 held = state[name]
                 held.clear()
                 held.update(table)
+        for module, _, _ in self._modules:
+            keep_zeros(module)
         for config, attributes in self._configs:
             state = vars(config)
             state.clear()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import SpecError, TargetError
-from torchprune.masking.mask import masked_layers, original_of
+from torchprune.masking.mask import masked_layers
 from torchprune.masking.matrices import view_of
 from torchprune.masking.targets import make_plan
 from torchprune.methods.magnitude import MagnitudeSpec
@@ -116,8 +116,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
     """Name, places of zeros in the weight's own layout, and module of every layer to check."""
     masked = [(y, m) for y, m in masked_layers(model) if y.tensor != "bias"]
     for layer, mask in masked:
-        _check_masked(layer.name, mask.mask, mask(original_of(layer.module, layer.tensor)))
-        yield layer.name, ~mask.mask, layer.module
+        zero = ~mask.mask
+        _check_masked(layer.name, ~zero, getattr(layer.module, layer.tensor))
+        yield layer.name, zero, layer.module
     if masked:
         return
     try:

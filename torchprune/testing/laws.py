@@ -15,6 +15,7 @@ from torchprune.errors import MaskError, TargetError
 from torchprune.masking.mask import (
     Mask,
     apply_masks,
+    attach,
     densify,
     fold,
     masked_layers,
@@ -202,7 +203,7 @@ def _fold(subject: _Subject) -> None:
 
 def _training(subject: _Subject) -> None:
     model = subject.copy()
-    kept = {layer.key: mask.mask.clone() for layer, mask in masked_layers(model)}
+    kept = {layer.key: mask.mask for layer, mask in masked_layers(model)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -240,7 +241,7 @@ def _copy(subject: _Subject) -> None:
     other = copy.deepcopy(model)
     _assert_same(_snapshot(other), before, "a deepcopy differs")
     for layer, mask in masked_layers(other):
-        mask.mask.zero_()
+        attach(layer.module, layer.tensor, torch.zeros_like(mask.mask), mask.record)
         original_of(layer.module, layer.tensor).data.fill_(7.0)
     _assert_same(_snapshot(model), before, "writing to a deepcopy changed the model")
     fold(other)
@@ -351,8 +352,8 @@ def _layers(model: nn.Module, *, grad: bool = False) -> Iterator[tuple[Layer, Ma
     """Every masked layer, its mask, and its weight as it acts."""
     for layer, mask in masked_layers(model):
         with torch.set_grad_enabled(grad):
-            weight = mask(original_of(layer.module, layer.tensor))
-        yield layer, mask, weight
+            weight = getattr(layer.module, layer.tensor)
+        yield layer, mask, weight if grad else weight.detach()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

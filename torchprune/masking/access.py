@@ -1,0 +1,107 @@
+"""How a module gives its masked tensors: the property that stands in a parameter's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
+from torch.fx import _symbolic_trace as fx
+from torch.nn.utils import parametrize
+
+from torchprune.masking.keeper import Guarded
+
+_FLAT = "_flat_weights"
+"""Where a recurrent net keeps a list of its parameters, which its forward reads."""
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    torch adds and deletes the tensor's property on the class, which a deepcopy shares: without
+    this, folding a copy would take the weight away from the original.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, own)
+
+
+def install(module: nn.Module, tensor: str) -> None:
+    """Let a module hand out the parameter behind a mask, in place of the product with it."""
+    kind: Any = type(module)
+    setattr(kind, tensor, property(_getter(tensor), vars(kind)[tensor].fset))
+    if isinstance(module, nn.RNNBase) and _FLAT not in vars(kind):
+        kind._flat_weights = property(_flat_weights, _keep_flat_weights)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Undo what `install` did beside the tensor's own property, if no tensor needs it any more."""
+    kind = type(module)
+    if _FLAT in vars(kind) and len(cast(Any, module.parametrizations)) == 1:
+        delattr(kind, _FLAT)
+
+
+def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
+    """Reads the parameter if all is as it was left; this is most of what a masked weight costs.
+
+    Its only cell is a string, so that compiled code may serve many modules.
+    """
+
+    def get(self: Any) -> Tensor:
+        if is_compiling():
+            return cast(Tensor, self.parametrizations[tensor]())
+        chain = self._modules["parametrizations"]._modules[tensor]
+        weight, steps = chain._parameters["original"], chain._modules
+        if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
+            mask = steps["0"]
+            keeper = mask.keeper
+            if (
+                weight is keeper.param
+                and type(weight) is Guarded
+                and not keeper.touched
+                and weight._version == keeper.version
+                and weight.data_ptr() == keeper.address
+                and keeper.bits._version == keeper.bits_version
+                and (keeper.hooked or not is_grad_enabled() or not weight.requires_grad)
+            ) or mask.makes_ready(weight):
+                return cast(Tensor, weight)
+        return _product(self, tensor)
+
+    _run_as_it_is(get.__code__)
+    return get
+
+
+def _run_as_it_is(code: CodeType) -> None:
+    """Let dynamo trace a function as part of those that call it, but not compile it for itself.
+
+    Where it cannot trace the caller it would, anew for each module, and win nothing.
+    """
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    if hasattr(frames, "_FrameExecStrategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+
+
+def _product(module: Any, tensor: str) -> Tensor:
+    """What torch's own property computes, or remembers while it is asked to."""
+    chain = module.parametrizations[tensor]
+    if not parametrize._cache_enabled:
+        return cast(Tensor, chain())
+    key = id(module), tensor
+    if key not in parametrize._cache:
+        parametrize._cache[key] = chain()
+    return cast(Tensor, parametrize._cache[key])
+
+
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    """What a recurrent net's forward reads, in place of the list of parameters that it keeps."""
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _keep_flat_weights(self: Any, weights: list[Tensor | None]) -> None:
+    vars(self)[_FLAT] = weights

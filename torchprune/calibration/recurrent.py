@@ -55,6 +55,14 @@ def weights_in(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return [call.params[at] for place in call.places() for at in place.matrices]
 
 
+def feeding_back(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bool]:
+    """Of each of these matrices, whether what it gives comes back to it a step later."""
+    if function in _CELLS:
+        return [False, True]
+    call = _Call(function, args, kwargs)
+    return [at > 0 for place in call.places() for at in range(len(place.matrices))]
+
+
 def watched(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], reach: Reach) -> Any:
     """What the call gives, after `reach` was told of each of its matrices."""
     if function in _CELLS:

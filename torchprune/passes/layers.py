@@ -60,7 +60,9 @@ def layers_of(program: ExportedProgram) -> Layers:
             continue
         module.register_parameter(tensor, weight)
         layers.root = _grafted(layers.root, path, module)
-        layers.readings[id(weight)] = Reading(view, len(reads))
+        layers.readings[id(weight)] = Reading(
+            view, len(reads), feeds_back=any(read.feeds_back for read in reads)
+        )
         layers.weights[name], layers.reads[name] = weight, reads
     layers.root = _listed(layers.root)
     return layers

@@ -93,7 +93,7 @@ def test_the_rule_is_the_same_for_every_method_and_pattern(spec: Any, pattern: s
 @pytest.mark.parametrize(
     "selector",
     ["0.taps", "0.taps.weight", "0.volume", "*.taps", "re:.*\\.who", lambda m, n: "many" in n],
-    ids=str,
+    ids=lambda s: s if isinstance(s, str) else "function",
 )
 def test_who_names_nothing_else_means_just_that(selector: Any) -> None:
     chosen = names(mixers(), targets=selector)

@@ -5,7 +5,7 @@ watched by a torch function mode; with hooks each layer's input is taken where i
 which sees only modules. Both take turns, round after round; what is shown is each one's median and
 the median of their ratios in the same round. The masks must be equal to the bit.
 
-    python benchmarks/calibration/products.py --blocks 6 --repeats 5
+    python benchmarks/calibration/watching.py --blocks 6 --repeats 5
 """
 
 from __future__ import annotations

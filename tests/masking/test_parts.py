@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -117,3 +118,16 @@ def test_any_slice_of_any_view(data: st.DataObject) -> None:
         assert len(parts) > 1  # a whole tensor always has one
         assume(False)  # columns that do not follow one another
     check(w, reads)
+
+
+def test_a_view_is_written_in_a_line_and_read_again() -> None:
+    views = [
+        View.of("linear", (6, 4), [], [0], [1]),
+        View.of("parts", (3, 2, 4, 5), [0, 3], [1], [2], axis=2),
+        View.of("conv", (2, 4, 3, 3, 3), [0], [1], [3, 4, 2], axis=3),
+    ]
+    for view in views:
+        assert View.read(view.text()) == view
+    for text in ("", "linear", "a|1,2|0|1||2|3", "a|2,2|0|0|1|2", "a|x|0|||1", "a|0,2||0|1|2"):
+        with pytest.raises(ValueError, match=r"describes no|invalid literal"):
+            View.read(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -289,6 +290,57 @@ def test_magnitude_needs_no_data_for_its_laws() -> None:
 @given(small_models(), specs(fits=(8, 8)))
 def test_the_laws_hold_for_every_small_model_and_spec(model: SmallModel, spec: Spec) -> None:
     check_laws(model.make, spec, model.data)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(8, 8, 2, batch_first=True, bidirectional=True)
+        self.last = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.memory(x)[0])
+
+
+class Raw(nn.Module):
+    """Weights of no layer, turned and in parts: along their inputs 2:4, on which no shape tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.pair = nn.Parameter(torch.randn(3, 8, 12)), nn.Parameter(torch.randn(8, 8))
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.pair.chunk(2)
+        scores = torch.nn.functional.linear(x, one) @ torch.nn.functional.linear(x * 2, two).mT
+        return self.last(scores @ torch.einsum("btd,edf->btef", x, self.stack).sum(2))
+
+
+OTHERS = {
+    "recurrent": Recurrent,
+    "raw": Raw,
+    "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("spec", [WandaSpec(), WandaSpec(pattern="2:4"), SparseGPTSpec()], ids=str)
+def test_the_laws_hold_for_weights_of_no_plain_layer(name: str, spec: Spec) -> None:
+    check_laws(
+        OTHERS[name], spec, [torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))]
+    )
+
+
+def test_a_pattern_is_checked_along_the_inputs_that_were_seen(tmp_path: Path) -> None:
+    model, data = Raw(), [torch.randn(2, 6, 8)]
+    torchprune.sparsify(model, WandaSpec(pattern="2:4"), data, progress=False)
+    assert_sparsity(model, "2:4")
+    torchprune.save(model, tmp_path / "saved")
+    other = Raw()
+    torchprune.load_into(other, tmp_path / "saved")
+    assert_sparsity(other, "2:4")
+    mask = torchprune.masks(other)["stack"]
+    assert not (mask.view(-1, 4).sum(1) == 2).all()  # along another axis it is none
 
 
 # -- strategies -----------------------------------------------------------------------------------

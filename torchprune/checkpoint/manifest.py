@@ -27,6 +27,7 @@ from torchprune.checkpoint.checksums import of_content
 from torchprune.checkpoint.whole_files import write_whole
 from torchprune.errors import CheckpointError, TorchpruneError
 from torchprune.masking.mask import Record
+from torchprune.masking.matrices import View
 from torchprune.masking.plain_state import Kind
 from torchprune.masking.selection import as_selectors, layers_of, matches
 from torchprune.reports.report import RunRecord
@@ -312,7 +313,8 @@ def _entry(data: object, where: str) -> Entry:
         )
     values = {**data, "shape": tuple(shape)}
     if data.get("record") is not None:
-        values["record"] = _typed(Record, data["record"], f"{where}.record")
+        values["record"] = record = _typed(Record, data["record"], f"{where}.record")
+        _check_view(record.view, math.prod(shape), where)
     entry = _typed(Entry, values, where, checked=("shape", "record", "kind"))
     for name, value, known in (
         ("dtype", entry.dtype, tuple(CODES)),
@@ -325,6 +327,17 @@ def _entry(data: object, where: str) -> Entry:
             )
     _check_encoding(entry, where)
     return entry
+
+
+def _check_view(text: str, size: int, where: str) -> None:
+    if not text:
+        return
+    try:
+        view = View.read(text)
+    except ValueError as error:
+        raise CheckpointError(f"{where}.record.view: {error}") from None
+    if math.prod(view.shape) != size or view.axis < 1 or view.cols % view.axis:
+        raise CheckpointError(f"{where}.record.view: {text!r:.80} is not of this tensor's shape")
 
 
 def _check_encoding(entry: Entry, where: str) -> None:

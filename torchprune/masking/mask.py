@@ -6,7 +6,7 @@ the original where kept and exactly `+0.0` elsewhere, whatever the original hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -160,6 +160,7 @@ def put_on(module: nn.Module, tensor: str, mask: Mask) -> Mask:
     own_class(module)
     # `unsafe` skips only a trial run of the mask; shapes were checked by whoever made it.
     parametrize.register_parametrization(module, tensor, mask, unsafe=True)
+    _sort(module, mask.__dict__["order"])
     install(module, tensor)
     chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
     chain.register_state_dict_pre_hook(_clean_before_saving)
@@ -168,6 +169,13 @@ def put_on(module: nn.Module, tensor: str, mask: Mask) -> Mask:
     mask.put_on(original_of(module, tensor))
     around_exports(_exporting)
     return mask
+
+
+def _sort(module: nn.Module, order: Sequence[str]) -> None:
+    """Whatever order masks came in, a `state_dict` has them in that of the parameters."""
+    chains = cast(nn.ModuleDict, module.parametrizations)._modules
+    for name in [name for name in order if name in chains]:
+        chains[name] = chains.pop(name)
 
 
 def detach(module: nn.Module, tensor: str) -> None:

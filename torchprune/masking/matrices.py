@@ -58,6 +58,32 @@ class View:
         inner = width if axis is None else axis
         return View(kind, count, height, width, inner, tuple(shape), order, len(groups))
 
+    @staticmethod
+    def read(text: str) -> View:
+        """The view that `text` wrote.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if text.count("|") != 5:
+            raise ValueError(f"{text!r:.80} describes no matrices")
+        kind, *parts, axis = text.split("|")
+        shape, groups, rows, cols = ([int(n) for n in p.split(",") if n] for p in parts)
+        if sorted((*groups, *rows, *cols)) != list(range(len(shape))) or min(shape, default=0) < 1:
+            raise ValueError(f"{text!r:.80} describes no matrices")
+        return View.of(kind, shape, groups, rows, cols, int(axis))
+
+    def text(self) -> str:
+        """The view in a line."""
+        height, rows = 1, 0
+        inside = self.order[self.lead :]
+        while height < self.rows:
+            height *= self.shape[inside[rows]]
+            rows += 1
+        axes = self.order[: self.lead], inside[:rows], inside[rows:]
+        lists = (",".join(map(str, numbers)) for numbers in (self.shape, *axes))
+        return "|".join([self.kind, *lists, str(self.axis)])
+
     def to_matrix(self, weight: Tensor) -> Tensor:
         """(groups, rows, cols) view or copy of a weight in its module's own layout."""
         cut = weight if weight.shape == self.shape else weight.reshape(self.shape)

@@ -39,6 +39,7 @@ class Record:
             ||X (W - W')^T||^2 / ||X W^T||^2, or None without data.
         tokens: calibration rows that reached the layer.
         note: anything the user should know.
+        view: how the weight reads as matrices (`View.text`), where its module does not tell.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Record:
     error: float | None = None
     tokens: int | None = None
     note: str = ""
+    view: str = ""
 
 
 class Mask(nn.Module):

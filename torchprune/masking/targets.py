@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,12 @@ class Target:
         """Whether what the layer gives comes back to it a step later, as in recurrent nets."""
         seen = self.reading is not None and self.reading.feeds_back
         return seen or feeds_back(self.layer.module, self.layer.tensor)
+
+    @property
+    def view_text(self) -> str:
+        """The view in a line, or nothing where the layer's module tells it."""
+        told = view_of(self.layer.module, self.weight.shape)
+        return "" if replace(self.view, kind=told.kind) == told else self.view.text()
 
     @property
     def mask(self) -> Mask | None:

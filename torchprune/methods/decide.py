@@ -33,7 +33,8 @@ def without_data(targets: Sequence[Target], spec: Spec) -> Iterator[Change]:
     for some in together:
         keeps = _masks(some, [scores_of(spec, t) for t in some], scope_of(spec, some[0]))
         for target, keep in zip(some, keeps, strict=True):
-            record = Record(spec.label, str(target.goal), note=_by_row(spec, target))
+            note, view = _by_row(spec, target), target.view_text
+            record = Record(spec.label, str(target.goal), note=note, view=view)
             yield Change(target, target.view.from_matrix(keep, target.weight.shape), record)
 
 
@@ -80,7 +81,7 @@ class Decider:
         if keep is None:
             scope = "layer" if self.spec.scope == "global" else scope_of(self.spec, target)
             keep = _masks([target], [scores_of(self.spec, target)], scope)[0]
-        record = Record(by, str(target.goal), tokens=0, note=note)
+        record = Record(by, str(target.goal), tokens=0, note=note, view=target.view_text)
         return Change(target, target.view.from_matrix(keep, target.weight.shape), record)
 
     def keep(self, target: Target, moments: Moments) -> Tensor:
@@ -176,6 +177,7 @@ class Decider:
             error=error,
             tokens=sum(moments.rows),
             note="; ".join(notes),
+            view=target.view_text,
         )
         mask = target.view.from_matrix(keep, target.weight.shape)
         return Change(target, mask, record, new)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprune.errors import SpecError, TargetError
 from torchprune.masking.mask import masked_layers
-from torchprune.masking.matrices import view_of
+from torchprune.masking.matrices import View, view_of
 from torchprune.masking.packing import zeros_in
 from torchprune.masking.targets import make_plan
 from torchprune.methods.magnitude import MagnitudeSpec
@@ -94,8 +94,7 @@ class _Matrix:
 
 def _matrices(tensor_or_module: Tensor | nn.Module) -> Iterator[_Matrix]:
     if isinstance(tensor_or_module, nn.Module):
-        for name, zero, module in _layers(tensor_or_module):
-            view = view_of(module, zero.shape)
+        for name, zero, view in _layers(tensor_or_module):
             yield from _stack(name, view.to_matrix(zero), view.axis)
         return
     tensor = tensor_or_module.detach()
@@ -113,13 +112,14 @@ def _stack(name: str, zero: Tensor, axis: int) -> Iterator[_Matrix]:
         yield _Matrix(name if len(zero) == 1 else f"{name}[{number}]", matrix, axis)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Name, places of zeros in the weight's own layout, and module of every layer to check."""
+def _layers(model: nn.Module) -> Iterator[tuple[str, Tensor, View]]:
+    """Name, places of zeros in the weight's own layout, and view of every layer to check."""
     masked = [(y, m) for y, m in masked_layers(model) if y.tensor != "bias"]
     for layer, mask in masked:
         zero = ~mask.mask
         _check_masked(layer.name, ~zero, getattr(layer.module, layer.tensor))
-        yield layer.name, zero, layer.module
+        text = mask.record.view
+        yield layer.name, zero, View.read(text) if text else view_of(layer.module, zero.shape)
     if masked:
         return
     try:
@@ -127,7 +127,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
     except TargetError as error:
         raise AssertionError(f"nothing here could be sparse: {error}") from None
     for target in plan.targets:
-        yield target.name, target.weight.detach() == 0, target.layer.module
+        yield target.name, target.weight.detach() == 0, target.view
 
 
 def _check_masked(name: str, mask: Tensor, weight: Tensor) -> None:

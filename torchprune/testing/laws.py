@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprune.calibration.batches import read_batches
+from torchprune.calibration.survey import Survey, is_plain, survey
 from torchprune.errors import MaskError, TargetError
 from torchprune.masking.mask import (
     Mask,
@@ -23,7 +25,8 @@ from torchprune.masking.mask import (
     original_of,
 )
 from torchprune.masking.selection import Layer
-from torchprune.masking.targets import make_plan
+from torchprune.masking.targets import Plan, make_plan
+from torchprune.methods.decide import scope_of
 from torchprune.methods.magnitude import MagnitudeSpec
 from torchprune.sparsify import sparsify
 from torchprune.specs.spec import Spec
@@ -76,8 +79,7 @@ class _Subject:
         first = factory()
         self.state = {k: v.detach().clone() for k, v in first.state_dict().items()}
         self.dense = {
-            layer.layer.key: layer.weight.detach().clone()
-            for layer in make_plan(first, spec).targets
+            layer.layer.key: layer.weight.detach().clone() for layer in self.plan(first).targets
         }
         self.updates = spec.changes_weights
 
@@ -86,6 +88,13 @@ class _Subject:
         model = self.factory()
         model.load_state_dict(self.state)
         return model.eval()
+
+    def plan(self, model: nn.Module) -> Plan:
+        """What pruning does with each layer of a model."""
+        seen = Survey()
+        if self.data and not is_plain(model):
+            seen = survey(model, read_batches(self.data[:1], model, 1).batches[0])
+        return make_plan(model, self.spec, seen.readings, seen.gates)
 
     def prune(self, **options: Any) -> nn.Module:
         """A fresh model, pruned."""
@@ -123,7 +132,7 @@ def _count(subject: _Subject) -> None:
 
 def _count_of(subject: _Subject, model: nn.Module) -> None:
     spec = subject.spec
-    targets = make_plan(subject.fresh(), spec).targets
+    targets = subject.plan(subject.fresh()).targets
     found = {layer.key: (layer, mask) for layer, mask in masked_layers(model)}
     assert found.keys() == {t.layer.key for t in targets}, "not every chosen layer carries a mask"
     if spec.scope == "global":
@@ -136,7 +145,7 @@ def _count_of(subject: _Subject, model: nn.Module) -> None:
         pattern, share = target.goal.pattern, float(target.goal.sparsity)
         matrix = target.view.to_matrix(masks(model)[layer.key])
         try:
-            assert_sparsity(matrix, pattern, share, scope=spec.scope)
+            assert_sparsity(matrix, pattern, share, scope=scope_of(spec, target))
         except AssertionError as error:
             raise AssertionError(f"{layer.name}: {error}") from None
 
@@ -154,7 +163,7 @@ def _count_in_all(subject: _Subject) -> None:
     )
     assert got == wanted, f"{got} weights are pruned, uniform allocation prunes {wanted}"
     if subject.spec.scope == "row":
-        for target in make_plan(subject.fresh(), subject.spec).targets:
+        for target in subject.plan(subject.fresh()).targets:
             mask = target.view.to_matrix(masks(subject.pruned)[target.layer.key])
             rows = mask.sum(2)
             assert bool((rows == rows[0, 0]).all()), f"{target.name}: rows of unlike counts"
@@ -261,7 +270,7 @@ def _dead_inputs(subject: _Subject) -> None:
         return
     for share in (0.25, 0.75):
         model = subject.fresh()
-        with silenced(make_plan(model, spec).targets, share) as layers:
+        with silenced(subject.plan(model).targets, share) as layers:
             sparsify(model, spec, subject.data, progress=False)
         _count_of(subject, model)
         total, usual = (
@@ -336,7 +345,7 @@ def _run_until(subject: _Subject, model: nn.Module, stop: int | None) -> int:
         if stop is not None and calls > stop:
             raise _BrokenError
 
-    modules = {id(t.layer.module): t.layer.module for t in make_plan(model, subject.spec).targets}
+    modules = {id(t.layer.module): t.layer.module for t in subject.plan(model).targets}
     handles = [module.register_forward_pre_hook(count) for module in modules.values()]
     try:
         sparsify(model, subject.spec, subject.data, progress=False)

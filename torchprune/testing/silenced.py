@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune.masking.matrices import ConvNd, View, input_rows
+from torchprune.masking.matrices import ConvNd, View, input_rows, is_stock
 from torchprune.masking.targets import Target
 from torchprune.specs.patterns import NM, Block, Pattern
-
-_CALLED = ("linear", "transposed", "conv")
-"""Views of layers that are modules of their own, whose call a hook can see."""
 
 _NOTHING = 1e-12
 """Share of the largest weight below which a weight is as good as zero."""
@@ -67,7 +64,8 @@ def silenced(targets: Sequence[Target], share: float) -> Iterator[list[Silenced]
     with ExitStack() as stack:
         found = []
         for target in targets:
-            if (view := target.view).kind in _CALLED:
+            view = target.view
+            if is_stock(target.layer.module) and target.layer.tensor == "weight":
                 dead = torch.arange(view.cols) % view.axis < round(share * view.axis)
                 found.append(Silenced(target, dead))
                 hook = target.layer.module.register_forward_pre_hook(

@@ -378,7 +378,7 @@ def test_llama_keeps_its_bits_and_loses_less(kind: type[Spec], pattern: str) -> 
 @pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
 def test_a_layer_gets_the_mask_of_its_second_moment(pattern: Unstructured | NM) -> None:
     layer, x = nn.Linear(48, 10), inputs(400, 48, 1)
-    weight, gram = layer.weight.detach(), second_moment(x)
+    weight, gram = layer.weight.detach().clone(), second_moment(x)
     start = project(wanda_score(weight, gram.diagonal()), pattern, 0.5, "row")
     prune(layer, WandaSpec(pattern=pattern, refine=Swaps(2)), list(x.split(100)))
     dead = (gram.diagonal() == 0).expand_as(start)  # what is pruned of it stays so

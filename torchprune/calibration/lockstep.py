@@ -371,6 +371,7 @@ class Calibration:
                 run.throw()
         self._runs, self._twins, self._units = [], None, {}
         self._shadows.end()
+        self._observer.end()
         self._gathering.clear()
 
     def _measure_held(self, moving: Iterable[int] = ()) -> None:

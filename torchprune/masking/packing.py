@@ -127,7 +127,8 @@ def cleared(tensor: Tensor, bits: Tensor) -> Tensor:
 def _clear_into(made: Tensor, tensor: Tensor, bits: Tensor) -> None:
     """Both contiguous and of one kind; they may be the same."""
     words, eights = _WORDS[tensor.itemsize], tensor.numel() // 8
-    flat, into = tensor.view(-1).view(words), made.view(-1).view(words)
+    # steps of axes of one element, and of none, may be anything
+    flat, into = (t.as_strided((t.numel(),), (1,)).view(words) for t in (tensor, made))
     table, wide = _keepers(tensor.device, tensor.itemsize), torch.int64
     groups, outs = flat[: 8 * eights], into[: 8 * eights]
     if all(

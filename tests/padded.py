@@ -69,6 +69,22 @@ def agreeing(one: nn.Module, two: nn.Module) -> float:
     return same / sum(mask.numel() for mask in first.values())
 
 
+REAL = sum(LENGTHS)
+
+
+def assert_nothing_leaks(
+    model: nn.Module, data: list[Any], spec: Any, at_least: float = 1.0, **options: Any
+) -> nn.Module:
+    """Masks are the same whatever the embedding of padding is."""
+    one, two = (pruned(with_pad_of(model, s), data, spec, **options) for s in (0.02, 1.0))
+    assert agreeing(one, two) >= at_least
+    return one
+
+
+def counted(model: nn.Module) -> dict[str, int | None]:
+    return {layer.name: layer.tokens for layer in torchprune.report(model).layers}
+
+
 # -- models ---------------------------------------------------------------------------------------
 
 

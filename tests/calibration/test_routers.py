@@ -60,6 +60,8 @@ class Block(nn.Module):
         self.raw = nn.Parameter(torch.randn(WIDTH, EXPERTS))
         self.conv = nn.Conv1d(WIDTH, EXPERTS, 1)
         self.one = nn.Linear(WIDTH, 1)
+        self.steer = nn.Linear(EXPERTS, EXPERTS)
+        self.down = nn.Linear(8 * WIDTH, WIDTH)
         self.specialists = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH))
             for _ in range(EXPERTS)
@@ -152,6 +154,14 @@ def convolved(b: Block, x: Tensor) -> Tensor:
     return b.chosen(x, b.conv(x.transpose(1, 2)).transpose(1, 2).topk(2)[1])
 
 
+def reshaped(b: Block, x: Tensor) -> Tensor:
+    """Copies, after which the axis of experts lies between others."""
+    image = x.mT.reshape(*x.mT.shape[:2], 2, -1)
+    scores = F.conv2d(image, b.chooser.weight[..., None, None])
+    scores = scores.permute(0, 1, 3, 2).reshape(len(x), EXPERTS, -1)
+    return b.chosen(x, scores.topk(2, dim=1)[1].mT)
+
+
 def mixed(b: Block, x: Tensor) -> Tensor:
     return (b.chooser(x).softmax(-1).unsqueeze(-2) @ b.outputs(x)).squeeze(-2)
 
@@ -170,6 +180,18 @@ def gated(b: Block, x: Tensor) -> Tensor:
     return torch.sigmoid(b.one(x)) * b.specialists[0](x)
 
 
+def steered(b: Block, x: Tensor) -> Tensor:
+    """Few numbers make the gates of several streams, as in Gemma 3n's AltUp."""
+    gates = b.steer(b.chooser(x).float().tanh().type_as(x)) + 1
+    streams = torch.stack([expert(x) for expert in b.specialists])
+    return (streams * gates.permute(2, 0, 1).unsqueeze(-1)).sum(0)
+
+
+def gated_residual(b: Block, x: Tensor) -> Tensor:
+    """A layer that writes to the residual stream makes no gate, though one reads the stream."""
+    return b.specialists[0](x) * b.one(x + b.down(x.repeat(1, 1, 8))).sigmoid()
+
+
 ROUTING = {
     over_softmax: {"chooser.weight"},
     over_scores: {"chooser.weight"},
@@ -185,10 +207,13 @@ ROUTING = {
     contracted: {"raw"},
     added: {"chooser.weight"},
     convolved: {"conv.weight"},
+    reshaped: {"chooser.weight"},
     mixed: {"chooser.weight"},
     weighed: {"chooser.weight"},
     in_place: {"chooser.weight"},
     gated: {"one.weight"},
+    steered: {"chooser.weight", "steer.weight"},
+    gated_residual: {"one.weight"},
 }
 
 
@@ -212,6 +237,12 @@ def made_sparse(b: Block, x: Tensor) -> Tensor:
     wide = F.linear(x, torch.cat([b.before.weight, b.after.weight]))
     values, index = F.linear(x, nn.Parameter(torch.randn(64, WIDTH))).topk(8)
     return torch.zeros_like(wide).scatter(-1, index, values)[..., :WIDTH]
+
+
+def sparse_code(b: Block, x: Tensor) -> Tensor:
+    """The same of a layer with as many outputs as inputs."""
+    values, index = b.before(x).topk(8)
+    return torch.zeros_like(x).scatter(-1, index, values)
 
 
 def largest_values(b: Block, x: Tensor) -> Tensor:
@@ -248,6 +279,7 @@ def conditioned(b: Block, x: Tensor) -> Tensor:
     [
         squeezed,
         made_sparse,
+        sparse_code,
         largest_values,
         strongest_in_time,
         swish,
@@ -362,6 +394,29 @@ def switch() -> nn.Module:
     )
 
 
+def gemma3n() -> nn.Module:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    return Gemma3nForCausalLM(
+        Gemma3nTextConfig(
+            vocab_size=61,
+            vocab_size_per_layer_input=61,
+            hidden_size=32,
+            hidden_size_per_layer_input=8,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            layer_types=["sliding_attention", "full_attention"],
+            activation_sparsity_pattern=[0.0, 0.0],
+            pad_token_id=0,
+        )
+    )
+
+
 def nllb() -> nn.Module:
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 
@@ -387,13 +442,14 @@ def nllb() -> nn.Module:
     ("make", "router"),
     [
         (llama4, "feed_forward.router"),
+        (gemma3n, "altup.modality_router altup.correction_coefs"),
         pytest.param(switch, "router.classifier", marks=pytest.mark.sweep),
         pytest.param(nllb, "router.classifier", marks=pytest.mark.sweep),
     ],
 )
 def test_routers_of_other_families(make: Callable[[], nn.Module], router: str) -> None:
     ids = tokens(count=1)[0]
-    batch = {"input_ids": ids} | ({} if make is llama4 else {"decoder_input_ids": ids})
+    batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if make in (switch, nllb) else {})
     check_routers(make(), router, batch)
 
 

@@ -12,12 +12,16 @@ from torch import Tensor
 from torchprune.masking.packing import (
     as_words,
     can_pack,
+    clear,
+    cleared,
     masked,
     nonzero_bits,
     pack_bits,
     pack_values,
     packed_size,
     padding_is_zero,
+    put_values,
+    traced_bits,
     unpack_bits,
     unpack_values,
 )
@@ -147,3 +151,27 @@ def test_padding_is_seen() -> None:
 def test_what_cannot_be_packed_says_so() -> None:
     assert can_pack(torch.bfloat16)
     assert not can_pack(torch.complex128)
+
+
+@given(tensors(), st.randoms(use_true_random=False), st.sampled_from(["as it is", "odd", "turned"]))
+def test_clearing_is_masking(tensor: Tensor, random: object, layout: str) -> None:
+    seed = random.getrandbits(32)  # type: ignore[attr-defined]
+    mask = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    if layout == "odd":  # not where eight bytes begin
+        flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        tensor = flat[1:].view(tensor.shape).copy_(tensor)
+    elif layout == "turned":
+        tensor = tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+    before, expected = bits_of(tensor), bits_of(torch.where(mask, tensor, torch.zeros_like(tensor)))
+    assert bits_of(cleared(tensor, pack_bits(mask))) == expected
+    assert bits_of(tensor) == before
+    hidden = pack_values(tensor, ~mask)
+    clear(tensor, pack_bits(mask))
+    assert bits_of(tensor) == expected
+    put_values(tensor, ~mask, hidden)
+    assert bits_of(tensor) == before
+
+
+@given(tensors([torch.bool]))
+def test_a_compiler_unpacks_the_same(mask: Tensor) -> None:
+    assert torch.equal(traced_bits(pack_bits(mask), mask.shape), mask)

@@ -156,6 +156,20 @@ def test_negative_zero_codes_count_as_zeros() -> None:
     assert torchprune.report(layer).sparsity == 1.0
 
 
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_codes_are_counted_wherever_weights_are(dtype: torch.dtype) -> None:
+    from torchprune.testing import assert_sparsity
+
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    model[0].weight = nn.Parameter(torch.randn(64, 64).to(dtype), requires_grad=False)
+    torchprune.sparsify(model, MagnitudeSpec(pattern="2:4"))
+    assert_sparsity(model, "2:4")
+    left = torchprune.plan_lowering(model, "bitmask").left
+    assert left == {"0": f"its weight is {dtype}"}
+    torchprune.fold(model)
+    assert_sparsity(model, "2:4")
+
+
 def test_a_global_budget_weighs_scales_of_layers() -> None:
     small, large = uneven(8, 16, (8, 16), 1), 100 * uneven(8, 16, (8, 16), 1)
     model = nn.Sequential(

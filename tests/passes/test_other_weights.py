@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from programs import exported, masks_of, outputs
 from saved import QUIET
 from sweeps import sample
@@ -178,6 +179,20 @@ def test_parts_that_nothing_reads_are_pruned_by_magnitude_and_said_so() -> None:
     assert (
         size[4:].masked_fill(~mask[4:], 9).amin(1) >= size[4:].masked_fill(mask[4:], 0).amax(1)
     ).all()
+
+
+def test_experts_that_no_product_reads_are_told_of_and_their_router_stays_dense() -> None:
+    """transformers' experts are gathered by index before they are multiplied."""
+    model, data = FAMILIES["mixtral"].make(), FAMILIES["mixtral"].data()
+    program = exported(model, data[0])
+    with pytest.warns(UserWarning, match="stay dense"):
+        found = masks_of(torchprune.sparsify(program, WandaSpec(), data, **QUIET))
+    assert any("q_proj" in name for name in found)
+    assert not any("gate.weight" in name or "experts" in name for name in found)
+    spec = WandaSpec(targets="model.layers.0.mlp.experts.down_proj")
+    with pytest.warns(UserWarning, match="no calibration batch reached it"):
+        found = masks_of(torchprune.sparsify(program, spec, data, **QUIET))
+    assert list(found) == ["model.layers.0.mlp.experts.down_proj"]
 
 
 @pytest.mark.parametrize("name", sample(NETS, "fused", "crossing"))

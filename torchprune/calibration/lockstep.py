@@ -8,11 +8,14 @@ computes once per batch, sees inputs from all earlier pruned layers, and any Pyt
 Defined behaviour at the edges:
 - Where batches wait at different layers (routed experts in a ModuleList), the layer registered
   first is pruned first, on the batches that wait at it. A batch that arrives later runs through.
-- A layer reached again in the same forward was pruned at its first use, on those inputs.
+- A layer that a forward is known to read several times is pruned at its first use, on all that it
+  reads in the dense model. Where nobody looked and it turns out so, `Unsurveyed` is raised: begin
+  again with a look.
 - A layer no batch reaches is never yielded.
 - Layers foreseen to read the same tensors (see `foresight`) are yielded together. If one of them
   then reads something else, or is not called, `Unforeseen` is raised: begin again without. So it is
   where a block's layers were found to share statistics and then read something else.
+- A batch that holds padding has a shadow beside it (see `padding`), which is never counted.
 - Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
 - An error in any batch ends the calibration; hooks are gone and the error is the model's own.
 """
@@ -30,22 +33,18 @@ import torch
 from torch import Tensor, nn
 
 from torchprune import modes
-from torchprune.calibration import experts
 from torchprune.calibration.activations import Held
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.block_calls import Call, Ends, Unit, floats_of, put_on
 from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
 from torchprune.calibration.moments import Moments
-from torchprune.calibration.operations import Product
+from torchprune.calibration.observing import Observer
 from torchprune.calibration.padding import Padding
 from torchprune.calibration.replay import Replays
 from torchprune.calibration.shadows import Shadows
 from torchprune.calibration.sources import Gathered, Read, Sources, Unforeseen
 from torchprune.calibration.twins import TwinDone, Twins
-from torchprune.calibration.watch import Operand, Watch, Weights
-from torchprune.masking.matrices import geometry, input_rows, is_fused_experts, is_stock
-from torchprune.masking.parts import Covered, Part, covered
 from torchprune.masking.targets import Target
 
 Stop = list[tuple[Target, Moments]]
@@ -148,14 +147,10 @@ class Calibration:
         self._pausing = True
         self._surprise: BaseException | None = None
         self._surveyed = surveyed
-        self._watched: dict[int, int] = {}  # parameter -> target, of those found by their products
-        self._weights = Weights(())
         self._ahead = False  # whether what runs now is the dense model, for layers read repeatedly
         self._repeated: set[int] = set()  # those layers
-        self._covered: dict[tuple[int, Part], list[Covered] | None] = {}
         self._passive = False  # whether what runs now is only run for its outputs
         self._done: set[int] = set()
-        self._fresh: set[int] = set()  # those of them that the last stop made
         self._waiting: dict[Place, list[int]] = {}  # place -> batches
         self._units: dict[int, Unit] = {}  # those still to end, by their last layer
         self._dense: dict[int, _DensePass] = {}  # by batch
@@ -168,6 +163,9 @@ class Calibration:
         self._runs: list[greenlet.greenlet] = []
         self._twins: Twins | None = None
         self._shadows = Shadows(self._padding, self._run, self._resume)
+        self._observer = Observer(
+            self.targets, lambda: self._current, self._reached, self._read_strangely
+        )
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -183,9 +181,8 @@ class Calibration:
                 if block is not None:
                     members.setdefault(block, []).append(index)
                 self._pauses[index] = block is None
-                self._observe(stack, index, target)
+            self._observer.put_on(stack)
             self._repeated = self._find_repeated(inside)
-            self._weights = Weights(self.targets[i].weight for i in self._watched.values())
             for number, indices in members.items():
                 self._members[indices[0]] = indices
                 self._run_twice(stack, self.blocks[number], indices[0])
@@ -230,7 +227,6 @@ class Calibration:
                 self._end_unit(place[0], moving)
             else:
                 yield from self._stop(place[0], moving)
-            self._weights.find(self.targets[i].weight for i in self._fresh)
             if not self._needs(moving):
                 break
             self._shadows.advance(place)
@@ -250,10 +246,10 @@ class Calibration:
         fresh = {*self._members[place], *foreseen}
         self._done.update(fresh)
         self._padding.forget(places=list(fresh))
-        self._fresh = {i for i in fresh if i in self._watched.values()}
         self._advance_twins(moving, place, fresh)
         self._measure_held(moving)
         yield stop
+        self._observer.find_again(fresh)
 
     def _end_unit(self, last: int, batches: Sequence[int]) -> None:
         assert self._ends is not None
@@ -303,8 +299,7 @@ class Calibration:
                 stack.enter_context(torch.inference_mode(False))
                 batch = batch.out_of_inference()
             stack.enter_context(torch.no_grad())  # innermost: leaving inference mode allows it
-            if self._watched:
-                stack.enter_context(Watch(self._weights, self._met))
+            stack.enter_context(self._observer.watching())
             self.model(*batch.args, **batch.kwargs)
 
     def _resume(self, index: int, run: greenlet.greenlet) -> None:
@@ -392,16 +387,6 @@ class Calibration:
 
     # -- observing -------------------------------------------------------------------------------
 
-    def _observe(self, stack: ExitStack, index: int, target: Target) -> None:
-        module, reading = target.layer.module, target.reading
-        if is_fused_experts(module):
-            if "forward" not in vars(module):  # once for all the weights of the module
-                self._observe_experts(stack, module)
-        elif not is_stock(module) if reading is None else reading.hooked:
-            self._observe_calls(stack, index, module)
-        else:
-            self._watched[id(target.weight)] = index
-
     def _find_repeated(self, inside: Mapping[int, int]) -> set[int]:
         """The layers read more than once in a forward, not all in one pass of a block."""
         found = set()
@@ -413,66 +398,20 @@ class Calibration:
                     found.add(index)
         return found
 
-    def _observe_experts(self, stack: ExitStack, module: nn.Module) -> None:
-        def reach(tensor: str, inputs: list[Tensor]) -> None:
-            for i, other in enumerate(self.targets):
-                if other.layer.module is module and other.layer.tensor == tensor:
-                    self._reached(i, Read(self._current, None, lambda: inputs))
+    def _read_strangely(self, index: int) -> None:
+        """In a coroutine: something is read that is none of a layer's groups."""
+        if not self._surveyed:
+            self._surprise = Unsurveyed()
+            raise self._surprise
+        self.usage.unread.add(self.targets[index].name)
 
-        stack.enter_context(experts.observed(module, reach))
-
-    def _observe_calls(self, stack: ExitStack, index: int, module: nn.Module) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            if x is not None:
-                rows = lambda: input_rows(module, x)  # noqa: E731
-                self._reached(index, Read(self._current, x, rows, geometry(module)))
-
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-        stack.callback(handle.remove)
-
-    def _met(self, product: Product, operand: Operand) -> bool:
-        """A product with a watched weight is about to be computed; whether the weight changed."""
-        index = self._watched[id(operand.parameter)]
-        if self._passive:
-            return False
-        read = self._read_of(index, product, operand.part)
-        if read is None:
-            if not self._surveyed:
-                self._surprise = Unsurveyed()
-                raise self._surprise
-            self.usage.unread.add(self.targets[index].name)
-        else:
-            self._reached(index, read)
+    def _reached(self, index: int, read: Read) -> bool:
+        """A batch is about to run a layer; whether the layer may have been pruned meanwhile."""
+        if not self._passive:
+            self._meet(index, read)
         return index in self._done
 
-    def _read_of(self, index: int, product: Product, part: Part) -> Read | None:
-        """What a product reads, as the groups of its target, or None if it is none of them."""
-        target, batch, x = self.targets[index], self._current, product.x
-        view, at = target.view, (index, part)
-        if at not in self._covered:
-            self._covered[at] = covered(view, part)
-        found = self._covered[at]
-        if found is None:
-            return None
-        if view.groups == 1:
-            return Read(batch, x, product.rows, product.geometry)
-
-        def rows() -> list[Tensor]:
-            mine = product.rows()
-            none = mine[0].new_empty(0, view.cols)
-            stack = [none] * view.groups
-            for one in found:
-                stack[one.group] = mine[one.own][:, one.start : one.start + view.cols]
-            return stack
-
-        alike = product.geometry, view.groups, view.cols, tuple(found)
-        return Read(batch, x, rows, alike)
-
-    def _reached(self, index: int, read: Read) -> None:
-        """A batch is about to run a layer."""
-        if self._passive:
-            return
+    def _meet(self, index: int, read: Read) -> None:
         repeated = index in self._repeated
         if self._ahead:
             if repeated and not self._shadow_reads(index, read):

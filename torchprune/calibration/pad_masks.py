@@ -40,8 +40,9 @@ class Content:
     """A tensor that holds a masked sequence: how its axes are laid out beside the mask's.
 
     Attributes:
-        layout: "items first", "length first", "flat" (items and length are one axis) or
-            "stretched" (an axis as long as the mask, or one that it must be stretched to).
+        layout: "items first", "length first", "flat" (items and length are one axis), "pixels"
+            (the last two axes are the length) or "stretched" (an axis as long as the mask, or one
+            that it must be stretched to).
         axis: of the length, where "stretched".
     """
 
@@ -84,8 +85,9 @@ class PadMask:
 
     @property
     def is_padding(self) -> bool:
-        """Whether in every item the tokens are one run that begins or ends with the item."""
-        return _is_padding(self.tokens)
+        """Whether in every item the tokens are one run that begins or ends with the item; of pixels
+        there are many runs."""
+        return any(c.layout == "pixels" for c in self.contents) or _is_padding(self.tokens)
 
 
 def leaves_of(batch: Batch, forward: Callable[..., Any]) -> list[Leaf]:
@@ -112,13 +114,16 @@ def readings_of(leaves: Sequence[Leaf]) -> list[PadMask]:
     Readings that the batch holds nothing for to be masked are left out, and those of tensors that
     nobody calls a mask, unless their zeros lie as padding does.
     """
+    pixels = list(_of_pixels(leaves))
+    taken = {mask.path for mask in pixels}
     found = [
         PadMask(leaf.path, leaf.name, inverted, tokens)
         for leaf in leaves
+        if leaf.path not in taken
         for inverted, tokens in _readings(leaf.tensor)
         if "mask" in leaf.name.lower() or (bool(tokens.any()) and _is_padding(tokens))
     ]
-    named = {mask.path for mask in found if mask.is_named}
+    named = taken | {mask.path for mask in found if mask.is_named}
     kept = []
     for mask in found:
         others = [leaf for leaf in leaves if leaf.path != mask.path and leaf.path not in named]
@@ -127,7 +132,24 @@ def readings_of(leaves: Sequence[Leaf]) -> list[PadMask]:
             whole = _of_the_last(mask, others)
         if whole.contents or (whole.is_plain and not bool(whole.tokens.all())):
             kept.append(whole)
-    return [*kept, *_ignored(leaves)]
+    return [*kept, *pixels, *_ignored(leaves)]
+
+
+def _of_pixels(leaves: Sequence[Leaf]) -> Iterator[PadMask]:
+    """Masks (..., height, width) of images (..., channels, height, width)."""
+    for leaf in (leaf for leaf in leaves if "mask" in leaf.name.lower()):
+        *lead, height, width = (0, 0, *leaf.tensor.shape)[-max(2, leaf.tensor.dim()) :]
+        wanted = tuple(lead), (height, width)
+        for other in leaves:
+            shape = tuple(other.tensor.shape)
+            of_images = other.tensor.is_floating_point() and len(shape) == len(lead) + 3
+            if lead and of_images and (shape[:-3], shape[-2:]) == wanted:
+                for inverted, seen in _opened(leaf.tensor):
+                    tokens = seen.reshape(-1, height * width)
+                    if not inverted and _is_frame(seen.reshape(-1, height, width)):
+                        content = Content(other, "pixels")
+                        yield PadMask(leaf.path, leaf.name, False, tokens, (content,))
+                break
 
 
 def _ignored(leaves: Sequence[Leaf]) -> Iterator[PadMask]:
@@ -185,25 +207,35 @@ def _readings(tensor: Tensor) -> Iterator[tuple[bool, Tensor]]:
     """(whether ones are padding, (items, length) bool tokens) for what a tensor may mean."""
     if not 2 <= tensor.dim() <= 4 or tensor.shape[-1] < 2 or not tensor.numel():
         return
-    if tensor.dtype.is_complex:
-        return
-    if tensor.dtype == torch.bool:
-        opened = [(False, tensor), (True, ~tensor)]
-    elif bool(((tensor == 0) | (tensor == 1)).all()):
-        opened = [(False, tensor != 0)]
-    elif tensor.is_floating_point() and bool(((tensor == 0) | (tensor <= _SHUT)).all()):
-        opened = [(False, tensor == 0)]
-    else:
-        return
-    for inverted, one in opened:
+    for inverted, one in _opened(tensor):
         tokens = one if one.dim() == 2 else one.flatten(1, -2).any(1)
         if not bool(tokens.all()):
             yield inverted, tokens
 
 
+def _opened(tensor: Tensor) -> list[tuple[bool, Tensor]]:
+    """(whether ones are masked, where nothing is) for what a tensor may mean."""
+    if tensor.dtype == torch.bool:
+        return [(False, tensor), (True, ~tensor)]
+    if tensor.dtype.is_complex or not tensor.numel():
+        return []
+    if bool(((tensor == 0) | (tensor == 1)).all()):
+        return [(False, tensor != 0)]
+    if tensor.is_floating_point() and bool(((tensor == 0) | (tensor <= _SHUT)).all()):
+        return [(False, tensor == 0)]
+    return []
+
+
 def _is_padding(tokens: Tensor) -> bool:
     """Whether every item's tokens are one run that begins or ends with the item."""
     return bool((tokens.int().diff(dim=1).ne(0).sum(1) <= 1).all())
+
+
+def _is_frame(images: Tensor) -> bool:
+    """Whether every (height, width) is one rectangle in a corner, and not all of it in each."""
+    down, across = images.any(2), images.any(1)
+    whole = bool((images == down[:, :, None] & across[:, None, :]).all())
+    return whole and _is_padding(down) and _is_padding(across) and not bool(images.all())
 
 
 def _fitting(tokens: Tensor, leaves: Sequence[Leaf]) -> list[Content]:
@@ -285,6 +317,8 @@ def changed(x: Tensor, mask: PadMask, content: Content, variant: int) -> Tensor:
         seen = x.movedim(0, 1)
     elif content.layout == "flat":
         seen = x.view(items, length, *x.shape[1:])
+    elif content.layout == "pixels":
+        seen = x.view(items, -1, length).movedim(2, 1)
     elif content.layout == "stretched":
         seen = x.movedim(content.axis, 1)
         place = torch.arange(seen.shape[1], device=x.device) * length // seen.shape[1]

@@ -316,8 +316,11 @@ def _stretched(masks: Sequence[PadMask], count: int) -> list[_Lay]:
 
 def _consistent(lays: Sequence[_Lay], alike: Tensor, empty: Tensor) -> _Lay | None:
     """The lay all of whose tokens' rows are alike, with most of the padding's that are not, or that
-    are all zeros (attention gives these to a query that may attend to nothing)."""
-    best, most = None, 0.5
+    are all zeros (attention gives these to a query that may attend to nothing).
+
+    Where every row is alike, half of the padding's must be zeros.
+    """
+    best, most = None, 0.5 if bool(alike.all()) else 0.0
     for lay in lays:
         if bool((lay.tokens & ~alike).any()):
             continue

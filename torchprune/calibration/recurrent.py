@@ -39,11 +39,12 @@ _PACKED = ("data", "batch_sizes", "hx", "params", *_REST)
 _CELL = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
 _OPERATORS = (_VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu)
 _CELLS = (_VF.lstm_cell, _VF.gru_cell, _VF.rnn_tanh_cell, _VF.rnn_relu_cell)
+_ALL = frozenset((*_OPERATORS, *_CELLS))
 
 
 def is_recurrent(function: Any) -> bool:
     """Whether this is one of torch's recurrent operators or cells."""
-    return function in _OPERATORS or function in _CELLS
+    return function in _ALL  # asked of every function that a model calls
 
 
 def weights_in(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -53,6 +54,14 @@ def weights_in(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return [given["w_ih"], given["w_hh"]]
     call = _Call(function, args, kwargs)
     return [call.params[at] for place in call.places() for at in place.matrices]
+
+
+def feeding_back(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bool]:
+    """Of each of these matrices, whether what it gives comes back to it a step later."""
+    if function in _CELLS:
+        return [False, True]
+    call = _Call(function, args, kwargs)
+    return [at > 0 for place in call.places() for at in range(len(place.matrices))]
 
 
 def watched(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], reach: Reach) -> Any:

@@ -51,6 +51,7 @@ class _Output:
         axis: which axis of the value the product made, counted from the end.
         rows, cols: outputs and inputs of the product.
         soft: whether a softmax or sigmoid made shares of them.
+        pure: whether nothing else of its size had a part in it.
     """
 
     parameter: int
@@ -58,6 +59,7 @@ class _Output:
     rows: int
     cols: int
     soft: bool = False
+    pure: bool = True
 
 
 class Routers:
@@ -72,6 +74,7 @@ class Routers:
         self._outputs: Any = WeakIdKeyDictionary()
         self._weights: Any = WeakIdKeyDictionary()
         self._picks: Any = WeakIdKeyDictionary()
+        self._feeders: dict[int, set[_Output]] = {}
 
     def saw(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
@@ -104,6 +107,8 @@ class Routers:
         axis = _axis_of(name, args, kwargs)
         for output in self._outputs.get(tensor, ()):
             over = tensor.dim() == 1 if axis is None else _from_end(axis, tensor) == output.axis
+            if output.rows >= output.cols:
+                continue  # a ranking that makes activations sparse
             if name in _RANKING and (over or (output.soft and axis is not None)):
                 self._find(output, f"a router: its {output.rows} outputs are ranked by {name}")
             elif name == "max" and over and isinstance(result, tuple):
@@ -120,9 +125,11 @@ class Routers:
             if not tensor.dim() or tensor.shape[-1] != 1 or result.shape[-1] == 1:
                 continue
             for output in self._outputs.get(tensor, ()):
-                if output.rows * _FEW <= output.cols:
+                if output.rows * _FEW <= max(output.cols, result.shape[-1]):
                     outputs = "output" if output.rows == 1 else f"{output.rows} outputs, each"
                     self._find(output, f"a gate: its {outputs} scales a vector")
+                    for feeder in self._feeders.get(output.parameter, ()):
+                        self._find(feeder, f"a gate: its {feeder.rows} outputs make another's")
 
     def _judge_mixing(self, name: str, args: Sequence[Any], operands: Sequence[Tensor]) -> None:
         """A softmax of outputs, multiplied with what is no parameter along their own axis."""
@@ -130,7 +137,8 @@ class Routers:
             return
         for place, tensor in enumerate(operands):
             for output in self._outputs.get(tensor, ()):
-                if output.soft and _contracted(name, args, operands, place, output.axis):
+                few = output.soft and output.rows < output.cols
+                if few and _contracted(name, args, operands, place, output.axis):
                     self._find(output, f"a router: its {output.rows} outputs are shares of a mix")
 
     def _find(self, output: _Output, why: str) -> None:
@@ -153,15 +161,24 @@ class Routers:
             weight = operands[place]
             parameter = self._parameter(weight)
             cols = weight.numel() // max(rows, 1)
-            if parameter is not None and rows < cols and result.dim() >= -axis:
+            if parameter is not None and rows <= cols and result.dim() >= -axis:
                 output = _Output(parameter, axis, rows, cols)
                 self._outputs[result] = {*self._outputs.get(result, ()), output}
+                feeders = self._feeders.setdefault(parameter, set())
+                feeders |= {o for t in operands if t is not weight for o in self._feeding(t, cols)}
+
+    def _feeding(self, tensor: Tensor, cols: int) -> Iterator[_Output]:
+        """The few outputs of another layer that a product of so many inputs reads, all of them."""
+        for output in self._outputs.get(tensor, ()):
+            if output.pure and output.rows == cols and output.rows * _FEW <= output.cols:
+                yield output
 
     def _follow(
         self, name: str, operands: Sequence[Tensor], result: Tensor, over: int | None
     ) -> None:
         """Keep track of what is still, number by number, a parameter or a layer's outputs."""
         kept: set[_Output] = set()
+        alike = [t for t in operands if t.numel() == result.numel() and not self._parameter(t)]
         for tensor in operands:
             parameter = self._parameter(tensor)
             if parameter is not None and tensor.numel() == result.numel() and result is not tensor:
@@ -174,7 +191,8 @@ class Routers:
                         and over is not None
                         and _from_end(over, tensor) == output.axis
                     )
-                    kept.add(replace(output, axis=axis, soft=output.soft or soft))
+                    pure = output.pure and len(alike) <= 1
+                    kept.add(replace(output, axis=axis, soft=output.soft or soft, pure=pure))
         if kept:
             self._outputs[result] = {*self._outputs.get(result, ()), *kept}
 

@@ -16,7 +16,7 @@ from torchprune.lowering.modules import BitmaskLinear
 from torchprune.masking.mask import detach, fold, mask_of, obstacle, original_of
 from torchprune.masking.matrices import is_transposed_linear, view_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
-from torchprune.masking.packing import masked
+from torchprune.masking.packing import masked, zeros_in
 from torchprune.masking.selection import (
     Layer,
     as_selectors,
@@ -208,7 +208,7 @@ def _plan(
             plan.left[layer.name] = why
             continue
         weight = _effective(layer)
-        zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+        zeros = zeros_in(weight) / weight.numel()
         if target == "bitmask":
             why = bitmask.obstacle(weight, min_sparsity)
             after = _bitmask_bytes(layer, weight, zeros, dtype)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import optimizer as optimizers
 
 from torchprune.masking.packing import clear
 
@@ -223,10 +223,14 @@ _WATCHED: list[object] = []
 
 
 def _after_every_step() -> None:
-    """See to it that parameters are clean right after any optimizer's step."""
+    """See to it that parameters are clean right after any optimizer's step, which is as fast."""
     with _LOCK:
         if not _WATCHED:
-            _WATCHED.append(register_optimizer_step_post_hook(_stepped))
+            _WATCHED.append(optimizers.register_optimizer_step_post_hook(_stepped))
+            # By their exact types optimizers tell what their joint kernels take: this class too.
+            types = getattr(optimizers, "_foreach_supported_types", None)
+            if isinstance(types, list):
+                types.append(Guarded)
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -122,6 +122,14 @@ def prunable_names(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
+def feeds_back(module: nn.Module, tensor: str) -> bool:
+    """Whether what a weight gives comes back to it a step later: those of recurrent nets do, but
+    for the ones that read the input."""
+    if isinstance(module, nn.RNNBase):
+        return tensor.startswith("weight") and all(tensor != own[0] for own in module._all_weights)
+    return isinstance(module, nn.RNNCellBase) and tensor == "weight_hh"
+
+
 def is_asked_for(module: nn.Module) -> bool:
     """Whether the weight of a module of torch's own is pruned only where it is asked for by name:
     lookups, products of two inputs, and convolutions that spread their input."""

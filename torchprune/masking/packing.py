@@ -8,7 +8,7 @@ follow in the same order. The laws, for every dtype of 1, 2, 4 or 8 bytes:
     unpack_values(pack_values(t, mask), mask) is t on the mask and all zero bits elsewhere
     with mask = nonzero_bits(t) that is t itself: -0.0 and every NaN come back as they were
     masked(t, mask) == where(mask, t, 0), the same bits
-    after clear(t, pack_bits(mask)) t is what masked(t, mask) was
+    after clear(t, pack_bits(mask)) t is what masked(t, mask) was, which is what cleared gives
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """
     words = _WORDS[weight.element_size()]
     return (weight.detach().view(words) * mask).view(weight.dtype)
+
+
+def zeros_in(tensor: Tensor) -> int:
+    """How many elements are zero, -0.0 among them. Of any dtype: eight-bit floats know no
+    `count_nonzero`."""
+    return int((tensor.detach() == 0).sum())
 
 
 def nonzero_bits(tensor: Tensor) -> Tensor:
@@ -101,23 +107,40 @@ def clear(tensor: Tensor, bits: Tensor) -> None:
 
     In pieces, so that no mask of a byte a weight comes to be. It must not overlap with itself.
     """
-    words = _WORDS[tensor.itemsize]
+    if tensor.is_contiguous():
+        _clear_into(tensor, tensor, bits)
+    else:
+        tensor.view(_WORDS[tensor.itemsize]).mul_(unpack_bits(bits, tensor.shape))
+
+
+def cleared(tensor: Tensor, bits: Tensor) -> Tensor:
+    """A copy with zeros where `clear` makes them."""
     if not tensor.is_contiguous():
-        tensor.view(words).mul_(unpack_bits(bits, tensor.shape))
-        return
-    flat = tensor.view(-1).view(words)
-    eights = flat.numel() // 8
-    groups, table = flat[: 8 * eights], _keepers(tensor.device, tensor.itemsize)
-    if tensor.data_ptr() % 8 == 0 and tensor.storage_offset() * tensor.itemsize % 8 == 0:
-        groups, table = groups.view(torch.int64), table.view(torch.int64)
+        copied = tensor.clone()
+        clear(copied, bits)
+        return copied
+    made = torch.empty_like(tensor)
+    _clear_into(made, tensor, bits)
+    return made
+
+
+def _clear_into(made: Tensor, tensor: Tensor, bits: Tensor) -> None:
+    """Both contiguous and of one kind; they may be the same."""
+    words, eights = _WORDS[tensor.itemsize], tensor.numel() // 8
+    flat, into = tensor.view(-1).view(words), made.view(-1).view(words)
+    table, wide = _keepers(tensor.device, tensor.itemsize), torch.int64
+    groups, outs = flat[: 8 * eights], into[: 8 * eights]
+    if all(
+        t.storage_offset() * t.itemsize % 8 == 0 and t.data_ptr() % 8 == 0 for t in (flat, into)
+    ):
+        groups, outs, table = groups.view(wide), outs.view(wide), table.view(wide)
     piece = _PIECE if tensor.device.type == "cpu" else _CHUNK
-    pairs = zip(
-        groups.view(eights, table.shape[1]).split(piece), bits[:eights].split(piece), strict=True
-    )
-    for group, some in pairs:
-        group.bitwise_and_(table.index_select(0, some.int()))
+    parts = [t.view(eights, table.shape[1]).split(piece) for t in (groups, outs)]
+    for group, out, some in zip(*parts, bits[:eights].split(piece), strict=True):
+        torch.bitwise_and(group, table.index_select(0, some.int()), out=out)
     if rest := flat.numel() - 8 * eights:
-        flat[-rest:].bitwise_and_(table.view(words).view(256, 8)[bits[-1:].long(), :rest].view(-1))
+        keep = table.view(words).view(256, 8)[bits[-1:].long(), :rest].view(-1)
+        torch.bitwise_and(flat[-rest:], keep, out=into[-rest:])
 
 
 @functools.cache

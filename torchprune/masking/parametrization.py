@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchprune.masking.keeper import Guarded, Keeper, is_ordinary, keeper_of, values_of
 from torchprune.masking.packing import (
-    clear,
+    cleared,
     masked,
     pack_bits,
     pack_values,
@@ -151,9 +151,7 @@ class Mask(nn.Module):
             return torch.sparse_coo_tensor(some.indices(), values, some.shape, is_coalesced=True)
         plain = type(gradient) is Tensor and gradient.shape == self.shape
         if plain and not torch.is_grad_enabled() and not _is_watched():
-            kept = gradient.clone()
-            clear(kept, self.bits)
-            return kept
+            return cleared(gradient, self.bits)
         return torch.where(self._whole(gradient), gradient, 0)
 
     @contextmanager

@@ -12,7 +12,7 @@ from torchprune.errors import SpecError, TargetError
 from torchprune.masking.defaults import surroundings_of, why_dense
 from torchprune.masking.left_dense import Left, lost_of, nothing_left, uncovered_of
 from torchprune.masking.mask import Mask, mask_of, obstacle, original_of
-from torchprune.masking.matrices import View, is_asked_for, prunable_names, view_of
+from torchprune.masking.matrices import View, feeds_back, is_asked_for, prunable_names, view_of
 from torchprune.masking.reading import Reading
 from torchprune.masking.request import Request
 from torchprune.masking.scales import is_coded
@@ -46,6 +46,12 @@ class Target:
     def weight(self) -> Tensor:
         """The parameter behind the layer, without its mask."""
         return original_of(self.layer.module, self.layer.tensor)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether what the layer gives comes back to it a step later, as in recurrent nets."""
+        seen = self.reading is not None and self.reading.feeds_back
+        return seen or feeds_back(self.layer.module, self.layer.tensor)
 
     @property
     def mask(self) -> Mask | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torchprune.methods.solve import Solver
 from torchprune.modes import exact
 from torchprune.specs.goals import Goal
 from torchprune.specs.method import GroupMoments, Solution
+from torchprune.specs.patterns import NM
 from torchprune.specs.spec import Spec
 
 _ROWS_MEASURED = 128
@@ -30,9 +31,9 @@ def without_data(targets: Sequence[Target], spec: Spec) -> Iterator[Change]:
     """The changes that weights alone decide; with scope "global" all targets share a budget."""
     together = [list(targets)] if spec.scope == "global" else [[t] for t in targets]
     for some in together:
-        keeps = _masks(some, [scores_of(spec, t) for t in some], spec.scope)
+        keeps = _masks(some, [scores_of(spec, t) for t in some], scope_of(spec, some[0]))
         for target, keep in zip(some, keeps, strict=True):
-            record = Record(spec.label, str(target.goal))
+            record = Record(spec.label, str(target.goal), note=_by_row(spec, target))
             yield Change(target, target.view.from_matrix(keep, target.weight.shape), record)
 
 
@@ -77,7 +78,7 @@ class Decider:
         self.warnings.append(f"{target.name}: {note}")
         keep = self.chosen.get(target.layer.key)
         if keep is None:
-            scope = "layer" if self.spec.scope == "global" else self.spec.scope
+            scope = "layer" if self.spec.scope == "global" else scope_of(self.spec, target)
             keep = _masks([target], [scores_of(self.spec, target)], scope)[0]
         record = Record(by, str(target.goal), tokens=0, note=note)
         return Change(target, target.view.from_matrix(keep, target.weight.shape), record)
@@ -86,7 +87,8 @@ class Decider:
         """The mask of a layer by its scores alone."""
         keep = self.chosen.get(target.layer.key)
         if keep is None:
-            keep = _masks([target], [scores_of(self.spec, target, moments)], self.spec.scope)[0]
+            scores = [scores_of(self.spec, target, moments)]
+            keep = _masks([target], scores, scope_of(self.spec, target))[0]
         return keep
 
     def _solved(self, targets: Sequence[Target], moments: Moments) -> Iterator[Change]:
@@ -96,7 +98,8 @@ class Decider:
 
         The layers read the same inputs and have the same goal.
         """
-        spec, goal = self.spec, targets[0].goal
+        goal, scope = targets[0].goal, scope_of(self.spec, targets[0])
+        spec = self.spec if scope == self.spec.scope else replace(self.spec, scope=scope)
         if self._solver is None or self._solver.moments is not moments:
             self._solver = Solver(spec, moments, targets[0].name)
         solver = self._solver
@@ -141,7 +144,7 @@ class Decider:
 
     def _by_magnitude(self, target: Target, weight: Tensor, group: int) -> Tensor:
         scores = [[magnitude_score(weight)]]
-        return _masks([target], scores, self.spec.scope, groups=[group])[0][0]
+        return _masks([target], scores, scope_of(self.spec, target), groups=[group])[0][0]
 
     def _change(
         self,
@@ -152,7 +155,7 @@ class Decider:
         error: float | None = None,
         notes: Sequence[str] = (),
     ) -> Change:
-        notes = [*dict.fromkeys(notes)]
+        notes = [*dict.fromkeys(notes), *filter(None, [_by_row(self.spec, target)])]
         if idle := [g for g, rows in enumerate(moments.rows) if not rows]:
             kind = "experts" if target.view.kind.startswith("experts") else "groups"
             which = f"{kind} {_few(idle)}" if len(moments.rows) > 1 else "it"
@@ -176,6 +179,24 @@ class Decider:
         )
         mask = target.view.from_matrix(keep, target.weight.shape)
         return Change(target, mask, record, new)
+
+
+def scope_of(spec: Spec, target: Target) -> str | None:
+    """Where the count of a layer's zeros is exact.
+
+    What a weight that feeds back gives is read by itself at every later step: the few units that a
+    whole layer's ranking leaves without weights stop to remember, though it costs little in one
+    step. So there rows keep their shares.
+    """
+    shares = spec.scope == "layer" and target.feeds_back and "row" in spec.scopes
+    return "row" if shares else spec.scope
+
+
+def _by_row(spec: Spec, target: Target) -> str:
+    """What the report says of a layer whose rows keep their shares, though they need not."""
+    if scope_of(spec, target) == spec.scope or isinstance(target.goal.pattern, NM):
+        return ""
+    return "each row keeps its share: what it gives comes back to it"
 
 
 def decider_for(spec: Spec, targets: Sequence[Target], batches: int) -> Decider:

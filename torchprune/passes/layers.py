@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
+from torch.fx import Node
 
 from torchprune.masking.matrices import TransposedLinear, View, prunable_names, view_of
 from torchprune.masking.parts import Part, covered, view_of_parts
@@ -37,7 +38,8 @@ class Layers:
 
 
 def layers_of(program: ExportedProgram) -> Layers:
-    """The weights that a program's products read, in the order in which they first do."""
+    """The weights that a program's products read, in the order in which they first do, and behind
+    them those that none does."""
     names = {
         cast(TensorArgument, spec.arg).name: str(spec.target)
         for spec in program.graph_signature.input_specs
@@ -60,10 +62,25 @@ def layers_of(program: ExportedProgram) -> Layers:
             continue
         module.register_parameter(tensor, weight)
         layers.root = _grafted(layers.root, path, module)
-        layers.readings[id(weight)] = Reading(view, len(reads))
+        layers.readings[id(weight)] = Reading(
+            view, len(reads), feeds_back=any(read.feeds_back for read in reads)
+        )
         layers.weights[name], layers.reads[name] = weight, reads
+    for node, value in held.items():
+        name = names[node.name]
+        if name not in (*layers.reads, *shared) and value.is_floating_point() and value.dim() > 1:
+            *path, own = name.split(".")
+            holder = _unread(node, own)
+            holder.register_parameter(own, nn.Parameter(value.detach(), requires_grad=False))
+            layers.root = _grafted(layers.root, path, holder)
     layers.root = _listed(layers.root)
     return layers
+
+
+def _unread(weight: Node, tensor: str) -> nn.Module:
+    """What holds a weight that no product was seen to read: it counts among what stays dense."""
+    looked_up = any(user.target is torch.ops.aten.embedding.default for user in weight.users)
+    return nn.Embedding(1, 1, device="meta") if looked_up and tensor == "weight" else nn.Module()
 
 
 def _view_of(module: nn.Module, tensor: str, weight: Tensor, parts: Sequence[Part]) -> View | None:

@@ -113,7 +113,9 @@ def prune_program(
                 changes += without_data(plan.targets, spec)
         else:
             decider = decider_for(spec, plan.targets, len(batches))
-            found = [_Use(t, layers.reads[t.layer.key]) for t in plan.targets]
+            read = [t for t in plan.targets if t.layer.key in layers.reads]
+            changes += [decider.unreached(t) for t in plan.targets if t not in read]
+            found = [_Use(t, layers.reads[t.layer.key]) for t in read]
             blocks = [tuple(name.split(".")) for name in plan.blocks]
             run = _Run(running, found, batches, decider, blocks)
             with tqdm(total=len(found), desc=spec.label, unit="layer", disable=not progress) as bar:

@@ -42,6 +42,7 @@ class Read:
         source: equal for reads of the same rows.
         x: a node with a row for every place of its axes but the last, in their order, or None.
         function: torch's own that it is, where that is no plain product.
+        feeds_back: whether what it gives comes back to it a step later.
     """
 
     node: Node
@@ -51,6 +52,7 @@ class Read:
     source: Hashable
     x: Node | None = None
     function: Any = None
+    feeds_back: bool = False
 
 
 def reads_in(graph: Graph, parameters: Mapping[Node, Tensor]) -> dict[Node, list[Read]]:
@@ -197,9 +199,10 @@ _FUNCTIONS: dict[Any, Any] = {
 
 def _recurrent(node: Node, pieces: Mapping[Node, Piece]) -> list[Read]:
     function = _RECURRENT[cast(Any, node.target)]
-    held = recurrent.weights_in(function, node.args, node.kwargs)
+    held = cast("list[Node]", recurrent.weights_in(function, node.args, node.kwargs))
+    back = recurrent.feeding_back(function, node.args, node.kwargs)
     found = []
-    for number, weight in enumerate(cast("list[Node]", held)):
+    for number, weight in enumerate(held):
         piece = pieces.get(weight)
         steps = None if piece is None else piece.strides()
         if piece is not None and steps is not None:
@@ -210,7 +213,8 @@ def _recurrent(node: Node, pieces: Mapping[Node, Piece]) -> list[Read]:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 return [recurrent.rows_of(function, args, kwargs, number)]
 
-            found.append(Read(node, piece, Part(piece.offset, axes), rows, (node, number)))
+            part, source = Part(piece.offset, axes), (node, number)
+            found.append(Read(node, piece, part, rows, source, feeds_back=back[number]))
     return found
 
 

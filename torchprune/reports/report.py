@@ -13,6 +13,7 @@ from torch import nn
 from torchprune.calibration.lockstep import Usage
 from torchprune.masking.coverage import Coverage, coverage_of
 from torchprune.masking.mask import masked_layers, original_of
+from torchprune.masking.packing import zeros_in
 from torchprune.reports.tables import Column, by_rich
 from torchprune.specs.options import Checked
 
@@ -215,7 +216,7 @@ def report(model: nn.Module) -> Report:
                 dtype=str(original.dtype).removeprefix("torch."),
                 method=record.method,
                 pattern=record.pattern,
-                zeros=int((effective == 0).sum()),  # eight-bit floats have no count_nonzero
+                zeros=zeros_in(effective),
                 size=effective.numel(),
                 error=record.error,
                 tokens=record.tokens,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchprune.errors import SpecError, TargetError
 from torchprune.masking.mask import masked_layers
 from torchprune.masking.matrices import view_of
+from torchprune.masking.packing import zeros_in
 from torchprune.masking.targets import make_plan
 from torchprune.methods.magnitude import MagnitudeSpec
 from torchprune.specs.patterns import NM, Block, Pattern, check_shape, prune_count
@@ -130,9 +131,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
 
 
 def _check_masked(name: str, mask: Tensor, weight: Tensor) -> None:
-    wrong = torch.count_nonzero(weight.detach()[~mask])
+    pruned = weight[~mask]
+    wrong = pruned.numel() - zeros_in(pruned)
     if wrong:
-        raise AssertionError(f"{name}: {int(wrong)} weights are not zero though masked")
+        raise AssertionError(f"{name}: {wrong} weights are not zero though masked")
 
 
 def _check_shape(matrix: _Matrix, pattern: Pattern) -> None:

@@ -19,7 +19,7 @@ from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.data import Data
 from torchprune.calibration.lockstep import Calibration, Unsurveyed
 from torchprune.calibration.sources import Unforeseen
-from torchprune.calibration.survey import Survey, is_plain, survey
+from torchprune.calibration.survey import MOST_BATCHES, Survey, is_plain, survey
 from torchprune.calibration.token_masks import TokenMask
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
@@ -152,14 +152,14 @@ class _Weights:
         asker, windows = type(self.spec).__name__, self.spec.windows
         batches, notes = self.data.read(self.model, asker, at_least=windows)
         self.run.notes += notes
-        plan = plan or self._plan(survey(self.model, batches[0]))
+        plan = plan or self._plan(survey(self.model, batches))
         notes = list(self.run.notes)
         try:
             self._by_data(plan, batches, surveyed=not plain)
         except Unsurveyed:
             again = "calibrated twice: some weights are read in part or several times"
             self.run.notes = [*notes, again]
-            plan = self._plan(survey(self.model, batches[0]))
+            plan = self._plan(survey(self.model, batches))
             self._by_data(plan, batches, surveyed=True)
 
     def _seen_without_need(self) -> Survey | None:
@@ -169,11 +169,12 @@ class _Weights:
             return None
         try:
             if self.data.given is not None:
-                batches, _ = replace(self.data, max_batches=1).read(self.model, "")
+                few = min(self.data.max_batches, MOST_BATCHES)
+                batches, _ = replace(self.data, max_batches=few).read(self.model, "")
             else:
                 made_up = getattr(self.model, "dummy_inputs", None)
                 batches = read_batches([made_up], self.model, 1).batches
-            return survey(self.model, batches[0])
+            return survey(self.model, batches)
         except Exception:  # nothing depends on it
             return None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, causal, decoder, tokens
 from sweeps import sample
 from torch import Tensor, nn
@@ -171,6 +172,45 @@ def test_routers_stand_beside_stacked_tensors_too() -> None:
     found = plan(blocks)
     assert [t.name for t in found.targets] == ["0.up", "1.up"]
     assert found.skipped["0.by"] == "a router: it has one output for each of 5 experts"
+
+
+class Hashed(nn.Module):
+    """A router of raw numbers that only weighs: which expert it is says a table."""
+
+    def __init__(self, experts: nn.Module, turned: bool) -> None:
+        super().__init__()
+        self.up, self.experts, self.turned = nn.Linear(8, 8), experts, turned
+        self.gate = nn.Parameter(torch.randn(8, 5) if turned else torch.randn(5, 8))
+        self.more = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x) @ self.more
+        shares = (x @ self.gate if self.turned else F.linear(x, self.gate)).sigmoid()
+        table = torch.arange(x.shape[1]).expand(x.shape[:2]).remainder(5)
+        shares = shares.gather(-1, table.unsqueeze(-1))
+        own = self.experts
+        each = own.all if isinstance(own, Stack) else [expert.weight for expert in own]
+        said = torch.stack([F.linear(x, weight) for weight in each], -2)
+        chosen = said.gather(-2, table[..., None, None].expand(*x.shape[:2], 1, 8))
+        return chosen.squeeze(-2) * shares
+
+
+@pytest.mark.filterwarnings("ignore:covered")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_router_may_be_a_raw_tensor_that_ranks_nothing(stacked: bool, turned: bool) -> None:
+    def experts() -> nn.Module:
+        return Stack() if stacked else nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Hashed(experts(), turned) for _ in range(2)))
+    torchprune.sparsify(model, WandaSpec(), [torch.randn(2, 10, 8)], progress=False)
+    skipped = torchprune.report(model).skipped
+    assert set(skipped) == {"0.gate", "1.gate"}
+    assert all(
+        why == "a router: it has one output for each of 5 experts" for why in skipped.values()
+    )
+    assert {"0.more", "1.more"} <= set(torchprune.masks(model))
 
 
 # -- at the sizes that people have -----------------------------------------------------------------

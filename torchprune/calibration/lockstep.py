@@ -16,7 +16,8 @@ Defined behaviour at the edges:
   then reads something else, or is not called, `Unforeseen` is raised: begin again without. So it is
   where a block's layers were found to share statistics and then read something else.
 - A batch that holds padding has a shadow beside it (see `padding`), which is never counted.
-- Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run.
+- Once the last layer is pruned the waiting batches are abandoned: the model's tail is not run,
+  except on one batch where nobody looked, up to the output head: it may use a layer again.
 - An error in any batch ends the calibration; hooks are gone and the error is the model's own.
 """
 
@@ -45,6 +46,7 @@ from torchprune.calibration.replay import Replays
 from torchprune.calibration.shadows import Shadows
 from torchprune.calibration.sources import Gathered, Read, Sources, Unforeseen
 from torchprune.calibration.twins import TwinDone, Twins
+from torchprune.masking.selection import output_head
 from torchprune.masking.targets import Target
 
 Stop = list[tuple[Target, Moments]]
@@ -69,14 +71,15 @@ class Usage:
 
 
 class _AllReached(BaseException):
-    """Unwinds a block's dense pass once its last layer has been reached. Not an error."""
+    """Unwinds a pass of which nothing more is wanted. Not an error."""
 
 
 @dataclass
 class _DensePass:
-    """A block's layers that are still to be reached, whether the pass ends when all were, and
-    whether one was reached after that."""
+    """A block's layers, those that are still to be reached, whether the pass ends when all were,
+    and whether one was reached after that."""
 
+    members: frozenset[int]
     missing: set[int]
     short: bool
     again: bool = False
@@ -235,6 +238,31 @@ class Calibration:
         for index, sources in self._promised.items():
             if self._counted[index] != sources.batches():
                 raise Unforeseen
+        if not self._surveyed:
+            self._run_on()
+
+    def _run_on(self) -> None:
+        """Let one batch go on, since it may use layers again that are pruned by now.
+
+        The output head, which is large, comes after all others. Nobody asked for what follows the
+        last layer, so errors in it are none.
+        """
+        index = next((i for i, run in enumerate(self._runs) if not run.dead), None)
+        if index is None:
+            return
+        with ExitStack() as stack:
+            if (head := output_head(self.model)) is not None:
+
+                def at_head(*_: Any) -> None:
+                    raise _AllReached
+
+                stack.callback(head.register_forward_pre_hook(at_head).remove)
+            self._held.new_round()
+            with suppress(Exception, _AllReached):
+                while not self._runs[index].dead:
+                    self._resume(index, self._runs[index])
+        if self._surprise is not None:
+            raise self._surprise
 
     def _stop(self, place: int, moving: Sequence[int]) -> Iterator[Stop]:
         """Statistics of the layers at a place where batches wait."""
@@ -433,6 +461,11 @@ class Calibration:
                 self._gathering.wait(index, read)
             self._pause((index, 0))
             return
+        if self._pausing and not self._surveyed:
+            dense = self._dense.get(self._current)
+            if dense is None or index not in dense.members:  # it is another block's, or used again
+                self._surprise = Unsurveyed()
+                raise self._surprise
         if counts:
             reading = self.targets[index].reading
             alone = reading is not None and reading.reads != 1
@@ -484,7 +517,8 @@ class Calibration:
         def twice(*args: Any, **kwargs: Any) -> Any:
             if place not in self._done and self._pausing and not self._ahead:
                 start = replays.start(args, kwargs)
-                dense = _DensePass(set(self._members[place]), short=kind in self._met_once)
+                members = frozenset(self._members[place])
+                dense = _DensePass(members, set(members), short=kind in self._met_once)
                 self._dense[self._current] = dense
                 with suppress(_AllReached):
                     forward(*args, **kwargs)
@@ -493,6 +527,11 @@ class Calibration:
                     self._met_once.add(kind)
                 start.restore()
                 self._pause((place, 0))
+                out = forward(*args, **kwargs)
+                if not self._surveyed and not self._shadows.running:
+                    for index in members:  # what comes to these now uses them again
+                        self._counted.setdefault(index, set()).add(self._current)
+                return out
             return forward(*args, **kwargs)
 
     def _stop_at_end(self, stack: ExitStack, name: str, module: nn.Module) -> None:

@@ -1,14 +1,15 @@
-"""A survey: one batch watched before anything is decided, to see which weights multiply, and how.
+"""A survey: a batch watched before anything is decided, to see which weights multiply, and how.
 
 Linear layers and convolutions whose forward is torch's own need none. What else holds weights is
 looked at: raw parameters, attention's packed projections, stacks of experts, modules with a forward
-of their own, layers that are called several times.
+of their own, layers that are called several times. Where a batch leaves raw parameters unread, as
+a router may that sends its tokens elsewhere, some more are watched for these.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,13 +68,22 @@ class Survey:
     gates: Mapping[int, str] = field(default_factory=dict)
 
 
-def survey(model: nn.Module, batch: Batch) -> Survey:
-    """Run one batch and see which parameters multiply, and how.
+MOST_BATCHES = 8
+"""That are watched for what the first of them did not read."""
+
+
+def survey(model: nn.Module, batches: Sequence[Batch]) -> Survey:
+    """Run the first batch, or a few, and see which parameters multiply, and how.
 
     Raises:
         Exception: whatever the model raises.
     """
-    return _Surveyor(model).run(batch)
+    surveyor = _Surveyor(model)
+    for batch in batches[:MOST_BATCHES]:
+        surveyor.run(batch)
+        if not surveyor.misses_any():
+            break
+    return surveyor.survey()
 
 
 Call = tuple[nn.Module, int]
@@ -99,11 +109,15 @@ class _Surveyor:
                 if isinstance(weight, Tensor) and weight.dim() >= 2 and not weight.is_meta:
                     self._owner.setdefault(id(weight), (module, name))
         self._weights = {key: original_of(*place) for key, place in self._owner.items()}
-        self._seen: dict[int, _Seen] = {}
+        self._readings: dict[int, Reading | None] = {}
+        self._gates: dict[int, str] = {}
+        self._seen: dict[int, _Seen] = {}  # in this batch, as all that follows
         self._stack: list[Call] = []
         self._calls: Counter[nn.Module] = Counter()
 
-    def run(self, batch: Batch) -> Survey:
+    def run(self, batch: Batch) -> None:
+        """Watch one batch for what was not read before."""
+        self._seen, self._calls = {}, Counter()
         routers = Routers()
         watch = Watch(Weights(self._weights.values()), self._reached, routers.saw)
         with ExitStack() as stack:
@@ -121,8 +135,27 @@ class _Surveyor:
             if key not in used and known and self._calls[module]:
                 view = view_of(module, self._weights[key].shape)
                 used[key] = Reading(view, self._calls[module], hooked=True)
-        readings = {key: reading for key, reading in used.items() if reading is not None}
-        return Survey(readings, routers.found)
+        self._readings = {**used, **self._readings}
+        self._gates = {**routers.found, **self._gates}
+
+    def misses_any(self) -> bool:
+        """Whether a parameter was not read that its module does not tell of, and that looks like
+        matrices of its block."""
+        blocks = repeated_blocks(self._model).values() or [self._model]
+        inside = {id(m) for block in blocks for m in block.modules()}
+        return any(
+            key not in self._readings
+            and id(module) in inside
+            and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            and name not in prunable_names(module)
+            and sum(size > 1 for size in self._weights[key].shape) > 1
+            for key, (module, name) in self._owner.items()
+        )
+
+    def survey(self) -> Survey:
+        """What was seen in all batches."""
+        readings = {key: reading for key, reading in self._readings.items() if reading is not None}
+        return Survey(readings, self._gates)
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         self._calls[module] += 1

@@ -63,7 +63,8 @@ def surroundings_of(
         views: of those layers that can be pruned, by their keys.
         watched: routers and gates that were seen at work, see `calibration/routers.py`.
     """
-    gates = {**gates_of(model, blocks), **(watched or {})}
+    read = {id(original_of(y.module, y.tensor)): views[y.key] for y in layers if y.key in views}
+    gates = {**gates_of(model, blocks, read), **(watched or {})}
     shares: dict[int, float] = {}
     for block in blocks.values():
         copies = copies_of(block)

@@ -13,12 +13,17 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from torchprune.masking.mask import original_of
-from torchprune.masking.matrices import View, view_of
-from torchprune.masking.selection import layers_of
+from torchprune.masking.matrices import View
+from torchprune.masking.selection import every_layer
 
 
-def gates_of(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[int, str]:
+def gates_of(
+    model: nn.Module, blocks: Mapping[str, nn.Module], views: Mapping[int, View]
+) -> dict[int, str]:
     """id of a parameter -> what it does, for the routers and gates of a model.
+
+    Args:
+        views: id of a parameter -> how it reads, of all that multiply.
 
     A list of like modules is a stack of experts only inside a repeated block: in a whole model it
     may as well be its depth, and what stands beside it a head of as many classes.
@@ -27,11 +32,13 @@ def gates_of(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[int, str
     for block in blocks.values() or [model]:
         for module in block.modules():
             for count, inside in _stacks(module, lists=bool(blocks)):
-                found |= _beside(module, count, inside)
+                found |= _beside(module, count, inside, views)
     return found
 
 
-def _beside(module: nn.Module, count: int, inside: set[int]) -> dict[int, str]:
+def _beside(
+    module: nn.Module, count: int, inside: set[int], views: Mapping[int, View]
+) -> dict[int, str]:
     """The routers and gates in a module that holds so many experts, made of these parameters.
 
     Where a layer of the same parent reads as many inputs, it reads that layer: a shared expert may
@@ -40,10 +47,10 @@ def _beside(module: nn.Module, count: int, inside: set[int]) -> dict[int, str]:
     found = {}
     own: dict[int, dict[int, View]] = {}
     """id of a module -> id of a parameter that it is a layer of -> how that reads."""
-    for layer in layers_of(module):
+    for layer in every_layer(module):
         weight = original_of(layer.module, layer.tensor)
-        if weight is not None and weight.dim() > 1 and id(weight) not in inside:
-            own.setdefault(id(layer.module), {})[id(weight)] = view_of(layer.module, weight.shape)
+        if weight.dim() > 1 and id(weight) in views and id(weight) not in inside:
+            own.setdefault(id(layer.module), {})[id(weight)] = views[id(weight)]
     for parts in ([module], *(list(m.children()) for m in module.modules())):
         together = [v for m in parts for v in own.get(id(m), {}).items()]
         read = {view.cols for _, view in together}

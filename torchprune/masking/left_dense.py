@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import SpecError, TargetError, TorchpruneError
-from torchprune.masking.coverage import coverage_of, percent, warning_of
+from torchprune.masking.coverage import Coverage, percent, warning_of
 from torchprune.masking.mask import obstacle, original_of
 from torchprune.masking.matrices import is_asked_for
 from torchprune.masking.request import Request
@@ -63,27 +63,40 @@ def _size(layer: Layer) -> int:
     return max((p.numel() for p in chain.parameters()), default=0)
 
 
+def unknown_of(
+    model: nn.Module, request: Request, left: Sequence[Left], coverage: Coverage
+) -> dict[Layer, str]:
+    """The tensors without masks that were no layers to choose among, and why they were not."""
+    known = {x.layer.key for x in left}
+    return {
+        tensor: _why_unknown(tensor, request)
+        for tensor in coverage.bare
+        if tensor.key not in known and not request.targets
+    }
+
+
+def _why_unknown(tensor: Layer, request: Request) -> str:
+    if request.leaves_out(tensor):
+        return "ignored"
+    if is_asked_for(tensor.module):
+        return "it is pruned only where it is named"
+    return "nothing is known of how it multiplies"
+
+
 def uncovered_of(
-    model: nn.Module, request: Request, left: Sequence[Left], masked: Collection[int]
+    request: Request, left: Sequence[Left], coverage: Coverage, unknown: Mapping[Layer, str]
 ) -> str | None:
     """What to say of weights that stay dense by the rule, or are no layer that can be pruned.
 
     Args:
-        masked: the ids of the parameters that are to be pruned.
+        unknown: those without masks that were no layers to choose among.
     """
     known = {x.layer.key: x for x in left}
-    coverage = coverage_of(model, masked)
-    reasons: dict[Layer, str] = {}
+    reasons = {tensor: why for tensor, why in unknown.items() if not request.leaves_out(tensor)}
     for tensor in coverage.bare:
         one = known.get(tensor.key)
         if one is not None and one.kind in ("rule", "misfit"):
             reasons[tensor] = one.why
-        elif one is None and not request.leaves_out(tensor):
-            reasons[tensor] = (
-                "it is pruned only where it is named"
-                if is_asked_for(tensor.module)
-                else "nothing is known of how it multiplies"
-            )
     return warning_of(coverage, reasons)
 
 

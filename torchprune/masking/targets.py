@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import SpecError, TargetError
+from torchprune.masking.coverage import coverage_of
 from torchprune.masking.defaults import surroundings_of, why_dense
-from torchprune.masking.left_dense import Left, lost_of, nothing_left, uncovered_of
+from torchprune.masking.left_dense import Left, lost_of, nothing_left, uncovered_of, unknown_of
 from torchprune.masking.mask import Mask, mask_of, obstacle, original_of
 from torchprune.masking.matrices import View, feeds_back, is_asked_for, prunable_names, view_of
 from torchprune.masking.reading import Reading
@@ -148,8 +149,11 @@ def make_plan(
         raise nothing_left(model, left)
     if spec.scope == "global":
         _check_global(targets, spec)
+    coverage = coverage_of(model, masked)
+    unknown = unknown_of(model, request, left, coverage)
     skipped = {one.layer.name: one.why for one in left}
-    warnings = [lost, uncovered_of(model, request, left, masked)]
+    skipped |= {tensor.name: why for tensor, why in unknown.items()}
+    warnings = [lost, uncovered_of(request, left, coverage, unknown)]
     return Plan(targets, skipped, blocks, [w for w in warnings if w is not None])
 
 

@@ -39,12 +39,13 @@ _PACKED = ("data", "batch_sizes", "hx", "params", *_REST)
 _CELL = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
 _OPERATORS = (_VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu)
 _CELLS = (_VF.lstm_cell, _VF.gru_cell, _VF.rnn_tanh_cell, _VF.rnn_relu_cell)
-_ALL = frozenset((*_OPERATORS, *_CELLS))
+OPERATORS = frozenset((*_OPERATORS, *_CELLS))
+"""All of torch's recurrent operators and cells."""
 
 
 def is_recurrent(function: Any) -> bool:
     """Whether this is one of torch's recurrent operators or cells."""
-    return function in _ALL  # asked of every function that a model calls
+    return function in OPERATORS  # asked of every function that a model calls
 
 
 def weights_in(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -28,6 +28,9 @@ _COPIES = frozenset(
         *("contiguous", "clone", "reshape", "flatten", "cuda", "cpu", "detach", "requires_grad_"),
     )
 )
+_TELLING = _COPIES.union(READERS, recurrent.OPERATORS)
+"""What is looked at, apart from Python functions; the rest only passes."""
+
 _KEPT_COPIES = 2
 _HIDING = ("torch.nn.functional", "torch.functional")
 
@@ -112,7 +115,11 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if self._saw is None and type(func) is not FunctionType and func not in _TELLING:
+            return func(*args, **kwargs) if kwargs else func(*args)  # most calls: views, sums
+        return self._look(func, args, kwargs or {})
+
+    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if recurrent.is_recurrent(func):
             return self._recurrent(func, args, kwargs)
         reader = READERS.get(func)
@@ -172,6 +179,9 @@ class Watch(TorchFunctionMode):
         weight, part = product.weight, product.part
         parameter = self._weights.parameter_of(weight)
         if parameter is not None:
+            if weight is parameter and parameter.is_contiguous():
+                whole = Part(0, part.axes, part.inner)  # nothing to find out
+                return Operand(parameter, whole, lambda: parameter)
             within = _relaid(part, parameter, _steps(parameter.shape))
             return None if within is None else Operand(parameter, within, _maker(weight, parameter))
         copy = self._copy_of(weight)

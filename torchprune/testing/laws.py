@@ -93,7 +93,7 @@ class _Subject:
         """What pruning does with each layer of a model."""
         seen = Survey()
         if self.data and not is_plain(model):
-            seen = survey(model, read_batches(self.data[:1], model, 1).batches[0])
+            seen = survey(model, read_batches(self.data, model, len(self.data)).batches)
         return make_plan(model, self.spec, seen.readings, seen.gates)
 
     def prune(self, **options: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from by_hand import inputs_of
 from families import FAMILIES, VOCABULARY, bert, llama, mixtral, tokens
+from hypothesis import given
+from hypothesis import strategies as st
 from padded import (
     CASES,
     PAD,
@@ -336,3 +339,31 @@ def test_every_family_takes_padding_or_none() -> None:
     for name in ("gpt2", "opt", "gemma"):
         made = assert_nothing_leaks(FAMILIES[name].make(), [padded("left")], WandaSpec())
         assert set(counted(made).values()) == {REAL}, name
+
+
+_model = functools.cache(llama)
+
+
+@given(
+    noisy=st.lists(st.booleans(), min_size=24, max_size=24),
+    apart=st.sampled_from([0.0, 1e-7, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_rounding_leaves_no_token_out(noisy: list[bool], apart: float, seed: int) -> None:
+    """Behind routed experts rows round otherwise in the shadow, also where those of padding hold
+    nothing of it, as where a recurrent layer reads zeros there."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = padded(lengths=(12, 8))
+    padding = Padding(_model(), read_batches([batch], _model(), 1).batches)
+    rows = torch.randn(24, 16, generator=generator)
+    rounding = 1e-7 * torch.randn(24, 16, generator=generator)
+    pads = (batch["attention_mask"] == 0).reshape(-1)
+    other = rows + rounding * (torch.tensor(noisy) & ~pads).unsqueeze(1)
+    other[pads] += apart * torch.randn(4, 16, generator=generator)
+    padding.note(0, "x", 0, [other])
+    (found,) = padding.tokens(0, "x", 0, [rows], "x", loose=False)
+    if found is not None:
+        assert bool(found[~pads].all())
+    if apart == 1.0:
+        assert found is not None
+        assert torch.equal(found, ~pads)

@@ -15,14 +15,17 @@ where no mask can be laid over them all rows count. The report says which layers
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from torchprune import modes
 from torchprune.calibration.batches import Batch
-from torchprune.calibration.nested import Path, mapped
+from torchprune.calibration.nested import Path, mapped, tensors_in
+from torchprune.calibration.own_padding import Ids, follow
 from torchprune.calibration.pad_masks import PadMask, changed
 from torchprune.calibration.pad_search import masks_of_all
 from torchprune.calibration.row_prints import Prints, distances, found_in, nearest
@@ -66,7 +69,7 @@ class Padding:
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self._batches = batches
+        self._model, self._batches = model, batches
         self._known = {
             index: _Known(masks, given=batches[index].tokens is not None)
             for index, masks in masks_of_all(model, batches).items()
@@ -97,11 +100,12 @@ class Padding:
         for variant in range(_VARIANTS):
             known.seen.clear()
             known.visits = {key: last for key, last in known.visits.items() if not key[1]}
-            try:
-                forward(self.shadow(index, variant))
+            shadow = self.shadow(index, variant)
+            with ExitStack() as stack, suppress(Exception):  # a model may be particular
+                for mask in list(known.masks):
+                    follow(stack, self._model, _ids(mask, shadow), partial(_lengthen, known, mask))
+                forward(shadow)
                 return
-            except Exception:  # of the model, which may be particular about what it is given
-                continue
         known.blind = True
 
     def visit(self, index: int, place: Hashable, *, shadow: bool) -> int:
@@ -205,6 +209,8 @@ class Padding:
             return lay.tokens
         if (lay := _set_apart(lays, far)) is not None:
             return lay.tokens
+        if bool(near.all()) and _as_near(lays, far):  # nothing of padding is read here
+            return None
         if loose and not lays:  # rows may have come here by other ways, in another order
             alike = same | _found(mine, other)
             if known.leaked and not bool(alike.any()):
@@ -245,6 +251,24 @@ class Padding:
     def _all(self, known: _Known, name: str) -> None:
         known.leaked = True
         self._whole[name] = None
+
+
+def _ids(mask: PadMask, shadow: Batch) -> Iterator[Ids]:
+    """The ids that a mask is of, as a shadow has them."""
+    paths = dict(tensors_in((shadow.args, shadow.kwargs)))
+    for content in mask.contents:
+        if content.layout == "items first":
+            leaf = content.leaf
+            ids = Ids.of(leaf.tensor, paths[leaf.path], mask.tokens)
+            if ids is not None:
+                yield ids
+
+
+def _lengthen(known: _Known, mask: PadMask, front: int, behind: int) -> None:
+    """Note that a model has put more padding in front of a mask's rows or behind them."""
+    tokens = torch.nn.functional.pad(mask.tokens, (front, behind), value=False)
+    if not any(torch.equal(tokens, other.tokens) for other in known.masks):
+        known.masks.append(replace(mask, tokens=tokens, contents=()))
 
 
 def counted(rows: Sequence[Tensor], counts: Sequence[Tensor | None]) -> list[Tensor]:
@@ -341,6 +365,14 @@ def _set_apart(lays: Sequence[_Lay], far: Tensor) -> _Lay | None:
         if gap > most:
             best, most = lay, gap
     return best
+
+
+def _as_near(lays: Sequence[_Lay], far: Tensor) -> bool:
+    """Whether what sets some token's row apart explains the padding's too, however masks lie."""
+    return all(
+        bool(lay.tokens.any()) and bool(far[~lay.tokens].median() <= far[lay.tokens].max())
+        for lay in lays
+    )
 
 
 def _found(mine: Prints, other: Prints) -> Tensor:

@@ -32,7 +32,7 @@ from torchprune.masking.matrices import (
 )
 from torchprune.masking.parts import Part, covered, view_of_parts
 from torchprune.masking.reading import Reading
-from torchprune.masking.selection import parameter_names, repeated_blocks
+from torchprune.masking.selection import is_table, parameter_names, repeated_blocks
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -146,7 +146,7 @@ class _Surveyor:
         return any(
             key not in self._readings
             and id(module) in inside
-            and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            and not is_table(module)
             and name not in prunable_names(module)
             and sum(size > 1 for size in self._weights[key].shape) > 1
             for key, (module, name) in self._owner.items()

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torchprune.masking.adapters import adapter_parameters
 from torchprune.masking.mask import masked_layers, original_of
 from torchprune.masking.scales import scales_of
-from torchprune.masking.selection import Layer, output_head, repeated_blocks
+from torchprune.masking.selection import Layer, is_table, output_head, repeated_blocks
 
 WORTH_A_WARNING = 0.05
 """Of what is counted, left without a mask by no one's choice."""
@@ -50,7 +50,7 @@ def coverage_of(model: nn.Module, masked: Collection[int] | None = None) -> Cove
     if masked is None:
         masked = {id(original_of(y.module, y.tensor)) for y, _ in masked_layers(model)}
     blocks = repeated_blocks(model)
-    tables = {id(p) for m in model.modules() if _is_table(m) for p in m.parameters()}
+    tables = {id(p) for m in model.modules() if is_table(m) for p in m.parameters()}
     aside = tables | adapter_parameters(model)
     if (head := output_head(model)) is not None:
         aside |= {id(p) for p in head.parameters()}
@@ -80,10 +80,6 @@ def _matrices_of(root: nn.Module, prefix: str) -> Iterator[tuple[Layer, nn.Param
                 *path, _, own = name.split(".")
                 key = ".".join([*path, own])
             yield Layer(key, key, module, own), parameter
-
-
-def _is_table(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def warning_of(coverage: Coverage, left: Mapping[Layer, str]) -> str | None:

@@ -69,11 +69,24 @@ def _axes(module: nn.Module, tensor: str) -> int:
 
 
 def maskable_of(model: nn.Module) -> Iterator[Layer]:
-    """Every tensor that may carry a mask: the prunable ones and the biases beside them."""
+    """Every tensor that may carry a mask: the prunable ones and the biases beside them, and those
+    of two or more axes that no module tells of, with the vectors of their modules."""
     for name, plain, module in named_as_plain(model):
-        names = prunable_names(module)
-        for tensor in (*names, *(("bias",) if names == ("weight",) and has_bias(module) else ())):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        names = list(prunable_names(module))
+        if names == ["weight"] and has_bias(module):
+            names.append("bias")
+        axes = {own: _axes(module, own) for own in parameter_names(module) if own not in names}
+        if not is_table(module) and any(count >= 2 for count in axes.values()):
+            names += [own for own, count in axes.items() if count]
+        for tensor in names:
             yield layer_at(name, plain, module, tensor)
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a module's weight is looked up, and multiplies nothing."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def layer_at(name: str, plain: str, module: nn.Module, tensor: str) -> Layer:

@@ -20,6 +20,7 @@ from torchprune.masking.selection import (
     Layer,
     as_selectors,
     check_used,
+    every_layer,
     layers_of,
     maskable_of,
     matches,
@@ -48,7 +49,9 @@ def prune_blocks(
         CalibrationError: a loss is missing, or not finite.
     """
     blocks = _candidates(model, spec, run)
-    idle = _passing(model, blocks, batches[0])
+    ties = tied_to(model)
+    inside = {name: [y for y in _inside(model, name) if not obstacle(y, ties)] for name in blocks}
+    idle = _passing(model, blocks, inside, batches[0])
     for name in [name for name in blocks if name not in idle]:
         run.skipped[name] = "with zero weights it would not hand on its input"
         del blocks[name]
@@ -67,21 +70,23 @@ def prune_blocks(
     with modes.exact():
         for name, note in scores.items():
             record = Record("layers", f"block dropped by {spec.score}", note=note)
-            for layer in _inside(model, name):
+            for layer in idle[name]:
                 weight = original_of(layer.module, layer.tensor)
                 keep = torch.zeros_like(weight, dtype=torch.bool)
                 attach(layer.module, layer.tensor, keep, record, reversible=reversible)
 
 
 def _candidates(model: nn.Module, spec: LayerSpec, run: RunRecord) -> dict[str, nn.Module]:
-    layers = list(layers_of(model))
+    blocks = repeated_blocks(model)
+    known = list(layers_of(model))
+    layers = known if _are_in(known, blocks) else list(every_layer(model))
     targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
     for what, selectors in (("targets", targets), ("ignore", ignore)):
         for selector in selectors:
             check_used(what, selector, model, layers)
     ties = tied_to(model)
     found = {}
-    for name, block in repeated_blocks(model).items():
+    for name, block in blocks.items():
         inside = [y for y in layers if y.key.startswith(f"{name}.")]
         if targets and not any(matches(s, y) for s in targets for y in inside):
             continue
@@ -92,6 +97,11 @@ def _candidates(model: nn.Module, spec: LayerSpec, run: RunRecord) -> dict[str, 
         else:
             found[name] = block
     return found
+
+
+def _are_in(layers: Sequence[Layer], blocks: dict[str, nn.Module]) -> bool:
+    """Whether blocks are made of layers that their modules tell of, not of raw parameters alone."""
+    return any(y.key.startswith(f"{name}.") for name in blocks for y in layers)
 
 
 def _lists(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[tuple[list[str], int]]:
@@ -118,21 +128,31 @@ def _first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple | list) else out
 
 
-def _passing(model: nn.Module, blocks: dict[str, nn.Module], example: Batch) -> set[str]:
-    """The blocks that would hand on their input if all their layers were zero."""
-    found: set[str] = set()
+def _passing(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    inside: dict[str, list[Layer]],
+    example: Batch,
+) -> dict[str, list[Layer]]:
+    """The blocks that would hand on their input if all in them that multiplies were zero, or all
+    that their modules tell of, and what that is."""
+    found: dict[str, list[Layer]] = {}
+    known = {id(y.module) for y in layers_of(model)}
 
     def hook(name: str) -> Callable[..., None]:
         def run(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             if name in running:
                 return
             running.add(name)
-            zero = {key: torch.zeros_like(tensor) for key, tensor in _own_tensors(block).items()}
-            made = torch.func.functional_call(block, zero, args, kwargs)
+            told = [y for y in inside[name] if id(y.module) in known]
+            for some in (inside[name], told):
+                if name not in found and some:
+                    zero = _zeros(block, some)
+                    made = torch.func.functional_call(block, zero, args, kwargs)
+                    one, two = _given(args, kwargs), _first(made)
+                    if one is not None and isinstance(two, Tensor) and torch.equal(one, two):
+                        found[name] = some
             running.discard(name)
-            one, two = _given(args, kwargs), _first(made)
-            if one is not None and isinstance(two, Tensor) and torch.equal(one, two):
-                found.add(name)
 
         return run
 
@@ -145,10 +165,11 @@ def _passing(model: nn.Module, blocks: dict[str, nn.Module], example: Batch) -> 
     return found
 
 
-def _own_tensors(block: nn.Module) -> dict[str, Tensor]:
-    """A block's weights and biases by the names under which its modules hold them."""
-    own = {id(original_of(y.module, y.tensor)) for y in maskable_of(block)}
-    return {name: p.detach() for name, p in block.named_parameters() if id(p) in own}
+def _zeros(block: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Zeros for some of a block's tensors, by the names under which its modules hold them."""
+    own = {id(original_of(y.module, y.tensor)) for y in layers}
+    named = block.named_parameters()
+    return {name: torch.zeros_like(p.detach()) for name, p in named if id(p) in own}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torchprune.graph.trace import as_batch, trace
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked
 from torchprune.masking.plain_state import Slot, slots_of
-from torchprune.masking.selection import layers_of, repeated_blocks
+from torchprune.masking.selection import every_layer, layers_of, repeated_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +271,7 @@ def _idle_blocks(model: nn.Module, example: Batch) -> tuple[list[str], list[str]
 
 
 def _all_zero(block: nn.Module) -> bool:
-    layers = list(layers_of(block))
+    layers = list(layers_of(block)) or list(every_layer(block))
     slots = slots_of(block)
     return bool(layers) and not any(_effective(slots[y.key]).any() for y in layers)
 

@@ -15,6 +15,9 @@ from torch.nn.utils import parametrize
 
 from torchprune.masking.keeper import Guarded
 
+_HANDED = "_torchprune_handed_"
+"""Begins the names of what a module keeps of the masked tensors that it handed out."""
+
 _FLAT = "_flat_weights"
 """Where a recurrent net keeps a list of its parameters, which its forward reads."""
 
@@ -42,6 +45,8 @@ def install(module: nn.Module, tensor: str) -> None:
 def uninstall(module: nn.Module) -> None:
     """Undo what `install` did beside the tensor's own property, if no tensor needs it any more."""
     kind = type(module)
+    for name in [name for name in vars(module) if name.startswith(_HANDED)]:
+        del vars(module)[name]
     if _FLAT in vars(kind) and len(cast(Any, module.parametrizations)) == 1:
         delattr(kind, _FLAT)
 
@@ -49,26 +54,38 @@ def uninstall(module: nn.Module) -> None:
 def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
     """Reads the parameter if all is as it was left; this is most of what a masked weight costs.
 
-    Its only cell is a string, so that compiled code may serve many modules.
+    Between two reads a whole model's weights pass the processor's caches, so each object on the way
+    is fetched from memory: what is needed is kept in one place, beside the module's own attributes.
+    Its cells are strings, so that compiled code may serve many modules.
     """
+    place = _HANDED + tensor
 
     def get(self: Any) -> Tensor:
         if is_compiling():
             return cast(Tensor, self.parametrizations[tensor]())
-        chain = self._modules["parametrizations"]._modules[tensor]
-        weight, steps = chain._parameters["original"], chain._modules
-        if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
-            mask = steps["0"]
-            keeper = mask.keeper
+        known = self.__dict__.get(place)
+        if known is not None:
+            parameters, steps, weight, keeper = known
             if (
                 weight is keeper.param
-                and type(weight) is Guarded
                 and not keeper.touched
+                and parameters.get("original") is weight
+                and len(steps) == 1
+                and type(weight) is Guarded
                 and weight._version == keeper.version
                 and weight.data_ptr() == keeper.address
                 and keeper.bits._version == keeper.bits_version
                 and (keeper.hooked or not is_grad_enabled() or not weight.requires_grad)
-            ) or mask.makes_ready(weight):
+                and not fx._is_fx_tracing_flag
+                and _get_tracing_state() is None
+            ):
+                return cast(Tensor, weight)
+        chain = self._modules["parametrizations"]._modules[tensor]
+        weight, steps = chain._parameters["original"], chain._modules
+        if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
+            mask = steps["0"]
+            if mask.makes_ready(weight):
+                self.__dict__[place] = chain._parameters, steps, weight, mask.keeper
                 return cast(Tensor, weight)
         return _product(self, tensor)
 

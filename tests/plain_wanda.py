@@ -38,7 +38,7 @@ class Sums:
     Attributes:
         squares: float64 sums of squares of what each weight is multiplied by.
         row: which output each weight belongs to, any number; -1 where it was never multiplied.
-        place: its place in that row.
+        place: what orders a row: memory, but for kernels, whose channels come first.
     """
 
     squares: Tensor
@@ -143,8 +143,7 @@ class Products(TorchDispatchMode):
         # numbers (..., in, out), other (..., n, in)
         squares = other.double().square().sum(-2)[..., None].expand(numbers.shape)
         rows = numbers[..., :1, :].expand(numbers.shape)
-        places = torch.arange(numbers.shape[-2])[:, None].expand(numbers.shape)
-        self._add(numbers, squares, rows, places)
+        self._add(numbers, squares, rows, numbers)  # einsum sums over axes in an order of its own
 
     def _convolution(self, numbers: Tensor, args: Any, out: Tensor) -> None:
         x, weight, _, stride, padding, dilation, transposed, extra, groups = args[:9]

@@ -384,7 +384,8 @@ def inputs(
         size = tuple(size) if isinstance(size, list | tuple) else (size, size)
         channels = getattr(config, "num_channels", 3)
         batch["pixel_values"] = torch.randn(rows, channels, *size, generator=generator)
-    if main == "input_values" and not hasattr(model.config, "num_mel_bins"):
+    waves = hasattr(model.config, "conv_stride") or not hasattr(model.config, "num_mel_bins")
+    if main == "input_values" and waves:
         batch["input_values"] = torch.randn(rows, 1600, generator=generator)
     elif main in ("input_values", "input_features"):
         bins, frames = _spectrum(model.config)

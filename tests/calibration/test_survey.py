@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec, WandaSpec
+from torchprune.calibration.batches import read_batches
+from torchprune.calibration.survey import MOST_BATCHES, survey
 from torchprune.masking.projection import project
 from torchprune.methods.wanda import wanda_score
 from torchprune.specs.patterns import Unstructured
@@ -96,3 +98,14 @@ def test_what_is_ignored_is_said_to_be() -> None:
     skipped = torchprune.report(model).skipped
     assert skipped["blocks.0.stack"] == "ignored"
     assert "how it multiplies" in skipped["blocks.0.table"]
+
+
+def test_batches_are_watched_while_a_tensor_is_untouched() -> None:
+    """Tables that are added need no more looks, and experts of every batch are enough."""
+    seen: list[int] = []
+    for experts in [[(0, 1)] * 4, [(0, NOBODY)] * 3 + [(1, 2)] * 3, [(0, NOBODY)] * 12]:
+        model, count = Net(), [0]
+        model.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        survey(model, read_batches(data(*experts), model, 20).batches)
+        seen.append(count[0])
+    assert seen == [1, 4, MOST_BATCHES]

@@ -142,6 +142,14 @@ def test_a_shared_module_is_one_layer() -> None:
 # -- tied weights and the head --------------------------------------------------------------------
 
 
+def test_blocks_that_share_tied_weights_are_told_of() -> None:
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)))
+    blocks[2][0].weight = blocks[0][0].weight
+    (warning,) = plan(blocks).warnings
+    assert warning.startswith("covered 80% of the blocks' weights: 20% stay dense")
+    assert "0.0.weight: its weight is tied to 2.0.weight" in warning
+
+
 def test_tied_weights_are_skipped_with_a_reason() -> None:
     model = nn.ModuleDict(
         {"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6), "up": nn.Linear(4, 4)}

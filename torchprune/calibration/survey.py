@@ -2,8 +2,8 @@
 
 Linear layers and convolutions whose forward is torch's own need none. What else holds weights is
 looked at: raw parameters, attention's packed projections, stacks of experts, modules with a forward
-of their own, layers that are called several times. Where a batch leaves raw parameters unread, as
-a router may that sends its tokens elsewhere, some more are watched for these.
+of their own, layers that are called several times. Where a batch leaves raw parameters untouched,
+as a router may that sends its tokens elsewhere, some more are watched for these.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ class _Surveyor:
         self._weights = {key: original_of(*place) for key, place in self._owner.items()}
         self._readings: dict[int, Reading | None] = {}
         self._gates: dict[int, str] = {}
+        self._touched: set[int] = set()
         self._seen: dict[int, _Seen] = {}  # in this batch, as all that follows
         self._stack: list[Call] = []
         self._calls: Counter[nn.Module] = Counter()
@@ -119,7 +120,15 @@ class _Surveyor:
         """Watch one batch for what was not read before."""
         self._seen, self._calls = {}, Counter()
         routers = Routers()
-        watch = Watch(Weights(self._weights.values()), self._reached, routers.saw)
+
+        def saw(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+            routers.saw(func, args, kwargs, result)
+            made = result if isinstance(result, tuple | list) else (result,)
+            if any(isinstance(one, Tensor) for one in made):  # not its shape or dtype
+                given = {id(value) for value in (*args, *kwargs.values())}
+                self._touched |= given & self._owner.keys()
+
+        watch = Watch(Weights(self._weights.values()), self._reached, saw)
         with ExitStack() as stack:
             stack.enter_context(modes.calibration_mode(self._model))
             for module in self._model.modules():
@@ -139,12 +148,12 @@ class _Surveyor:
         self._gates = {**routers.found, **self._gates}
 
     def misses_any(self) -> bool:
-        """Whether a parameter was not read that its module does not tell of, and that looks like
-        matrices of its block."""
+        """Whether a parameter was not touched that its module does not tell of, and that looks
+        like matrices of its block."""
         blocks = repeated_blocks(self._model).values() or [self._model]
         inside = {id(m) for block in blocks for m in block.modules()}
         return any(
-            key not in self._readings
+            key not in self._touched
             and id(module) in inside
             and not is_table(module)
             and name not in prunable_names(module)

@@ -95,9 +95,14 @@ def uncovered_of(
     reasons = {tensor: why for tensor, why in unknown.items() if not request.leaves_out(tensor)}
     for tensor in coverage.bare:
         one = known.get(tensor.key)
-        if one is not None and one.kind in ("rule", "misfit"):
+        if one is not None and (one.kind in ("rule", "misfit") or _is_tied(one)):
             reasons[tensor] = one.why
     return warning_of(coverage, reasons)
+
+
+def _is_tied(left: Left) -> bool:
+    """Whether nothing but a tie keeps a layer from carrying a mask."""
+    return left.kind == "obstacle" and obstacle(left.layer, {}) is None
 
 
 def nothing_left(model: nn.Module, left: Sequence[Left]) -> TorchpruneError:

@@ -394,3 +394,18 @@ def test_taking_a_mask_off_by_hand_leaves_an_ordinary_weight() -> None:
     assert torch.equal(layer.weight, weight)
     layer.weight.data.fill_(1)
     assert layer.weight.all()
+
+
+def test_copies_begin_without_what_was_handed_out() -> None:
+    """Export copies a module while it holds tensors without values."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    torchprune.sparsify(model, MagnitudeSpec(0.5))
+    expected = model(x)
+    twin = copy.deepcopy(model)
+    assert not any(value for key, value in vars(twin[0]).items() if "handed" in key)
+    with torch.no_grad():
+        twin[0].weight.mul_(2)
+    assert not torch.equal(twin(x), expected)
+    for strict in (False, True):
+        torch.export.export(model, (x,), strict=strict)
+        assert torch.equal(model(x), expected)

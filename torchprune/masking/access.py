@@ -18,6 +18,15 @@ from torchprune.masking.keeper import Guarded
 _HANDED = "_torchprune_handed_"
 """Begins the names of what a module keeps of the masked tensors that it handed out."""
 
+
+class _Handed(tuple[Any, ...]):
+    """What was handed out. A copy of the module begins without: it has tensors of its own, and
+    export copies modules that hold tensors without values."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
 _FLAT = "_flat_weights"
 """Where a recurrent net keeps a list of its parameters, which its forward reads."""
 
@@ -85,7 +94,7 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
         if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
             mask = steps["0"]
             if mask.makes_ready(weight):
-                self.__dict__[place] = chain._parameters, steps, weight, mask.keeper
+                self.__dict__[place] = _Handed((chain._parameters, steps, weight, mask.keeper))
                 return cast(Tensor, weight)
         return _product(self, tensor)
 

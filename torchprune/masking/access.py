@@ -18,6 +18,9 @@ from torchprune.masking.keeper import Guarded
 _HANDED = "_torchprune_handed_"
 """Begins the names of what a module keeps of the masked tensors that it handed out."""
 
+_FLAT = "_flat_weights"
+"""Where a recurrent net keeps a list of its parameters, which its forward reads."""
+
 
 class _Handed(tuple[Any, ...]):
     """What was handed out. A copy of the module begins without: it has tensors of its own, and
@@ -25,10 +28,6 @@ class _Handed(tuple[Any, ...]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-_FLAT = "_flat_weights"
-"""Where a recurrent net keeps a list of its parameters, which its forward reads."""
 
 
 def own_class(module: nn.Module) -> None:

@@ -462,6 +462,7 @@ class Weighed(Attention):
         return self.o(mixed.transpose(1, 2).reshape(rows, length, 32) * self.weights)
 
 
+@pytest.mark.filterwarnings("ignore:covered")  # tied weights stay dense
 @pytest.mark.parametrize(
     ("make", "layer", "why"),
     [

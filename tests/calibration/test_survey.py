@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from torch import Tensor, nn
 
 import torchprune
@@ -109,3 +112,15 @@ def test_batches_are_watched_while_a_tensor_is_untouched() -> None:
         survey(model, read_batches(data(*experts), model, 20).batches)
         seen.append(count[0])
     assert seen == [1, 4, MOST_BATCHES]
+
+
+def test_a_survey_leaves_caches_as_they_were_given() -> None:
+    """Mixtral is watched before it is pruned; what that run appends is nobody's."""
+    model, ids = FAMILIES["mixtral"].make(), torch.randint(1, 60, (2, 6))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    batch = {"input_ids": ids[:, :1], "past_key_values": cache, "use_cache": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # few tokens reach few experts
+        torchprune.sparsify(model, WandaSpec(), [batch], progress=False)
+    assert cache.get_seq_length() == 6

@@ -137,7 +137,7 @@ class _Surveyor:
                 stack.callback(leave.remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(watch)
-            self._model(*batch.args, **batch.kwargs)
+            batch.run(self._model)
         used = {key: self._reading(key, seen) for key, seen in self._seen.items()}
         for key, (module, name) in self._owner.items():
             known = name in prunable_names(module) and not is_fused_experts(module)

@@ -291,21 +291,24 @@ def test_sums_of_a_tables_rows_count_how_often_each_is_used(mode: str, spec: Any
             self.bags = nn.EmbeddingBag(12, 6, mode=mode, padding_idx=3)
             self.last = nn.Linear(6, 6)
 
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.last(self.bags(ids))
+        def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+            return self.last(self.bags(ids, offsets))
 
-    ids = [
-        torch.randint(0, 12, (40, 5), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
-    ]
+    sizes = [1, 11] * 10  # where a mean counts, bags are of unlike sizes, and of unlike ids
+    offsets = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    ids = []
+    for seed in (0, 1):
+        drawn = torch.Generator().manual_seed(seed)
+        bags = [torch.randint(0, 6, (n,), generator=drawn) + (0 if n == 1 else 6) for n in sizes]
+        ids.append((torch.cat(bags), offsets))
     model = Bags()
     dense = model.bags.weight.detach().clone()
     prune(model, spec, ids)
     (layer,) = torchprune.report(model).layers
     assert layer.error is not None
     if isinstance(spec, WandaSpec):
-        hot = torch.stack(
-            [(row == torch.arange(12).unsqueeze(1)).float().sum(1) for i in ids for row in i]
-        )
+        rows = [row for one, _ in ids for row in one.split(sizes)]
+        hot = torch.stack([torch.bincount(row, minlength=12).float() for row in rows])
         hot[:, 3] = 0
         if mode == "mean":
             hot /= hot.sum(1, keepdim=True).clamp_min(1)
@@ -331,5 +334,22 @@ def test_a_weight_written_through_a_view_of_its_own_is_pruned_where_it_is_read()
     with torch.no_grad():
         q, k = model.qk.chunk(2)
         rows = torch.cat([flat(F.linear(x, q) * F.linear(x.flip(1), k)) for x in data()])
+    keep = project(wanda_score(dense, rows.square().sum(0)), Unstructured(), 0.5, "row")
+    assert torch.equal(torchprune.masks(model)["last.weight"], keep)
+
+
+def test_a_copy_made_before_its_weight_was_pruned_is_made_anew() -> None:
+    class Copied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.raw, self.last = nn.Parameter(torch.randn(6, D)), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.linear(x.double(), self.raw.double()).float())
+
+    model = Copied()
+    dense = model.last.weight.detach().clone()
+    prune(model, WandaSpec(), data())
+    rows = torch.cat([flat(F.linear(x, model.raw.detach())) for x in data()])
     keep = project(wanda_score(dense, rows.square().sum(0)), Unstructured(), 0.5, "row")
     assert torch.equal(torchprune.masks(model)["last.weight"], keep)

@@ -627,3 +627,11 @@ def test_every_file_is_as_readable_as_the_umask_lets_files_be(tmp_path: Path) ->
     ordinary.write_text("")
     modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
     assert modes == {ordinary.stat().st_mode}
+
+
+@pytest.mark.parametrize(
+    "view", ["linear", "a|8,4|0|1||4", "a|x|0||1|4", "a|2,2||0|1|2", "a|0||||1"]
+)
+def test_views_that_are_none_or_not_of_the_tensor(view: str, bad: Path) -> None:
+    edit(bad / "manifest.json", lambda m: m["tensors"][MASKED]["record"].update(view=view))
+    refused(bad, "record.view")

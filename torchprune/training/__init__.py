@@ -1,0 +1,1 @@
+"""Masks while models learn: schedules, regrowth, recovery, adapters and lottery tickets."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchprune.specs.quantize import Grid
 
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 """What scales are tried, as shares of the one that clips nothing."""
 
 

@@ -40,6 +40,8 @@ from torchprune.training import Int4, Int8
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import smollm2
 
+_BLOCK = 64
+
 GOALS: dict[str, tuple[dict[str, Any], Grid]] = {
     "2:4, int4 in groups of 32": ({"pattern": "2:4"}, Int4(group=32)),
     "2:4, int4 in groups of 64": ({"pattern": "2:4"}, Int4(group=64)),
@@ -65,12 +67,18 @@ class GPTQAfter(SparseGPTSpec):
             w, keep = weight.float().clone(), ~bar
             scale = plain_scale(w, self.quantize, weight.dtype)
             width = self.quantize.group or w.shape[1]
-            for j in range(w.shape[1]):
-                at = scale[:, j // width].unsqueeze(1)
-                value = rounded(w[:, j : j + 1].contiguous(), at, replace(self.quantize, group=1))
-                error = (w[:, j : j + 1] - value) / factor.upper[j, j]
-                w[:, j + 1 :] -= (error * factor.upper[j, j + 1 :]) * keep[:, j + 1 :]
-                w[:, j : j + 1] = value
+            for start in range(0, w.shape[1], _BLOCK):
+                now, later = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+                panel, mine, upper = w[:, now], keep[:, now], factor.upper[now, now]
+                errors = torch.zeros_like(panel)
+                for j in range(panel.shape[1]):
+                    at = scale[:, (start + j) // width].unsqueeze(1)
+                    value = rounded(panel[:, j : j + 1], at, replace(self.quantize, group=1))
+                    errors[:, j : j + 1] = (panel[:, j : j + 1] - value) / upper[j, j]
+                    spread = errors[:, j : j + 1] * upper[j, j + 1 :]
+                    panel[:, j + 1 :] -= spread * mine[:, j + 1 :]
+                    panel[:, j : j + 1] = value
+                w[:, later] -= (errors @ factor.upper[now, later]) * keep[:, later]
             found.append(Solution(w, keep))
         return found
 

@@ -302,13 +302,19 @@ def densify(model: nn.Module) -> nn.Module:
     another order they stay in it: the same function, with permuted weights.
 
     Raises:
-        MaskError: nothing is masked, or the dense weights were not kept. Nothing is changed then.
+        MaskError: nothing is masked, the dense weights were not kept, or something else stands on a
+            mask. Nothing is changed then.
     """
     found = list(masked_layers(model))
     if not found:
         raise MaskError("densify: this model carries no torchprune masks")
     for layer, mask in found:
-        if mask.dense is None and mask.hidden is None:
+        if _stacked(layer):
+            raise MaskError(
+                f"densify: the {layer.tensor} of {layer.name} has another parametrization on its "
+                "mask; remove it first, or leave the block that put it there"
+            )
+        if mask.dense is None and not mask.reversible:
             raise MaskError(
                 f"densify: the dense weights of {layer.name} are gone ({_why_gone(mask.record)}, "
                 "or use fold(model) to go on"
@@ -349,14 +355,27 @@ def _why_gone(record: Record) -> str:
     )
 
 
+def _stacked(layer: Layer) -> bool:
+    """Whether something else computes with what a mask gives."""
+    chain = cast(nn.ModuleDict, layer.module.parametrizations)[layer.tensor]
+    return len(cast(nn.ModuleList, chain)) > 1
+
+
 @on_ordinary_tensors
 def fold(model: nn.Module) -> nn.Module:
     """Bake the masks into the weights, in place: plain modules again, zeros exact.
 
-    The law: outputs are bit-equal before and after. Does nothing to a model without masks.
+    The law: outputs are bit-equal before and after. Does nothing to a model without masks. Other
+    parametrizations that stand on a mask are baked in with it.
     """
     for layer, mask in list(masked_layers(model)):
         original = original_of(layer.module, layer.tensor)
+        if _stacked(layer):
+            with torch.no_grad():
+                values = getattr(layer.module, layer.tensor).detach().clone()
+            detach(layer.module, layer.tensor)
+            original.data = values
+            continue
         clean = mask.makes_ready(original)
         detach(layer.module, layer.tensor)
         if not clean:

@@ -67,7 +67,7 @@ def _weight_at(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Te
 def _values(weight: Tensor) -> Tensor | None:
     """The numbers that a weight stands for, or None."""
     with torch.no_grad():
-        if type(weight.data) is Tensor and not weight.is_quantized:
+        if _kind(weight) is Tensor and not weight.is_quantized:
             return weight.detach()
         try:
             values = weight.dequantize()
@@ -76,9 +76,13 @@ def _values(weight: Tensor) -> Tensor | None:
     return values if isinstance(values, Tensor) and values.shape == weight.shape else None
 
 
+def _kind(weight: Tensor) -> type:
+    return type(weight.data) if isinstance(weight, nn.Parameter) else type(weight)
+
+
 def _scheme(weight: Tensor) -> str:
     """What a quantized tensor is, in a few words."""
-    kind = type(weight.data)
+    kind = _kind(weight)
     if kind is Tensor:
         return str(weight.dtype).removeprefix("torch.")
     target = getattr(weight, "target_dtype", None)

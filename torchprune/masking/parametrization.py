@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,9 @@ class Mask(nn.Module):
     bits: Tensor
     hidden: Tensor | None
     dense: Tensor | None
+
+    learns: ClassVar[bool] = False
+    """Whether the weight behind it is dense, and goes on learning where the mask prunes."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class LearningMask(Mask):
     The weight behind it is dense; what a module computes with, saves as a plain model and folds to
     is the product.
     """
+
+    learns: ClassVar[bool] = True
 
     def __init__(self, mask: Tensor, record: Record, decay: float) -> None:
         super().__init__(mask, record)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import Pairs, two_processes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import both
 from torch import Tensor, nn
 
 import torchprune
@@ -20,16 +23,6 @@ from torchprune.masking.shards import is_shard, local_of, part_of, whole_of
 
 SIZES = (9, 24, 7)
 """Rows that two processes cannot share evenly."""
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pairs]:
-    with two_processes() as pairs:
-        yield pairs
-
-
-def both(pair: Pairs, scenario: Any, *args: Any) -> list[Any]:
-    return pair.run(__name__, scenario.__name__, *args)
 
 
 def net(seed: int = 0, sizes: tuple[int, ...] = SIZES) -> nn.Sequential:
@@ -151,13 +144,13 @@ def trains(rank: int, order: str, kind: str, each: bool, options: dict[str, Any]
 
 @pytest.mark.parametrize("order", ["masks first", "masks last"])
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "foreach", "fused"])
-def test_training_is_as_in_one_process(order: str, kind: str, pair: Pairs) -> None:
-    both(pair, trains, order, kind, True, {"reshard_after_forward": kind != "adam"})
+def test_training_is_as_in_one_process(order: str, kind: str) -> None:
+    both(trains, order, kind, True, {"reshard_after_forward": kind != "adam"})
 
 
 @pytest.mark.parametrize("order", ["masks first", "masks last"])
-def test_one_group_for_the_whole_model(order: str, pair: Pairs) -> None:
-    both(pair, trains, order, "sgd", False, {})
+def test_one_group_for_the_whole_model(order: str) -> None:
+    both(trains, order, "sgd", False, {})
 
 
 def masked_between_steps(rank: int) -> None:
@@ -174,8 +167,8 @@ def masked_between_steps(rank: int) -> None:
     check_equal(wholes(model), alone("sgd", masks, before=2))
 
 
-def test_momentum_from_before_the_masks_moves_no_zero(pair: Pairs) -> None:
-    both(pair, masked_between_steps)
+def test_momentum_from_before_the_masks_moves_no_zero() -> None:
+    both(masked_between_steps)
 
 
 def unmoved_by_optimizers(rank: int, order: str) -> None:
@@ -194,8 +187,8 @@ def unmoved_by_optimizers(rank: int, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["masks first", "masks last"])
-def test_shards_are_clean_in_memory_whatever_the_momentum(order: str, pair: Pairs) -> None:
-    both(pair, unmoved_by_optimizers, order)
+def test_shards_are_clean_in_memory_whatever_the_momentum(order: str) -> None:
+    both(unmoved_by_optimizers, order)
 
 
 def in_other_ways(rank: int, way: str) -> None:
@@ -229,8 +222,8 @@ def in_other_ways(rank: int, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["columns", "replicated", "a group of one", "offloaded", "bf16"])
-def test_other_meshes_and_policies(way: str, pair: Pairs) -> None:
-    both(pair, in_other_ways, way)
+def test_other_meshes_and_policies(way: str) -> None:
+    both(in_other_ways, way)
 
 
 def accumulates(rank: int) -> None:
@@ -257,8 +250,8 @@ def accumulates(rank: int) -> None:
     check_equal(wholes(model), wholes(single))
 
 
-def test_gradients_add_up_over_batches(pair: Pairs) -> None:
-    both(pair, accumulates)
+def test_gradients_add_up_over_batches() -> None:
+    both(accumulates)
 
 
 def tied(rank: int) -> None:
@@ -286,8 +279,8 @@ def tied(rank: int) -> None:
     assert original_of(model.head, "weight") is original_of(model.embed, "weight")
 
 
-def test_tied_weights_stay_tied(pair: Pairs) -> None:
-    both(pair, tied)
+def test_tied_weights_stay_tied() -> None:
+    both(tied)
 
 
 # -- taking back, saving, pruning ------------------------------------------------------------------
@@ -328,8 +321,8 @@ def taken_back(rank: int, order: str, end: str) -> None:
 
 @pytest.mark.parametrize("order", ["masks first", "masks last"])
 @pytest.mark.parametrize("end", ["fold", "densify"])
-def test_masks_can_go(order: str, end: str, pair: Pairs) -> None:
-    both(pair, taken_back, order, end)
+def test_masks_can_go(order: str, end: str) -> None:
+    both(taken_back, order, end)
 
 
 def other_masks(rank: int) -> None:
@@ -347,8 +340,8 @@ def other_masks(rank: int) -> None:
     assert torchprune.report(model).to_dict() == torchprune.report(single).to_dict()
 
 
-def test_masks_can_change(pair: Pairs) -> None:
-    both(pair, other_masks)
+def test_masks_can_change() -> None:
+    both(other_masks)
 
 
 def pruned(rank: int, spec: Any) -> None:
@@ -371,11 +364,15 @@ def pruned(rank: int, spec: Any) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [MagnitudeSpec(0.6), MagnitudeSpec(0.6, scope="global"), MagnitudeSpec(pattern="2:4", ignore="0")],
+    [
+        MagnitudeSpec(0.6),
+        MagnitudeSpec(0.6, scope="global"),
+        MagnitudeSpec(pattern="2:4", ignore="0"),
+    ],
     ids=["layer", "global", "2:4"],
 )
-def test_pruning_by_weights(spec: Any, pair: Pairs) -> None:
-    both(pair, pruned, spec)
+def test_pruning_by_weights(spec: Any) -> None:
+    both(pruned, spec)
 
 
 def refused(rank: int, tmp: str) -> None:
@@ -384,20 +381,20 @@ def refused(rank: int, tmp: str) -> None:
     for spec in (WandaSpec(), SparseGPTSpec()):
         with pytest.raises(SpecError, match=r"sharded over processes.*before fully_shard"):
             torchprune.sparsify(model, spec, [batch(0, 0)], progress=False)
+    bad = sharded(net())
+    local_of(bad[0].weight)[0, 0] = float("nan")
     with pytest.raises(SpecError, match="NaN"):
-        bad = sharded(net())
-        local_of(bad[0].weight)[0, 0] = float("nan")
         torchprune.sparsify(bad, MagnitudeSpec(), progress=False)
     assert torchprune.masks(model) == {}
     assert all(torch.equal(v, before[k]) for k, v in wholes(model).items())
     torchprune.apply_masks(model, some_masks(net()))
-    with pytest.raises(CheckpointError, match="0.weight"):
+    with pytest.raises(CheckpointError, match=r"0\.weight"):
         torchprune.save(model, f"{tmp}/{rank}")
     assert not Path(tmp, str(rank)).exists()
 
 
-def test_what_cannot_be_done_is_refused(pair: Pairs, tmp_path: Path) -> None:
-    both(pair, refused, str(tmp_path))
+def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
+    both(refused, str(tmp_path))
 
 
 def undone(rank: int) -> None:
@@ -429,8 +426,8 @@ def undone(rank: int) -> None:
         assert all(torch.equal(found[k], m) for k, m in masks.items())
 
 
-def test_a_change_is_undone_on_shards(pair: Pairs) -> None:
-    both(pair, undone)
+def test_a_change_is_undone_on_shards() -> None:
+    both(undone)
 
 
 def saved(rank: int, directory: str) -> None:
@@ -466,7 +463,9 @@ def saved(rank: int, directory: str) -> None:
         if not first:
             torchprune.apply_masks(other, masks)
         set_model_state_dict(
-            other, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            other,
+            dict(state),
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
         check_zeros(other)
         assert all(torch.equal(v, whole[k]) for k, v in wholes(other).items())
@@ -481,8 +480,8 @@ def saved(rank: int, directory: str) -> None:
     train(other, optimizer_of("sgd", other), rank)
 
 
-def test_full_and_distributed_checkpoints(pair: Pairs, tmp_path: Path) -> None:
-    both(pair, saved, str(tmp_path / "dcp"))
+def test_full_and_distributed_checkpoints(tmp_path: Path) -> None:
+    both(saved, str(tmp_path / "dcp"))
 
 
 def copied(rank: int) -> None:
@@ -503,15 +502,12 @@ def copied(rank: int) -> None:
     linear(batch(rank, 0)).square().mean().backward()
 
 
-def test_copies_and_further_masks(pair: Pairs) -> None:
-    both(pair, copied)
+def test_copies_and_further_masks() -> None:
+    both(copied)
 
 
-# -- cutting parts out ----------------------------------------------------------------------------
-
-
-def test_a_torch_that_cannot_be_told_is_said_so(pair: Pairs) -> None:
-    both(pair, untold)
+def test_a_torch_that_cannot_be_told_is_said_so() -> None:
+    both(untold)
 
 
 def untold(rank: int) -> None:
@@ -525,3 +521,69 @@ def untold(rank: int) -> None:
     finally:
         _composable_state._module_state_mapping = known
     assert torchprune.masks(model) == {}
+
+
+# -- cutting parts out ----------------------------------------------------------------------------
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], list[int | None]]:
+    """A tensor's shape, a mesh's, and along which axis of the tensor each of the mesh's cuts."""
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+    mesh = draw(st.sampled_from([(1,), (2,), (3,), (2, 2), (1, 3), (2, 1)]))
+    axes = [draw(st.sampled_from([None, *range(len(shape))])) for _ in mesh]
+    if None not in axes and len(set(axes)) < len(axes):
+        axes[0] = None  # twice along one axis: the test after this one
+    return shape, mesh, axes
+
+
+@given(layouts())
+@settings(max_examples=25)
+def test_each_process_cuts_out_its_own_part(layout: Any) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    shape, mesh, axes = layout
+    placements = [Replicate() if axis is None else Shard(axis) for axis in axes]
+    whole = torch.arange(math.prod(shape)).view(shape)
+    for rank, place in enumerate(itertools.product(*map(range, mesh))):
+        expected = whole
+        for axis, size, own in zip(axes, mesh, place, strict=True):
+            if axis is not None:
+                chunks = expected.chunk(size, axis)
+                empty = expected.narrow(axis, 0, 0)
+                expected = chunks[own] if own < len(chunks) else empty
+        assert torch.equal(part_as(rank, mesh, placements, whole), expected)
+
+
+def test_parts_of_tensor_parallel_shards() -> None:
+    """`fully_shard` after tensor parallelism cuts each of its parts further."""
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+    whole = torch.arange(24).view(8, 3)
+    for rank, (outer, inner) in enumerate(itertools.product(range(2), range(2))):
+        placements = [_StridedShard(0, split_factor=2), Shard(0)]
+        expected = whole.chunk(2)[inner].chunk(2)[outer]
+        assert torch.equal(part_as(rank, (2, 2), placements, whole), expected)
+
+
+def part_as(rank: int, mesh: tuple[int, ...], placements: Any, whole: Tensor) -> Tensor:
+    """What a process of a mesh cuts out; the others are made up."""
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=math.prod(mesh))
+    try:
+        names = tuple("ab"[: len(mesh)])
+        shard = DTensor.from_local(
+            torch.zeros(0),
+            init_device_mesh("cpu", mesh, mesh_dim_names=names),
+            placements,
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+        return part_of(whole, shard)
+    finally:
+        dist.destroy_process_group()

@@ -48,10 +48,7 @@ def _clean_before_saving(chain: Any, prefix: str, keep_vars: bool) -> None:
 
 def clean(mask: Mask, weight: Tensor) -> bool:
     """Make zero what a mask prunes, if the parameter is one whose zeros can be kept."""
-    if is_shard(weight):
-        mask.clean_part(weight)
-        return True
-    return mask.makes_ready(weight)
+    return mask.clean_part(weight) if is_shard(weight) else mask.makes_ready(weight)
 
 
 def _pack_before_loading(
@@ -336,7 +333,7 @@ def densify(model: nn.Module) -> nn.Module:
     if not found:
         raise MaskError("densify: this model carries no torchprune masks")
     for layer, mask in found:
-        if mask.dense is None and mask.hidden is None:
+        if mask.dense is None and not mask.reversible:
             raise MaskError(
                 f"densify: the dense weights of {layer.name} are gone ({_why_gone(mask.record)}, "
                 "or use fold(model) to go on"
@@ -387,6 +384,8 @@ def fold(model: nn.Module) -> nn.Module:
         original = original_of(layer.module, layer.tensor)
         has_zeros = clean(mask, original)
         detach(layer.module, layer.tensor)
-        if not has_zeros:
+        if not has_zeros and is_shard(original):
+            local_of(original).masked_fill_(~part_of(mask.mask, original), 0)
+        elif not has_zeros:
             original.data = masked(original, laid_out_like(mask.mask, original))
     return model

@@ -24,7 +24,16 @@ from torchprune.masking.packing import (
     traced_bits,
     unpack_bits,
 )
-from torchprune.masking.shards import Part, clear_part, is_shard, spread_like, whole_of, write
+from torchprune.masking.passing import passing
+from torchprune.masking.shards import (
+    Part,
+    clear_part,
+    is_shard,
+    local_of,
+    spread_like,
+    whole_of,
+    write,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,40 @@ class Record:
     tokens: int | None = None
     note: str = ""
     view: str = ""
+
+
+class Listener:
+    """Adds up gradients of all weights, of those that a mask prunes too, while it is awake.
+
+    Copies of a mask have none.
+
+    Attributes:
+        awake: whether what passes is added.
+        heard: float32 sum of the gradients since it woke, of the weight's shape, or None.
+    """
+
+    def __init__(self) -> None:
+        self.awake = False
+        self.heard: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def hear(self, gradient: Tensor) -> None:
+        """A gradient comes by."""
+        if not self.awake:
+            return
+        with torch.no_grad():
+            own = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+            self.heard = own.float().clone() if self.heard is None else self.heard.add_(own)
+
+    def take(self) -> Tensor | None:
+        """What was heard, which it forgets."""
+        heard, self.heard = self.heard, None
+        return heard
 
 
 class Mask(nn.Module):
@@ -87,6 +130,7 @@ class Mask(nn.Module):
         self.shape = mask.shape
         self.record = record
         self.keeper = Keeper()
+        self.listener: Listener | None = None
         self._transparent = self._exported = False
 
     @property
@@ -105,6 +149,13 @@ class Mask(nn.Module):
         if self._transparent:
             return weight
         mask = self._whole(weight)
+        if torch.is_grad_enabled() and self.listener is not None:
+            if weight is self.keeper.param:
+                return passing(weight, mask)  # `of_gradient` sees to the gradient
+            product = torch.where(mask, weight, 0)
+            if product.requires_grad and not torch.compiler.is_compiling():
+                product.register_hook(self.listener.hear)
+            return product
         if torch.is_grad_enabled() or torch.compiler.is_exporting() or is_shard(weight):
             return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
         return masked(weight, mask)  # inductor folds this one where weights are frozen
@@ -149,6 +200,8 @@ class Mask(nn.Module):
         """A gradient with zeros where the mask prunes."""
         if self._transparent:
             return gradient
+        if self.listener is not None:
+            self.listener.hear(gradient)
         if gradient.layout == torch.sparse_coo:
             some = gradient.coalesce()
             keep = self.mask[tuple(some.indices())]
@@ -182,14 +235,19 @@ class Mask(nn.Module):
             self._buffers.clear()
             self._buffers.update(own)
 
-    def clean_part(self, shard: Tensor) -> None:
-        """Make zero what the mask prunes of this process's part of a sharded parameter."""
+    def clean_part(self, shard: Tensor) -> bool:
+        """Make zero what the mask prunes of this process's part of a sharded parameter.
+
+        Returns:
+            whether the zeros are there now.
+        """
         keeper = self.keeper
-        if self._transparent:
-            return
+        if self._transparent or type(local_of(shard)) is not Tensor:
+            return self._transparent
         if keeper.part is None or not keeper.part.fits(self.bits, shard):
             keeper.part = Part.of(self.bits, self.shape, shard)
         clear_part(shard, keeper.part.own)
+        return True
 
     # -- what reversal needs -------------------------------------------------------------------
 

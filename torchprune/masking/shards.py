@@ -129,7 +129,7 @@ def clear_part(shard: Tensor, own: Tensor) -> None:
     """Make zero what this process's bits do not keep of its part."""
     with torch.inference_mode(False), torch.no_grad():
         local = local_of(shard)
-        if type(local) is Tensor and local.numel():
+        if local.numel():
             clear(local, own.to(local.device))
 
 
@@ -190,9 +190,14 @@ def _places_of(managed: Any) -> list[tuple[nn.Module, str]]:
     return [(info.module, info.param_name), *shared]
 
 
+def is_managed(module: nn.Module) -> bool:
+    """Whether `fully_shard` shards a module's parameters."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
 def why_immovable(module: nn.Module, tensor: str) -> str | None:
     """Why a sharded parameter cannot be moved behind a mask, or None."""
-    if not getattr(module, "_is_fsdp_managed_module", False):
+    if not is_managed(module):
         return None  # of tensor parallelism: nobody else knows where it stands
     try:
         if any((module, tensor) in _places_of(managed) for _, managed in _fully_sharded()):

@@ -20,6 +20,7 @@ from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
 from torchprune.errors import CheckpointError, MaskError, SpecError
 from torchprune.masking.mask import masked_layers, original_of
 from torchprune.masking.shards import is_shard, local_of, part_of, whole_of
+from torchprune.training import SET, Cubic, MagnitudeRegrowth, RigL, StraightThrough
 
 SIZES = (9, 24, 7)
 """Rows that two processes cannot share evenly."""
@@ -373,6 +374,61 @@ def pruned(rank: int, spec: Any) -> None:
 )
 def test_pruning_by_weights(spec: Any) -> None:
     both(pruned, spec)
+
+
+def scheduled(rank: int, kind: str, first: bool) -> None:
+    """A `Pruner` on shards does what it does in one process, step by step."""
+    regrow = {"RigL": RigL(0.5), "SET": SET(0.5), "magnitude": MagnitudeRegrowth()}.get(kind)
+    regrow = StraightThrough(0.01) if kind == "straight through" else regrow
+    spec = MagnitudeSpec(0.6)
+    single, model = net(), net()
+    masked: dict[str, torchprune.Pruner] = {}
+
+    def pruner(one: nn.Module) -> torchprune.Pruner:
+        schedule = Cubic(0.0, 0.6, start=1, end=5, every=2)
+        return torchprune.Pruner(
+            one, spec, schedule, regrow=regrow, together=one is model, reversible=regrow is None
+        )
+
+    if first:
+        masked["model"] = pruner(model)
+    sharded(model)
+    if not first:
+        masked["model"] = pruner(model)
+    masked["single"] = pruner(single)
+    learning = kind == "straight through"
+    optimizers = [optimizer_of("adamw", one) for one in (single, model)]
+    for step in range(6):
+        single(torch.cat([batch(r, step) for r in (0, 1)])).square().mean().backward()
+        model(batch(rank, step)).square().mean().backward()
+        for one, optimizer, name in zip(
+            (single, model), optimizers, ("single", "model"), strict=True
+        ):
+            optimizer.step()
+            model(batch(0, 0))  # leaves the outermost parameters gathered
+            assert masked[name].step(optimizer) == (step + 1 in (1, 3, 5) and step > 0), step
+            assert not masked[name].step(optimizer)
+            optimizer.zero_grad()
+            assert one is single or torchprune.masks(one).keys() == torchprune.masks(single).keys()
+        expected = torchprune.masks(single)
+        for key, mask in torchprune.masks(model).items():
+            assert torch.equal(mask, expected[key]), (step, key)
+        check_equal(wholes(model), wholes(single))
+        if not learning and not regrow:
+            check_zeros(model)
+    assert torchprune.report(model).sparsity == pytest.approx(0.6, abs=0.01)
+    x = batch(0, 9)
+    y = model(x)
+    assert torch.equal(torchprune.fold(model)(x), y)
+    assert all(
+        v.eq(0).sum() >= (~expected[k]).sum() for k, v in wholes(model).items() if k in expected
+    )
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize("kind", ["plain", "RigL", "SET", "magnitude", "straight through"])
+def test_schedules_on_shards(kind: str, first: bool) -> None:
+    both(scheduled, kind, first)
 
 
 def refused(rank: int, tmp: str) -> None:

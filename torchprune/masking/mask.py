@@ -18,6 +18,7 @@ from torchprune.errors import MaskError, SpecError, did_you_mean
 from torchprune.masking.access import install, own_class, uninstall
 from torchprune.masking.adapters import named_as_plain
 from torchprune.masking.awaited import around_exports
+from torchprune.masking.keeper import values_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked, merge_bits, pack_bits, pack_values
 from torchprune.masking.parametrization import Mask as Mask
@@ -173,8 +174,7 @@ def put_on(module: nn.Module, tensor: str, mask: Mask) -> Mask:
             (m.__dict__["order"] for m in held if m is not None), list(module._parameters)
         )
     own_class(module)
-    # `unsafe` skips only a trial run of the mask; shapes were checked by whoever made it.
-    parametrize.register_parametrization(module, tensor, mask, unsafe=True)
+    _register(module, tensor, mask)
     _sort(module, mask.__dict__["order"])
     install(module, tensor)
     chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
@@ -186,6 +186,23 @@ def put_on(module: nn.Module, tensor: str, mask: Mask) -> Mask:
     mask.put_on(original_of(module, tensor))
     around_exports(_exporting)
     return mask
+
+
+def _register(module: nn.Module, tensor: str, mask: Mask) -> None:
+    """Have a mask stand before a tensor, and the same parameter behind it.
+
+    torch sets the parameter to itself in between, which cuts off what hangs on its gradient, as
+    DistributedDataParallel does; so another one is there meanwhile.
+    """
+    weight = cast(nn.Parameter, module._parameters[tensor])
+    module._parameters[tensor] = nn.Parameter(values_of(weight), weight.requires_grad)
+    try:
+        # `unsafe` skips only a trial run of the mask; shapes were checked by whoever made it.
+        parametrize.register_parametrization(module, tensor, mask, unsafe=True)
+    except BaseException:
+        module._parameters[tensor] = weight
+        raise
+    cast(nn.ModuleDict, module.parametrizations)[tensor]._parameters["original"] = weight
 
 
 def _sort(module: nn.Module, order: Sequence[str]) -> None:

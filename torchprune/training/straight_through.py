@@ -12,6 +12,7 @@ from torchprune.errors import SpecError
 from torchprune.masking.packing import pack_bits
 from torchprune.masking.parametrization import Mask, Record
 from torchprune.masking.passing import passing
+from torchprune.masking.shards import whole_of
 from torchprune.specs.options import Checked
 
 
@@ -65,8 +66,11 @@ class LearningMask(Mask):
     def put_on(self, weight: Tensor) -> None:
         """Nothing keeps zeros in the weight: it has none."""
 
+    def clean_part(self, shard: Tensor) -> bool:
+        return self._transparent
+
     def restored(self, weight: Tensor) -> Tensor:
-        return weight.detach().clone()
+        return whole_of(weight).detach().clone()
 
     def change(self, weight: Tensor, mask: Tensor, record: Record, *, reversible: bool) -> None:
         self.bits.copy_(pack_bits(mask))

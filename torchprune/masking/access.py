@@ -59,6 +59,11 @@ def uninstall(module: nn.Module) -> None:
         delattr(kind, _FLAT)
 
 
+def forget_handed(module: nn.Module, tensor: str) -> None:
+    """Have the next access look anew: something else was put on the tensor."""
+    vars(module).pop(_HANDED + tensor, None)
+
+
 def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
     """Reads the parameter if all is as it was left; this is most of what a masked weight costs.
 
@@ -90,10 +95,15 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
                 return cast(Tensor, weight)
         chain = self._modules["parametrizations"]._modules[tensor]
         weight, steps = chain._parameters["original"], chain._modules
-        if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
+        if not fx._is_fx_tracing_flag and _get_tracing_state() is None:
             mask = steps["0"]
-            if mask.makes_ready(weight):
-                self.__dict__[place] = _Handed((chain._parameters, steps, weight, mask.keeper))
+            if len(steps) == 1:
+                if mask.makes_ready(weight):
+                    self.__dict__[place] = _Handed((chain._parameters, steps, weight, mask.keeper))
+                    return cast(Tensor, weight)
+            elif not parametrize._cache_enabled and mask.makes_ready(weight):
+                for step in list(steps.values())[1:]:
+                    weight = step(weight)
                 return cast(Tensor, weight)
         return _product(self, tensor)
 

@@ -372,8 +372,16 @@ def _why_gone(record: Record) -> str:
     )
 
 
+TOLD_BESIDE = "_torchprune_beside"
+"""A class's function of a module of it: why the mask in it cannot go, or None."""
+
+
 def check_alone(what: str, model: nn.Module) -> None:
-    """Raise MaskError if a weight has another parametrization beside its mask."""
+    """Raise MaskError if something else than a model's masks makes its masked weights."""
+    for path, module in model.named_modules():
+        told = getattr(type(module), TOLD_BESIDE, None)
+        if told is not None and (why := told(module)):
+            raise MaskError(f"{what}: {path}: {why}")
     for layer, _ in masked_layers(model):
         if why := beside(layer.module, layer.tensor):
             raise MaskError(f"{what}: {layer.name}: {why}")

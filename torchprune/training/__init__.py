@@ -2,19 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torchprune.training.regrowth import SET as SET
-from torchprune.training.regrowth import MagnitudeRegrowth as MagnitudeRegrowth
-from torchprune.training.regrowth import RigL as RigL
-from torchprune.training.schedules import Constant as Constant
-from torchprune.training.schedules import Cosine as Cosine
-from torchprune.training.schedules import Cubic as Cubic
-from torchprune.training.schedules import Iterative as Iterative
-from torchprune.training.schedules import Linear as Linear
-from torchprune.training.schedules import OneShot as OneShot
-from torchprune.training.straight_through import StraightThrough as StraightThrough
+from torchprune.training.regrowth import SET, MagnitudeRegrowth, RigL
+from torchprune.training.schedules import Constant, Cosine, Cubic, Iterative, Linear, OneShot
+from torchprune.training.straight_through import StraightThrough
 
 if TYPE_CHECKING:
-    from torchprune.training.callback import PruningCallback as PruningCallback
+    from torchprune.training.callback import PruningCallback
 
 __all__ = [
     "SET",

@@ -53,7 +53,7 @@ class LearningMask(Mask):
     def forward(self, weight: Tensor) -> Tensor:
         exporting = torch.compiler.is_exporting()
         if torch.is_grad_enabled() and not (self._transparent or exporting):
-            return passing(weight, self._whole(weight), self.decay)
+            return passing(weight, self.whole(weight), self.decay)
         return super().forward(weight)
 
     @property

@@ -38,6 +38,8 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.study.compare import compare
     from torchprune.study.evaluation import perplexity
     from torchprune.study.results import Comparison
+    from torchprune.training.iterate import prune_iteratively
+    from torchprune.training.tickets import find_ticket
 
     _teach()  # transformers' own saves keep masks
 
@@ -70,6 +72,7 @@ __all__ = [
     "apply_masks",
     "compare",
     "densify",
+    "find_ticket",
     "fold",
     "lift",
     "load",
@@ -79,6 +82,7 @@ __all__ = [
     "perplexity",
     "plan_lowering",
     "plan_shrink",
+    "prune_iteratively",
     "report",
     "save",
     "shrink",

@@ -38,8 +38,12 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.study.compare import compare
     from torchprune.study.evaluation import perplexity
     from torchprune.study.results import Comparison
+<<<<<<< HEAD
     from torchprune.training.iterate import prune_iteratively
     from torchprune.training.tickets import find_ticket
+=======
+    from torchprune.training.pruner import Pruner
+>>>>>>> main
 
     _teach()  # transformers' own saves keep masks
 
@@ -59,6 +63,7 @@ __all__ = [
     "LeastError",
     "MagnitudeSpec",
     "NeuronSpec",
+    "Pruner",
     "RIASpec",
     "Reconstruct",
     "ScoreSpec",

@@ -10,7 +10,6 @@ from typing import Any
 
 from torchprune.errors import SpecError
 from torchprune.specs.goals import read_override
-from torchprune.specs.options import check_share, check_whole
 from torchprune.specs.patterns import NM, Block, Unstructured
 from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
@@ -36,27 +35,6 @@ class Step:
     def amount(self) -> float:
         """The share it prunes; of whole blocks, how many."""
         return float(amount_of(self.spec))
-
-
-def geometric(final: float, rounds: int) -> tuple[float, ...]:
-    """Sparsities of so many rounds, each of which prunes the same share of what is left.
-
-    >>> geometric(0.875, 3)
-    (0.5, 0.75, 0.875)
-
-    Rounded to twelve decimals, so that counts are those of the decimals one would write: with
-    `rounds` of p each, 1 - (1 - p)^k after k of them.
-
-    Raises:
-        SpecError: final is not between 0 and 1, or rounds is no whole number above 0.
-    """
-    check_whole("geometric", "rounds", rounds)
-    check_share("geometric", "final", final)
-    if not 0 < final < 1:
-        raise SpecError(f"geometric: final must be above 0 and below 1, got {final!r}")
-    keep = 1 - final
-    some = [round(1 - keep ** (k / rounds), 12) for k in range(1, rounds)]
-    return (*some, float(final))
 
 
 def read_levels(spec: AnySpec, levels: Iterable[Level]) -> list[Step]:
@@ -114,10 +92,14 @@ def _step(where: str, spec: AnySpec, level: object) -> Step:
 
 
 def _plain_number(level: object) -> object:
-    """NumPy's numbers as Python's; anything else as it is."""
+    """NumPy's numbers as Python's; anything else as it is.
+
+    With twelve decimals, so that counts are those of the decimals one would write: two rounds of a
+    fifth each come to 0.36, not to the 0.3599999999999999 that is computed.
+    """
     if isinstance(level, Integral):
         return int(level)
-    return float(level) if isinstance(level, Real) else level
+    return round(float(level), 12) if isinstance(level, Real) else level
 
 
 def _of_weights(where: str, spec: Spec, level: Any) -> Spec:

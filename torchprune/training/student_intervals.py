@@ -24,9 +24,18 @@ class Interval:
         return self.mean + self.half
 
     def __str__(self) -> str:
-        if not math.isfinite(self.half):
-            return f"{self.mean:.4g}"
-        return f"{self.mean:.4g} ± {self.half:.2g}"
+        return self.text()
+
+    def text(self, sign: str = "") -> str:
+        """The mean with as many decimals as the half width has with two digits.
+
+        >>> Interval(0.96314, 0.01662).text("+")
+        '+0.963 ± 0.017'
+        """
+        if not (0 < self.half < math.inf):
+            return f"{self.mean:{sign}.4g}"
+        decimals = max(0, 1 - math.floor(math.log10(self.half)))
+        return f"{self.mean:{sign}.{decimals}f} ± {self.half:.{decimals}f}"
 
 
 def interval_of(draws: Sequence[float], confidence: float) -> Interval:
@@ -35,7 +44,7 @@ def interval_of(draws: Sequence[float], confidence: float) -> Interval:
     NaN draws make all of it NaN.
 
     >>> str(interval_of([1.0, 2.0, 3.0], 0.95))
-    '2 ± 2.5'
+    '2.0 ± 2.5'
     """
     if not all(map(math.isfinite, draws)):
         return Interval(math.nan, math.nan)

@@ -239,7 +239,7 @@ class Tickets:
         lines: list[Cells] = [[DENSE, "100 %", str(self.dense), *rest]]
         for one in self.rounds:
             arms = [str(one.arms[arm]) for arm in (TICKET, *self.baselines)]
-            leads = [_signed(one.leads[arm]) for arm in (DENSE, *self.baselines)]
+            leads = [one.leads[arm].text("+") for arm in (DENSE, *self.baselines)]
             lines.append([one.asked, f"{100 * one.left:.3g} %", *arms, *leads, one.verdict])
         return lines
 
@@ -390,8 +390,3 @@ def _verdict(leads: Mapping[str, Interval]) -> str:
     if others:
         words.append(f"not above {' or '.join(others)}")
     return ", ".join(words)
-
-
-def _signed(interval: Interval) -> str:
-    text = str(interval)
-    return text if text.startswith("-") or not math.isfinite(interval.mean) else f"+{text}"

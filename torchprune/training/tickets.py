@@ -30,8 +30,9 @@ from torchprune.specs.patterns import NM, Block, Unstructured, parse_pattern
 from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.training.drawn_seeds import drawn_seed, seeded
-from torchprune.training.level_specs import Level, Step, described_levels, geometric, read_levels
+from torchprune.training.level_specs import Level, Step, described_levels, read_levels
 from torchprune.training.run_records import RunError, document, item, judging, measured, read_row
+from torchprune.training.schedules import Iterative
 from torchprune.training.step_watch import watching_steps
 from torchprune.training.ticket_results import (
     DENSE,
@@ -186,7 +187,7 @@ def _steps(spec: object, rounds: int | Iterable[Level]) -> list[Step]:
             )
         if isinstance(spec, Spec | StructuredSpec):
             assert spec.sparsity is not None
-            rounds = geometric(spec.sparsity, rounds)
+            rounds = Iterative(0.0, spec.sparsity, rounds).levels
     steps = read_levels(spec, rounds)  # type: ignore[arg-type]
     for step in steps:
         if isinstance(step.spec, LayerSpec) or step.amount == 0:

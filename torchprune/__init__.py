@@ -38,12 +38,9 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.study.compare import compare
     from torchprune.study.evaluation import perplexity
     from torchprune.study.results import Comparison
-<<<<<<< HEAD
     from torchprune.training.iterate import prune_iteratively
-    from torchprune.training.tickets import find_ticket
-=======
     from torchprune.training.pruner import Pruner
->>>>>>> main
+    from torchprune.training.tickets import find_ticket
 
     _teach()  # transformers' own saves keep masks
 

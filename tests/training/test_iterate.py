@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_counts_are_exact_and_masks_grow_at_every_level(percents, scope, dtype):
         else:
             zeros = (~masks["0.weight"]).sum(1)
             assert (zeros == 16 * percent // 100).all()
-    for one, after in zip(seen, seen[1:], strict=False):
+    for one, after in pairwise(seen):
         for key, mask in one.items():
             assert not (after[key] & ~mask).any()
     assert history.rows[-1].kept
@@ -552,7 +553,7 @@ def test_a_kept_state_comes_back_whatever_happened_since(tmp_path, dtype):
 # -- resuming --------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     pass
 
 
@@ -695,7 +696,7 @@ def test_damaged_files_are_named_and_the_model_stays(what, how, interrupted, tmp
         with pytest.raises(Killed):
             whole(path, model=model, train=of_raising)  # it begins anew
         return
-    with pytest.raises((RunError, CheckpointError), match="damaged|missing|truncated|not JSON"):
+    with pytest.raises((RunError, CheckpointError), match=r"damaged|missing|truncated|not JSON"):
         whole(path, model=model)
     assert_same(bits_of(model), before)
 

@@ -76,7 +76,7 @@ def main(given: Sequence[str] | None = None) -> Tickets:
     parser.add_argument("--output", type=Path, default=Path("tickets"))
     parser.add_argument("--tiny", action="store_true", help="two rounds, to see it run")
     options = parser.parse_args(given)
-    sizes = (2, 2, 1, 0.75) if options.tiny else (10, 8, 15, 0.99)
+    sizes = (2, 2, 1, 0.75) if options.tiny else (8, 5, 15, 0.99)
     found = search(*sizes, path=options.output)
     print(found)
     found.figure(options.output / "tickets.svg")

@@ -92,7 +92,7 @@ def main(given: Sequence[str] | None = None) -> History:
 
     small = copy.deepcopy(dense).eval()
     torchprune.sparsify(small, torchprune.ChannelSpec(0.5), batches)
-    torchprune.shrink(small, batches[:1])
+    torchprune.shrink(small, torchprune.plan_shrink(small, batches[0]))
     before = score(small)["accuracy"]
     train(small)
     after = score(small)["accuracy"]
@@ -111,7 +111,7 @@ def main(given: Sequence[str] | None = None) -> History:
     )
     print(history)
     masked = score(dense)["accuracy"]
-    torchprune.shrink(dense, batches[:1])
+    torchprune.shrink(dense, torchprune.plan_shrink(dense, batches[0]))
     removed = score(dense)["accuracy"]
     print(
         f"kept {history.kept.asked}: {size_of(dense)} parameters, accuracy {masked:.4f} masked, "

@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -546,7 +547,7 @@ def test_a_search_that_was_interrupted_anywhere_finds_the_same(where, rewind, tm
             def call(*model: nn.Module) -> Any:
                 nonlocal calls
                 calls += 1
-                result = function(*model)  # noqa: B023
+                result = function(*model)
                 if calls == at + 1:  # noqa: B023
                     raise Killed
                 return result
@@ -556,10 +557,8 @@ def test_a_search_that_was_interrupted_anywhere_finds_the_same(where, rewind, tm
         functions = {"train": fit, "evaluate": loss, "make_model": make}
         functions[where] = dying(functions[where])
         path = tmp_path / str(at)
-        try:
+        with suppress(Killed):
             find(rewind=rewind, path=path, **functions)
-        except Killed:
-            pass
         torch.manual_seed(at)
         found = find(rewind=rewind, path=path)
         assert told(found) == told(expected)
@@ -624,7 +623,7 @@ def test_a_directory_of_another_search_is_refused(interrupted):
     }.items():
         with pytest.raises(RunError, match=f"holds a search with other {name}"):
             find(path=interrupted, **options)
-    with pytest.raises(CheckpointError, match="1.weight"):
+    with pytest.raises(CheckpointError, match=r"[14]\."):
         find(path=interrupted, make_model=lambda: nn.Sequential(nn.Linear(16, 24)))
 
 
@@ -633,7 +632,7 @@ def test_damaged_files_are_named(what, interrupted):
     files = [p for p in interrupted.rglob("*") if p.is_file() and what in str(p)]
     file = next(p for p in files if p.suffix != ".json" or what == "run.json")
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises((RunError, CheckpointError), match="damaged|truncated|not JSON"):
+    with pytest.raises((RunError, CheckpointError), match=r"damaged|truncated|not JSON"):
         find(path=interrupted)
 
 

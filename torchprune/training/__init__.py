@@ -2,9 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from torchprune.training.level_history import History, LevelRow
 from torchprune.training.regrowth import SET, MagnitudeRegrowth, RigL
+from torchprune.training.run_records import RunError
 from torchprune.training.schedules import Constant, Cosine, Cubic, Iterative, Linear, OneShot
+from torchprune.training.stop_rules import Within
 from torchprune.training.straight_through import StraightThrough
+from torchprune.training.student_intervals import Interval
+from torchprune.training.ticket_results import Round, Tickets, Trial
 
 if TYPE_CHECKING:
     from torchprune.training.callback import PruningCallback
@@ -14,13 +19,21 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "History",
+    "Interval",
     "Iterative",
+    "LevelRow",
     "Linear",
     "MagnitudeRegrowth",
     "OneShot",
     "PruningCallback",
     "RigL",
+    "Round",
+    "RunError",
     "StraightThrough",
+    "Tickets",
+    "Trial",
+    "Within",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from torchprune.specs.quantize import Int4, Int8
 from torchprune.training.level_history import History, LevelRow
 from torchprune.training.regrowth import SET, MagnitudeRegrowth, RigL
 from torchprune.training.run_records import RunError
@@ -20,6 +21,8 @@ __all__ = [
     "Cosine",
     "Cubic",
     "History",
+    "Int4",
+    "Int8",
     "Interval",
     "Iterative",
     "LevelRow",

@@ -97,6 +97,7 @@ PUBLIC = [
     "perplexity",
     "plan_lowering",
     "plan_shrink",
+    "recover",
     "report",
     "save",
     "shrink",

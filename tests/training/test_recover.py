@@ -328,8 +328,8 @@ def test_a_cnn_by_a_loss_of_its_own(training: bool, shrunk: bool) -> None:
     for _ in range(8):
         x = torch.randn(8, 1, 6, 6, generator=generator)
         data.append((x, x.flatten(1).abs().argmax(1) % 4))
-    for _ in range(3):  # its statistics are of something
-        net(data[0][0])
+    for _ in range(60):  # its statistics are of something
+        net(data[_ % 8][0])
     net.eval()
     dense = copy.deepcopy(net)
     example = [data[0][0]]
@@ -341,7 +341,8 @@ def test_a_cnn_by_a_loss_of_its_own(training: bool, shrunk: bool) -> None:
         torchprune.sparsify(net, torchprune.MagnitudeSpec(0.5), progress=False)
     net.train(training)
     before = values(net)
-    recover(net, data, teacher=dense, loss=cross_entropy, effort="max", progress=False)
+    options = {"held_out": 0.0, "effort": "max", "rate": 2e-3, "progress": False}
+    recover(net, data, teacher=dense, loss=cross_entropy, **options)
     was, now = judged(net)
     assert now < was and zeros_stand(net) and net.training is training
     statistics = [name for name in before if "running_mean" in name]

@@ -257,7 +257,7 @@ class _Run:
                 learn.after_step()
                 learn.forget_gradients()
                 pace.step += 1
-                bar.set_postfix(objective=f"{error:.4g}")
+                bar.set_postfix(objective=f"{error:.4g}", refresh=False)
                 bar.update(1 if pace.steps is not None else int(100 * pace.progress()) - bar.n)
         self._judge(tutor)
 

@@ -75,6 +75,7 @@ PUBLIC = [
     "LeastError",
     "MagnitudeSpec",
     "NeuronSpec",
+    "Pruner",
     "RIASpec",
     "Reconstruct",
     "ScoreSpec",

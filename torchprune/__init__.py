@@ -38,6 +38,7 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.study.compare import compare
     from torchprune.study.evaluation import perplexity
     from torchprune.study.results import Comparison
+    from torchprune.training.pruner import Pruner
     from torchprune.training.recover import recover
 
     _teach()  # transformers' own saves keep masks
@@ -58,6 +59,7 @@ __all__ = [
     "LeastError",
     "MagnitudeSpec",
     "NeuronSpec",
+    "Pruner",
     "RIASpec",
     "Reconstruct",
     "ScoreSpec",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -28,6 +28,7 @@ from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import decider_for, without_data
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord, remember_run
+from torchprune.specs.goals import Goal
 from torchprune.specs.options import Reconstruct
 from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
@@ -131,6 +132,60 @@ def _check_request(spec: object, hold: object, contradictory: bool) -> None:
 
 
 @dataclass(eq=False)
+class Way:
+    """How far a model is on the way to its spec's zeros.
+
+    Attributes:
+        now, final: the share of zeros that it is to have, and the spec's own.
+        goals: what each layer (by key) is to become in the end. An uneven allocation fills them
+            the first time, so that layers keep their shares on the whole way.
+    """
+
+    now: float
+    final: float
+    goals: dict[str, Goal] = field(default_factory=dict)
+
+    def of(self, plan: Plan) -> Plan:
+        """The plan of what goes now."""
+        for target in plan.targets:
+            self.goals.setdefault(target.layer.key, target.goal)
+        scaled = {key: goal.on_the_way(self.now, self.final) for key, goal in self.goals.items()}
+        targets = [replace(t, goal=scaled[t.layer.key]) for t in plan.targets]
+        return replace(plan, targets=targets)
+
+
+@on_ordinary_tensors
+def plan_of(model: nn.Module, spec: Spec, data: Data) -> tuple[Plan, RunRecord]:
+    """What `sparsify` would prune, and the record of it, without pruning.
+
+    Raises:
+        SpecError, TargetError, CalibrationError: as `sparsify` does.
+    """
+    run = RunRecord(spec=spec)
+    weights = _Weights(model, spec, data, run, False, False, None)
+    if not spec.needs_data:
+        return weights.plan(weights.seen_without_need()), run
+    if is_plain(model):
+        return weights.plan(), run
+    batches, _ = data.read(model, type(spec).__name__, at_least=spec.windows)
+    return weights.plan(survey(model, batches)), run
+
+
+@on_ordinary_tensors
+def prune_on_the_way(
+    model: nn.Module, spec: Spec, data: Data, way: Way, *, reversible: bool
+) -> RunRecord:
+    """`sparsify`, as far as the way is gone. Not remembered: the record is returned.
+
+    Raises:
+        SpecError, TargetError, CalibrationError: as `sparsify` does. The model is as it was then.
+    """
+    run = RunRecord(spec=spec)
+    _Weights(model, spec, data, run, False, reversible, None, way).prune()
+    return run
+
+
+@dataclass(eq=False)
 class _Weights:
     """One call of `sparsify` for single weights of a module."""
 
@@ -141,28 +196,29 @@ class _Weights:
     keep_dense: bool
     reversible: bool
     hold: torch.dtype | None
+    way: Way | None = None
 
     def prune(self) -> None:
         """Select, calibrate, and in lockstep with that score, mask and attach."""
         if not self.spec.needs_data:
-            self._by_weights_alone(self._plan(self._seen_without_need()))
+            self._by_weights_alone(self._on_the_way(self.plan(self.seen_without_need())))
             return
         plain = is_plain(self.model)
-        plan = self._plan() if plain else None  # refused, if it is, before any data are read
+        plan = self.plan() if plain else None  # refused, if it is, before any data are read
         asker, windows = type(self.spec).__name__, self.spec.windows
         batches, notes = self.data.read(self.model, asker, at_least=windows)
         self.run.notes += notes
-        plan = plan or self._plan(survey(self.model, batches))
+        plan = plan or self.plan(survey(self.model, batches))
         notes = list(self.run.notes)
         try:
             self._by_data(plan, batches, surveyed=not plain)
         except Unsurveyed:
             again = "calibrated twice: some weights are read in part or several times"
             self.run.notes = [*notes, again]
-            plan = self._plan(survey(self.model, batches))
+            plan = self.plan(survey(self.model, batches))
             self._by_data(plan, batches, surveyed=True)
 
-    def _seen_without_need(self) -> Survey | None:
+    def seen_without_need(self) -> Survey | None:
         """How the model reads its weights, where no data are needed: on the first batch given, or
         what transformers makes up, if one of them can be run."""
         if is_plain(self.model):
@@ -178,17 +234,22 @@ class _Weights:
         except Exception:  # nothing depends on it
             return None
 
-    def _plan(self, seen: Survey | None = None) -> Plan:
+    def plan(self, seen: Survey | None = None) -> Plan:
         seen = seen or Survey()
         plan = make_plan(self.model, self.spec, seen.readings, seen.gates)
         self.run.skipped, self.run.warnings = dict(plan.skipped), list(plan.warnings)
         _check_weights(plan, finite=self.spec.changes_weights or self.spec.needs_gram)
         return plan
 
+    def _on_the_way(self, plan: Plan) -> Plan:
+        return plan if self.way is None else self.way.of(plan)
+
     def _by_data(self, plan: Plan, batches: Sequence[Batch], *, surveyed: bool) -> None:
         model, spec, run = self.model, self.spec, self.run
-        plan, notes = allocated(model, plan, spec, batches, progress=self.data.progress)
-        run.notes += notes
+        if self.way is None or not self.way.goals:
+            plan, notes = allocated(model, plan, spec, batches, progress=self.data.progress)
+            run.notes += notes
+        plan = self._on_the_way(plan)
         own, notes = self.data.written_on(model, batches, spec.windows)
         run.notes += notes
         with self._permuted(plan, [*own, *batches]):

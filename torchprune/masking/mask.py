@@ -308,7 +308,7 @@ def densify(model: nn.Module) -> nn.Module:
     if not found:
         raise MaskError("densify: this model carries no torchprune masks")
     for layer, mask in found:
-        if mask.dense is None and mask.hidden is None:
+        if mask.dense is None and not mask.reversible:
             raise MaskError(
                 f"densify: the dense weights of {layer.name} are gone ({_why_gone(mask.record)}, "
                 "or use fold(model) to go on"

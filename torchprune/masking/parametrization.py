@@ -24,6 +24,7 @@ from torchprune.masking.packing import (
     traced_bits,
     unpack_bits,
 )
+from torchprune.masking.passing import passing
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,40 @@ class Record:
     tokens: int | None = None
     note: str = ""
     view: str = ""
+
+
+class Listener:
+    """Adds up gradients of all weights, of those that a mask prunes too, while it is awake.
+
+    Copies of a mask have none.
+
+    Attributes:
+        awake: whether what passes is added.
+        heard: float32 sum of the gradients since it woke, of the weight's shape, or None.
+    """
+
+    def __init__(self) -> None:
+        self.awake = False
+        self.heard: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def hear(self, gradient: Tensor) -> None:
+        """A gradient comes by."""
+        if not self.awake:
+            return
+        with torch.no_grad():
+            own = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+            self.heard = own.float().clone() if self.heard is None else self.heard.add_(own)
+
+    def take(self) -> Tensor | None:
+        """What was heard, which it forgets."""
+        heard, self.heard = self.heard, None
+        return heard
 
 
 class Mask(nn.Module):
@@ -86,6 +121,7 @@ class Mask(nn.Module):
         self.shape = mask.shape
         self.record = record
         self.keeper = Keeper()
+        self.listener: Listener | None = None
         self._transparent = self._exported = False
 
     @property
@@ -104,6 +140,8 @@ class Mask(nn.Module):
         if self._transparent:
             return weight
         mask = self._whole(weight)
+        if torch.is_grad_enabled() and self.listener is not None:
+            return passing(weight, mask)  # `of_gradient` sees to the gradient
         if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
         return masked(weight, mask)  # inductor folds this one where weights are frozen
@@ -146,6 +184,8 @@ class Mask(nn.Module):
         """A gradient with zeros where the mask prunes."""
         if self._transparent:
             return gradient
+        if self.listener is not None:
+            self.listener.hear(gradient)
         if gradient.layout == torch.sparse_coo:
             some = gradient.coalesce()
             keep = self.mask[tuple(some.indices())]

@@ -12,7 +12,7 @@ from torchprune.calibration.moments import Moments
 from torchprune.errors import CalibrationError
 from torchprune.masking.mask import Record
 from torchprune.masking.packing import masked
-from torchprune.masking.projection import BARRED, project_each
+from torchprune.masking.projection import BARRED, project_each, project_partly
 from torchprune.masking.scales import values_of
 from torchprune.masking.targets import Target
 from torchprune.masking.transaction import Change
@@ -300,7 +300,10 @@ def _masks(
             flat.append(score if barred is None else score.masked_fill(barred[group], BARRED))
             free.append(None if barred is None else ~barred[group])
     goal = targets[0].goal
-    keeps = project_each(flat, goal.pattern, goal.sparsity, scope or "layer")
+    if goal.share < 1:  # on the way to an n:m pattern
+        keeps = [project_partly(f, goal.pattern, goal.sparsity, "layer", goal.share) for f in flat]
+    else:
+        keeps = project_each(flat, goal.pattern, goal.sparsity, scope or "layer")
     kept = iter(k if f is None else k & f for k, f in zip(keeps, free, strict=True))
     return [torch.stack([next(kept) for _ in own]) for own in scores]
 

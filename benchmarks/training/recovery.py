@@ -18,16 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-import smollm2
 import torch
 
 import torchprune
 from torchprune import BestSpec
 from torchprune.checkpoint.whole_files import write_whole
 from torchprune.reports.report import runs_of
-from torchprune.training import KL, MaskLoRA, OwnLoss, SquareHead, pace
+from torchprune.training import KL, OwnLoss, SquareHead, pace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+import smollm2
 
 GOALS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": "2:4"},
@@ -41,12 +41,12 @@ CORES = 2
 
 METHODS: dict[str, dict[str, Any]] = {
     "recommended": {},
+    "both": {"objective": (KL(), OwnLoss())},
     "own loss": {"objective": OwnLoss()},
     "distilled": {"objective": KL()},
     "distilled and own loss": {"objective": (KL(), OwnLoss(weight=0.5))},
     "SquareHead": {"objective": SquareHead()},
     "distilled and SquareHead": {"objective": (KL(), SquareHead(weight=0.1))},
-    "MaskLoRA, distilled": {"train": MaskLoRA(), "objective": KL()},
     "norms and biases, distilled": {"train": "norms", "objective": KL()},
 }
 

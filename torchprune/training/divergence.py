@@ -6,7 +6,7 @@ language model's logits are large, and are read once instead of a dozen times.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ _CELLS = 1 << 21
 def divergence(
     student: Tensor, teacher: Tensor, counts: Tensor | None = None, *, temperature: float = 1.0
 ) -> Tensor:
-    """The mean over rows of KL(softmax(teacher / T) || softmax(student / T)) * T^2, a float32 scalar.
+    """The mean over rows of KL(softmax(teacher / T) || softmax(student / T)) * T^2: float32, ().
 
     Args:
         student, teacher: logits (..., classes), of any float dtype; computed in float32 at least.
@@ -32,10 +32,8 @@ def divergence(
     else:
         flat = counts.flatten().float()
         shares = flat / flat.sum().clamp_min(1)
-    value: Tensor = _Divergence.apply(
-        own, teacher.detach().flatten(0, -2), shares, float(temperature)
-    )
-    return value
+    wanted = teacher.detach().flatten(0, -2)
+    return cast(Tensor, _Divergence.apply(own, wanted, shares, float(temperature)))  # type: ignore[no-untyped-call]
 
 
 class _Divergence(torch.autograd.Function):
@@ -56,7 +54,7 @@ class _Divergence(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, by: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * by.to(gradient.dtype), None, None, None

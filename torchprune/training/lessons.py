@@ -91,10 +91,9 @@ def lesson_of(batch: Batch, model: nn.Module) -> Lesson:
     if not causal or not windows_of([batch]):
         return Lesson(batch)
     ids = batch.args[0] if batch.args else batch.kwargs["input_ids"]
-    real = batch.kwargs.get("attention_mask")
-    counts = real.bool() if isinstance(real, Tensor) else batch.tokens
-    wanted = ids if counts is None else ids.masked_fill(~counts, -100)
-    return Lesson(batch, wanted, counts)
+    real: Any = batch.kwargs.get("attention_mask")
+    real = real.bool() if isinstance(real, Tensor) else batch.tokens
+    return Lesson(batch, ids if real is None else ids.masked_fill(~real, -100), real)
 
 
 def ask(model: nn.Module, lesson: Lesson, loss: Loss | None, *, labelled: bool) -> Answer:
@@ -129,10 +128,7 @@ def ask(model: nn.Module, lesson: Lesson, loss: Loss | None, *, labelled: bool) 
 
 def logits_of(out: Any) -> Tensor:
     """A model's predictions: its output, or what that has under `logits`, or its first tensor."""
-    if isinstance(out, Mapping):
-        named = out.get("logits")
-    else:
-        named = getattr(out, "logits", None)
+    named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     if isinstance(named, Tensor):
         return named
     found = floats_of(out)

@@ -218,8 +218,8 @@ class _Run:
             self._train(tutor, list(chosen.values()), optimizer, pace)
         count = sum(p.numel() for p in chosen.values())
         return (
-            f"recovered: trained {count:,} values ({self.asked.train}) on {self.tokens:,} tokens in "
-            f"{pace.elapsed() / 60:.3g} minutes; on {len(self.judging)} held-out batches the "
+            f"recovered: trained {count:,} values ({self.asked.train}) on {self.tokens:,} tokens "
+            f"in {pace.elapsed() / 60:.3g} minutes; on {len(self.judging)} held-out batches the "
             f"objective went from {before:.4g} to {self.best:.4g}"
         )
 
@@ -268,7 +268,7 @@ class _Run:
         for _ in range(count):
             lesson = self.learning[order.next()]
             error = tutor.error(lesson) / count
-            error.backward()  # type: ignore[no-untyped-call]
+            error.backward()
             total += float(error.detach())
             self.tokens += tokens_in(lesson)
         return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,9 +92,7 @@ class Tutor:
         """
         kind = next(self.model.parameters()).device.type
         with ExitStack() as stack:
-            stack.enter_context(
-                torch.autocast(kind, torch.bfloat16) if self.mixed else nullcontext()
-            )
+            stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=self.mixed))
             own = stack.enter_context(_outputs_of(self._own_blocks))
             answer = ask(self.model, lesson, self.loss, labelled=self._labelled)
         logits, features = self._taught(lesson)

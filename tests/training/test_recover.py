@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +16,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import torchprune
-from torchprune.errors import CalibrationError, MaskError, SpecError
+from torchprune.errors import CalibrationError, CheckpointError, MaskError, SpecError
 from torchprune.masking.mask import masked_layers, original_of
 from torchprune.reports.report import runs_of
-from torchprune.training import KL, OwnLoss, SquareHead, pace
-from torchprune.training import recover as recover_module
-from torchprune.training.lessons import ask, lesson_of, parted, read_lessons
+from torchprune.training import KL, MaskLoRA, OwnLoss, SquareHead, course, pace
+from torchprune.training.lessons import ask, lesson_of, parted
 from torchprune.training.trainable import to_train
 from torchprune.training.tutor import square_error
 
-recover = torchprune.recover
+recover = functools.partial(torchprune.recover, rate=0.01)
+"""Tiny models learn in larger steps than the default."""
 
 
 def tiny_llama(**more: Any) -> LlamaForCausalLM:
@@ -415,6 +417,93 @@ def test_a_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs_of(model)[-1].spec.minutes == 0.5  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+def test_factors_merge_into_the_support(rank: int) -> None:
+    dense = sure(tiny_llama())
+    model = torchprune.sparsify(
+        copy.deepcopy(dense), torchprune.MagnitudeSpec(pattern="2:4"), progress=False
+    )
+    masks, names = torchprune.masks(model), [name for name, _ in model.named_parameters()]
+    recover(model, texts(), teacher=dense, train=MaskLoRA(rank), effort="max", progress=False)
+    was, now = judged(model)
+    assert now < was
+    assert zeros_stand(model)
+    assert names == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(mask, torchprune.masks(model)[name]) for name, mask in masks.items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# -- going on --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["weights", "norms", MaskLoRA(2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_interrupted_goes_on_to_the_same_bits(
+    train: Any, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(course, "SAVE_SECONDS", 0.0)
+    dense = sure(tiny_llama(attention_dropout=0.1)).to(dtype).train()
+    place = tmp_path / "run"
+
+    def fresh() -> nn.Module:
+        model = copy.deepcopy(dense)
+        return torchprune.sparsify(model, torchprune.MagnitudeSpec(0.5), progress=False)
+
+    options: dict[str, Any] = {"teacher": dense, "train": train, "batches": 3, "progress": False}
+    whole = recover(fresh(), texts(), **options)
+    for killed in (3, 8):
+        model, steps = fresh(), [0]
+
+        def stop(_: Any, args: Any, out: Any, killed=killed, steps=steps) -> None:
+            steps[0] += torch.is_grad_enabled()
+            if steps[0] == 3 * killed:
+                raise KeyboardInterrupt
+
+        handle = model.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            recover(model, texts(), path=place, **options)
+        handle.remove()
+        assert sorted(p.name for p in place.iterdir()) == ["progress.json", "progress.safetensors"]
+        again = fresh() if killed == 3 or isinstance(train, MaskLoRA) else model
+        with pytest.raises(CheckpointError, match="another run"):
+            recover(again, texts(seed=1), path=place, **options)
+        with pytest.raises(CheckpointError, match="another run"):
+            recover(again, texts(), path=place, seed=1, **options)
+        recover(again, texts(), path=place, **options)
+        assert not place.exists()
+        expected, found = values(whole), values(again)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert judged(again) == judged(whole)
+
+
+def test_damaged_progress_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(course, "SAVE_SECONDS", 0.0)
+    model = torchprune.sparsify(mlp(), torchprune.MagnitudeSpec(0.5), progress=False)
+    place, before = tmp_path / "run", values(model)
+
+    def failing(net: Any, batch: Any) -> Tensor:
+        if (place / "progress.json").exists():
+            raise ValueError("stop")
+        return cross_entropy(net, batch)
+
+    with pytest.raises(ValueError, match="stop"):
+        recover(model, points(), loss=failing, path=place, progress=False)
+    assert all(torch.equal(before[name], values(model)[name]) for name in before)
+    for name in ("progress.json", "progress.safetensors"):
+        whole = (place / name).read_bytes()
+        for damaged in (whole[: len(whole) // 2], whole[:-9] + b"x" + whole[-8:], b""):
+            (place / name).write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                recover(model, points(), loss=cross_entropy, path=place, progress=False)
+        (place / name).write_bytes(whole)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="no progress"):
+        recover(model, points(), loss=cross_entropy, path=tmp_path / "other", progress=False)
+    assert all(torch.equal(before[name], values(model)[name]) for name in before)
+    recover(model, points(), loss=cross_entropy, path=place, progress=False)
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
@@ -462,6 +551,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "no blocks", {"teacher": mlp(), "objective": SquareHead()}, SpecError, "KL"
     yield "shapes", {"teacher": mlp()[:1], "loss": cross_entropy}, CalibrationError, "logits"
     yield "own text", {"data": None}, CalibrationError, "give data"
+    yield "written", {"written": 3}, CalibrationError, "written"
     yield "vector loss", {"loss": lambda m, b: m(b[0])}, CalibrationError, "scalar"
     yield "optimizer", {"loss": cross_entropy, "optimizer": lambda p: 3}, SpecError, "Optimizer"
     yield "loss", {"loss": 3}, SpecError, "loss"
@@ -519,7 +609,7 @@ def test_a_model_of_peft_is_refused() -> None:
         recover(adapted, texts(), progress=False)
 
 
-def test_a_run_is_saved_with_the_model(tmp_path: Any) -> None:
+def test_a_run_is_saved_with_the_model(tmp_path: Path) -> None:
     dense = tiny_llama()
     model = torchprune.sparsify(copy.deepcopy(dense), torchprune.MagnitudeSpec(0.5), progress=False)
     recover(model, texts(), teacher=dense, progress=False)
@@ -529,6 +619,3 @@ def test_a_run_is_saved_with_the_model(tmp_path: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters()))  # noqa: B905
 
 
-def test_the_module_reads_in_one_line() -> None:
-    assert recover_module.__doc__
-    assert read_lessons.__doc__

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.block_calls import floats_of
 from torchprune.calibration.data import Data
-from torchprune.calibration.nested import mapped
+from torchprune.calibration.nested import mapped, tensors_in
 from torchprune.calibration.synthesis import can_synthesise, windows_of
 from torchprune.errors import CalibrationError
 
@@ -155,19 +155,15 @@ def tokens_in(lesson: Lesson) -> int:
         return int(lesson.counts.sum())
     if lesson.labels is not None:
         return lesson.labels.numel()
-    item = lesson.item
-    first = next(iter(item.tensors() if isinstance(item, Batch) else _tensors(item)), None)
+    first = next(iter(tensors_of(lesson)), None)
     if first is None or not first.dim():
         return 1
     return first.numel() if not first.is_floating_point() else len(first)
 
 
-def _tensors(item: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(_: object, tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    mapped(item, note)
-    return found
+def tensors_of(lesson: Lesson) -> list[Tensor]:
+    """The tensors that its batch is made of."""
+    item = lesson.item
+    if isinstance(item, Batch):
+        return list(item.tensors())
+    return [tensor for _, tensor in tensors_in(item)]

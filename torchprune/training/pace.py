@@ -52,6 +52,15 @@ class Pace:
         """Seconds since it began."""
         return self.used + clock() - self._since
 
+    @property
+    def total(self) -> int:
+        """What `done` counts to: steps, or hundredths of the time."""
+        return 100 if self.steps is None else self.steps
+
+    def done(self) -> int:
+        """For a bar."""
+        return self.step if self.steps is not None else int(100 * self.progress())
+
     def leave(self, seconds: float) -> None:
         """Keep so many seconds free at the end."""
         if self.seconds is not None:

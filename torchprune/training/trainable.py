@@ -50,14 +50,14 @@ def check_trainable(model: nn.Module) -> None:
             )
 
 
-def to_train(model: nn.Module, what: str) -> dict[str, nn.Parameter]:
+def to_train(model: nn.Module, what: str, *, least: int = 1) -> dict[str, nn.Parameter]:
     """The parameters that "weights" or "norms" name, each once, by name.
 
     "weights": all that are floating point and not frozen, but for tables that are looked up
     (embeddings, and output layers tied to them). "norms": those with less than two axes.
 
     Raises:
-        SpecError: there are none.
+        SpecError: there are fewer than the least.
     """
     tables = {id(p) for m in model.modules() if is_table(m) for p in m.parameters(recurse=False)}
     found = {
@@ -67,7 +67,7 @@ def to_train(model: nn.Module, what: str) -> dict[str, nn.Parameter]:
         and parameter.is_floating_point()
         and (parameter.dim() < 2 if what == "norms" else id(parameter) not in tables)
     }
-    if not found:
+    if len(found) < least:
         frozen = not any(p.requires_grad for p in model.parameters())
         why = "all of its parameters are frozen (requires_grad)" if frozen else "it has none"
         raise SpecError(f"recover: train={what!r} finds nothing to train in this model: {why}")

@@ -95,6 +95,7 @@ PUBLIC = [
     "load_into",
     "lower",
     "masks",
+    "peft_ready",
     "perplexity",
     "plan_lowering",
     "plan_shrink",

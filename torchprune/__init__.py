@@ -38,10 +38,13 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.study.compare import compare
     from torchprune.study.evaluation import perplexity
     from torchprune.study.results import Comparison
+    from torchprune.training.peft_lessons import teach_peft as _teach_peft
     from torchprune.training.pruner import Pruner
+    from torchprune.training.ready import peft_ready
     from torchprune.training.recover import recover
 
     _teach()  # transformers' own saves keep masks
+    _teach_peft()  # and peft's adapters the zeros
 
 __version__ = "0.1.0"
 
@@ -79,6 +82,7 @@ __all__ = [
     "load_into",
     "lower",
     "masks",
+    "peft_ready",
     "perplexity",
     "plan_lowering",
     "plan_shrink",

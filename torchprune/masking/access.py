@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any, cast
 
@@ -17,6 +18,9 @@ from torchprune.masking.keeper import Guarded
 
 _HANDED = "_torchprune_handed_"
 """Begins the names of what a module keeps of the masked tensors that it handed out."""
+
+_INSTEAD = "_torchprune_instead_"
+"""Begins the names of what a module hands out in place of masked tensors, while it does."""
 
 _FLAT = "_flat_weights"
 """Where a recurrent net keeps a list of its parameters, which its forward reads."""
@@ -45,9 +49,24 @@ def own_class(module: nn.Module) -> None:
 def install(module: nn.Module, tensor: str) -> None:
     """Let a module hand out the parameter behind a mask, in place of the product with it."""
     kind: Any = type(module)
+    _make_plain(kind)
     setattr(kind, tensor, property(_getter(tensor), vars(kind)[tensor].fset))
     if isinstance(module, nn.RNNBase) and _FLAT not in vars(kind):
         kind._flat_weights = property(_flat_weights, _keep_flat_weights)
+
+
+def _make_plain(kind: type) -> None:
+    """Have `type(module)(...)`, as adapters make layers of the same kind, make an ordinary one."""
+    ordinary = kind.__bases__[0]
+    if "__new__" in vars(kind):
+        return
+
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return ordinary(*args, **kwargs)
+        return object.__new__(cls)  # a copy's, which fills it in itself
+
+    kind.__new__ = staticmethod(__new__)  # type: ignore[assignment]
 
 
 def uninstall(module: nn.Module) -> None:
@@ -59,6 +78,28 @@ def uninstall(module: nn.Module) -> None:
         delattr(kind, _FLAT)
 
 
+def forget_handed(module: nn.Module, tensor: str) -> None:
+    """Have the next access look anew: something else was put on the tensor."""
+    vars(module).pop(_HANDED + tensor, None)
+
+
+@contextmanager
+def standing_in(module: nn.Module, tensor: str, value: Tensor) -> Iterator[None]:
+    """For a while, have a module hand out another tensor in a masked one's place."""
+    known, place = vars(module), _INSTEAD + tensor
+    forget_handed(module, tensor)
+    before = known.get(place)
+    known[place] = value
+    try:
+        yield
+    finally:
+        forget_handed(module, tensor)
+        if before is None:
+            del known[place]
+        else:
+            known[place] = before
+
+
 def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
     """Reads the parameter if all is as it was left; this is most of what a masked weight costs.
 
@@ -66,10 +107,12 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
     is fetched from memory: what is needed is kept in one place, beside the module's own attributes.
     Its cells are strings, so that compiled code may serve many modules.
     """
-    place = _HANDED + tensor
+    place, instead = _HANDED + tensor, _INSTEAD + tensor
 
     def get(self: Any) -> Tensor:
         if is_compiling():
+            if instead in self.__dict__:
+                return cast(Tensor, self.__dict__[instead])
             return cast(Tensor, self.parametrizations[tensor]())
         known = self.__dict__.get(place)
         if known is not None:
@@ -88,12 +131,19 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
                 and _get_tracing_state() is None
             ):
                 return cast(Tensor, weight)
+        if instead in self.__dict__:
+            return cast(Tensor, self.__dict__[instead])
         chain = self._modules["parametrizations"]._modules[tensor]
         weight, steps = chain._parameters["original"], chain._modules
-        if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
+        if not fx._is_fx_tracing_flag and _get_tracing_state() is None:
             mask = steps["0"]
-            if mask.makes_ready(weight):
-                self.__dict__[place] = _Handed((chain._parameters, steps, weight, mask.keeper))
+            if len(steps) == 1:
+                if mask.makes_ready(weight):
+                    self.__dict__[place] = _Handed((chain._parameters, steps, weight, mask.keeper))
+                    return cast(Tensor, weight)
+            elif not parametrize._cache_enabled and mask.makes_ready(weight):
+                for step in list(steps.values())[1:]:
+                    weight = step(weight)
                 return cast(Tensor, weight)
         return _product(self, tensor)
 

@@ -139,14 +139,15 @@ class Mask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if self._transparent:
             return weight
-        mask = self._whole(weight)
+        mask = self.whole(weight)
         if torch.is_grad_enabled() and self.listener is not None:
             return passing(weight, mask)  # `of_gradient` sees to the gradient
         if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
         return masked(weight, mask)  # inductor folds this one where weights are frozen
 
-    def _whole(self, weight: Tensor) -> Tensor:
+    def whole(self, weight: Tensor) -> Tensor:
+        """The mask in a weight's memory format, as what watches can follow it."""
         if self._exported:
             return cast(Tensor, self._buffers["mask"])
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -192,9 +193,9 @@ class Mask(nn.Module):
             values = torch.where(keep, some.values(), 0)
             return torch.sparse_coo_tensor(some.indices(), values, some.shape, is_coalesced=True)
         plain = type(gradient) is Tensor and gradient.shape == self.shape
-        if plain and not torch.is_grad_enabled() and not _is_watched():
+        if plain and not torch.is_grad_enabled() and not is_watched():
             return cleared(gradient, self.bits)
-        return torch.where(self._whole(gradient), gradient, 0)
+        return torch.where(self.whole(gradient), gradient, 0)
 
     @contextmanager
     def transparent(self) -> Iterator[None]:
@@ -324,7 +325,7 @@ def mismatch(key: str, got: Tensor, dtype: torch.dtype, shape: Sequence[int]) ->
     )
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether something follows what is computed: a transform, a tracer, a compiler."""
     return (
         torch.compiler.is_compiling()

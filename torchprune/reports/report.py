@@ -207,7 +207,7 @@ def report(model: nn.Module) -> Report:
     for layer, mask in masked_layers(model):
         original = original_of(layer.module, layer.tensor)
         with torch.no_grad():
-            effective = mask(original)
+            effective = mask(original)  # what is summed beside it, if anything, keeps the zeros
         record = mask.record
         layers.append(
             LayerReport(

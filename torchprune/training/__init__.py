@@ -1,5 +1,6 @@
 """Masks while models learn: schedules, regrowth, recovery, adapters and lottery tickets."""
 
+from torchprune.training.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora, remove_mask_lora
 from torchprune.training.objectives import KL, OwnLoss, SquareHead
 from torchprune.training.regrowth import SET as SET
 from torchprune.training.regrowth import MagnitudeRegrowth as MagnitudeRegrowth
@@ -21,9 +22,13 @@ __all__ = [
     "Iterative",
     "Linear",
     "MagnitudeRegrowth",
+    "MaskLoRA",
     "OneShot",
     "OwnLoss",
     "RigL",
     "SquareHead",
     "StraightThrough",
+    "add_mask_lora",
+    "merge_mask_lora",
+    "remove_mask_lora",
 ]

@@ -96,6 +96,12 @@ def lesson_of(batch: Batch, model: nn.Module) -> Lesson:
     return Lesson(batch, ids if real is None else ids.masked_fill(~real, -100), real)
 
 
+def has_labels(lesson: Lesson) -> bool:
+    """Whether a transformers model can give a loss for it."""
+    own = isinstance(lesson.item, Batch) and lesson.item.kwargs.get("labels") is not None
+    return own or lesson.labels is not None
+
+
 def ask(model: nn.Module, lesson: Lesson, loss: Loss | None, *, labelled: bool) -> Answer:
     """Call a model, for its predictions and its loss.
 

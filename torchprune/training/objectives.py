@@ -66,18 +66,20 @@ Objective = OwnLoss | KL | SquareHead
 
 
 def as_objectives(
-    given: Objective | Sequence[Objective] | None, *, taught: bool
+    given: Objective | Sequence[Objective] | None, *, taught: bool, told: bool = True
 ) -> tuple[Objective, ...]:
     """What to make small, one after another.
 
     Args:
+        given: None for both where there is a teacher and a loss, else for the one that there is.
         taught: whether there is a teacher.
+        told: whether there is a loss.
 
     Raises:
         SpecError: none of these, two of one kind, or a teacher is needed.
     """
     if given is None:
-        return (KL(),) if taught else (OwnLoss(),)
+        return (KL(), OwnLoss()) if taught and told else (KL(),) if taught else (OwnLoss(),)
     found = tuple(given) if isinstance(given, tuple | list) else (given,)
     for one in found:
         if not isinstance(one, OwnLoss | KL | SquareHead):

@@ -23,6 +23,7 @@ from torchprune.training.course import RATES, Course, Earlier, MakeOptimizer
 from torchprune.training.lessons import (
     Lesson,
     Loss,
+    has_labels,
     lesson_of,
     parted,
     read_lessons,
@@ -80,8 +81,7 @@ def recover(
             and the scales of norms alone (PERP, Zimmer et al., arXiv 2312.15230). `MaskLoRA(...)`:
             these, and low-rank factors of the masked weights, merged exactly at the end.
         objective: `OwnLoss()`, `KL(...)`, `SquareHead(...)`, or several, which are summed. The
-            default is the model's own loss, and with a teacher `KL()`, both where the model gives
-            a loss.
+            default is `(KL(), OwnLoss())`, or the one of them that there is a teacher or a loss for.
         loss: (model, batch) -> scalar, in place of a loss that the model gives itself.
         optimizer: makes a `torch.optim.Optimizer` of a list of tensors, float32 or wider; its rates
             are scaled by a warm-up and a straight decay to 0. The default is Adam, each tensor's
@@ -112,10 +112,12 @@ def recover(
     """
     asked = _Asked(effort, minutes, train, rate, batches, written, held_out, max_batches)
     asked.check(model, teacher, loss)
-    objectives = as_objectives(objective, taught=teacher is not None)
+    as_objectives(objective, taught=teacher is not None)
     check_trainable(model)
     text = _Text(model, teacher, loss, seed, progress)
     learning, judging, notes = text.read(data, tokenizer, asked)
+    told = loss is not None or all(has_labels(lesson) for lesson in learning)
+    objectives = as_objectives(objective, taught=teacher is not None, told=told)
     passes = PASSES[effort] if minutes is None else 2
     mixed = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     mixed = mixed and pays_in_bfloat16(next(model.parameters()).device)

@@ -24,7 +24,7 @@ from torchprune.training import KL
 
 
 def tiny() -> tuple[LlamaForCausalLM, torch.Tensor, torch.Tensor]:
-    """A random model, and windows (windows, 32) that it wrote: to learn from, and to be judged by."""
+    """A random model, and windows (windows, 32) that it wrote: to learn from, and to judge by."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = LlamaConfig(

@@ -81,7 +81,7 @@ def recover(
             and the scales of norms alone (PERP, Zimmer et al., arXiv 2312.15230). `MaskLoRA(...)`:
             these, and low-rank factors of the masked weights, merged exactly at the end.
         objective: `OwnLoss()`, `KL(...)`, `SquareHead(...)`, or several, which are summed. The
-            default is `(KL(), OwnLoss())`, or the one of them that there is a teacher or a loss for.
+            default is `(KL(), OwnLoss())`, or the one that there is a teacher or a loss for.
         loss: (model, batch) -> scalar, in place of a loss that the model gives itself.
         optimizer: makes a `torch.optim.Optimizer` of a list of tensors, float32 or wider; its rates
             are scaled by a warm-up and a straight decay to 0. The default is Adam, each tensor's
@@ -122,7 +122,7 @@ def recover(
     mixed = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     mixed = mixed and pays_in_bfloat16(next(model.parameters()).device)
     tutor = Tutor(model, objectives, teacher, loss, mixed, again=passes > 1)
-    options = [asked, *objectives, optimizer is None, len(judging), seed]
+    options: list[object] = [asked, *objectives, optimizer is None, len(judging), seed]
     if path is not None and isinstance(train, MaskLoRA):  # factors are nothing without these
         options.append(of_tensors(p.detach().cpu().contiguous() for p in model.parameters()))
     course = Course(
@@ -221,7 +221,7 @@ class _Text:
         """Those to learn from, those to judge by, and what the report should say."""
         writer = self.model if self.teacher is None else self.teacher
         writes = can_synthesise(writer) and self.loss is None
-        how = {"seed": self.seed, "progress": self.progress}
+        how: dict[str, Any] = {"seed": self.seed, "progress": self.progress}
         written = asked.written
         if (data is None or written) and not writes:
             raise CalibrationError(

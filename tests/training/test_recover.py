@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import torchprune
 from torchprune.errors import CalibrationError, CheckpointError, MaskError, SpecError
@@ -22,7 +29,7 @@ from torchprune.reports.report import runs_of
 from torchprune.training import KL, MaskLoRA, OwnLoss, SquareHead, course, pace
 from torchprune.training.lessons import ask, lesson_of, parted
 from torchprune.training.trainable import to_train
-from torchprune.training.tutor import square_error
+from torchprune.training.tutor import Tutor, square_error
 
 recover = functools.partial(torchprune.recover, rate=0.01)
 """Tiny models learn in larger steps than the default."""
@@ -273,6 +280,20 @@ def test_the_teachers_remembered_answers_are_its_answers(monkeypatch: pytest.Mon
             found.append(values(model))
     for one, other in zip(found[:2], found[2:], strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_head_whose_logits_are_changed_after_it_is_seen() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma2Config(vocab_size=61, final_logit_softcapping=2.0, **sizes, **heads)
+    dense = sure(Gemma2ForCausalLM(config)).eval()
+    batch = batches_of(texts(1), dense)[0]
+    tutor = Tutor(dense, (KL(),), dense, None)
+    first, again = (tutor._taught(lesson)[0][0] for lesson in [lesson_of(batch, dense)] * 2)
+    assert torch.equal(first, again)
+    assert tutor._known
+    assert float(first.abs().max()) < 2
 
 
 def test_padding_counts_for_nothing() -> None:

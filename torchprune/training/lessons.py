@@ -144,12 +144,12 @@ def logits_of(out: Any) -> Tensor:
 def parted(
     lessons: Sequence[Lesson], share: float, own: int = 0
 ) -> tuple[list[Lesson], list[Lesson]]:
-    """Those to learn from, and the last ones to judge by, at most 16; all for both if too few.
+    """Those to learn from, and the last ones to judge by, at most 8; all for both if too few.
 
     Args:
         own: so many, the first ones, are a model's own text, which judges nothing.
     """
-    count = min(16, len(lessons) - 1, max(1, round(share * (len(lessons) - own))))
+    count = min(8, len(lessons) - 1, max(1, round(share * (len(lessons) - own))))
     if count < 1 or not share:
         return list(lessons), list(lessons)
     return list(lessons[:-count]), list(lessons[-count:])

@@ -91,7 +91,7 @@ def recover(
         batches: batches a step.
         written: so many windows of text more that the teacher (or without one the model) writes on
             after pieces of the data; they judge nothing.
-        held_out: share of the batches that only judges; at most 16 of them. With 0 all judge, and
+        held_out: share of the batches that only judges; at most 8 of them. With 0 all judge, and
             all are learnt from.
         max_batches: so many are read at most.
         seed: of the order of the batches, of dropout, and of sampled text.

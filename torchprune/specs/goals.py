@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from torchprune.errors import SpecError
@@ -17,15 +17,31 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Goal:
-    """What one layer is to become: a pattern and the exact share of zeros."""
+    """What one layer is to become: a pattern and the exact share of zeros.
+
+    Attributes:
+        share: of what an n:m pattern prunes, how much goes now: 1 but on the way there.
+    """
 
     pattern: Pattern
     sparsity: float | Fraction
+    share: float = 1.0
 
     def __str__(self) -> str:
         if isinstance(self.pattern, NM):
-            return str(self.pattern)
+            return (
+                str(self.pattern) if self.share == 1 else f"{self.pattern}, {self.share:.4g} of it"
+            )
         return f"{self.pattern} {float(self.sparsity):.4g}"
+
+    def on_the_way(self, now: float, final: float) -> Goal:
+        """This goal in proportion, where a model whose end is `final` zeros is to have `now`."""
+        if now >= final:
+            return self
+        if isinstance(self.pattern, NM):
+            return replace(self, share=now / final)
+        level = now if self.sparsity == final else float(self.sparsity) * (now / final)
+        return replace(self, sparsity=level)
 
 
 def goal_of(where: str, pattern: Pattern, sparsity: float | None) -> Goal:

@@ -572,8 +572,12 @@ def test_threads_read_an_adapter_each() -> None:
         adapted.set_adapter(name)
         expected[name] = layer(x)
     meet = threading.Barrier(2)
-    layer.base_layer.register_forward_pre_hook(lambda *_: meet.wait(10) and None)
     found = {}
+
+    def together(*_: Any) -> None:
+        meet.wait(10)
+
+    layer.base_layer.register_forward_pre_hook(together)
 
     def read(name: str, place: Any) -> None:
         with torch.no_grad():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from torchprune.calibration.token_masks import TokenMask
@@ -114,13 +115,15 @@ class PruningCallback(TrainerCallback):
                 )
                 saved = {**saved, "step": 0, "sparsity": 0.0}
             if self.pruner is None or self.pruner.model is not plain_of(model):
+                self._early = saved is None
+                saved = saved or {"step": 0, "sparsity": _most_zeros(model), "levels": {}}
                 self.pruner = self._made(model, kwargs.get("train_dataloader"), saved)
             elif saved is not None:
                 self.pruner.load_state_dict(saved)
-            elif self._early and step == 0:
-                self.pruner._go_to(0)
             elif step < self.pruner.steps:
                 self.pruner.load_state_dict({**self.pruner.state_dict(), "step": step})
+            if self._early and self.pruner.schedule(0) > self.pruner.sparsity:
+                self.pruner._go_to(0)
             self._early = False
             self._follow(step, kwargs.get("optimizer"))
         state.stateful_callbacks[_KEY] = self.pruner.state_dict()
@@ -185,6 +188,15 @@ _ALL: weakref.WeakSet[PruningCallback] = weakref.WeakSet()
 
 def _has_masks(model: nn.Module) -> bool:
     return next(masked_layers(model), None) is not None
+
+
+def _most_zeros(model: nn.Module) -> float:
+    """The share of zeros of the sparsest mask that a model has; masks lose none by a schedule."""
+    shares = (
+        1 - int(torch.count_nonzero(mask.mask)) / mask.shape.numel()
+        for _, mask in masked_layers(model)
+    )
+    return max(shares, default=0.0)
 
 
 def _saved_in(state: Any) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -89,19 +88,9 @@ class PruningCallback(TrainerCallback):
             "progress": progress,
         }
         self._training: weakref.ref[Any] | None = None
-        self._early = False
         when_imported({"transformers.trainer": _teach})
 
     # -- what the trainer calls --------------------------------------------------------------------
-
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sharded models load their checkpoints after they were sharded, masks and all: so those
-        have to be there before."""
-        model = kwargs.get("model")
-        asked = os.environ.get("ACCELERATE_USE_FSDP", "") == "true" or getattr(args, "fsdp", None)
-        if asked and isinstance(model, nn.Module) and not self.spec.needs_data:
-            self.pruner = self._made(model, None, {"step": 0, "sparsity": 0.0, "levels": {}})
-            self._early = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the model masks, and go on from where a checkpoint was."""
@@ -115,16 +104,14 @@ class PruningCallback(TrainerCallback):
                 )
                 saved = {**saved, "step": 0, "sparsity": 0.0}
             if self.pruner is None or self.pruner.model is not plain_of(model):
-                self._early = saved is None
-                saved = saved or {"step": 0, "sparsity": _most_zeros(model), "levels": {}}
-                self.pruner = self._made(model, kwargs.get("train_dataloader"), saved)
+                at = saved or {"step": 0, "sparsity": _most_zeros(model), "levels": {}}
+                self.pruner = self._made(model, kwargs.get("train_dataloader"), at)
+                if saved is None and self.pruner.schedule(0) > self.pruner.sparsity:
+                    self.pruner._go_to(0)
             elif saved is not None:
                 self.pruner.load_state_dict(saved)
             elif step < self.pruner.steps:
                 self.pruner.load_state_dict({**self.pruner.state_dict(), "step": step})
-            if self._early and self.pruner.schedule(0) > self.pruner.sparsity:
-                self.pruner._go_to(0)
-            self._early = False
             self._follow(step, kwargs.get("optimizer"))
         state.stateful_callbacks[_KEY] = self.pruner.state_dict()
 

@@ -169,9 +169,6 @@ RECIPES: dict[str, Any] = {
     "magnitude": lambda: PruningCallback(
         MagnitudeSpec(SPARSE), SCHEDULE, regrow=MagnitudeRegrowth()
     ),
-    "straight through": lambda: PruningCallback(
-        MagnitudeSpec(SPARSE), SCHEDULE, regrow=StraightThrough(0.01)
-    ),
 }
 
 
@@ -184,6 +181,21 @@ def test_every_way_of_pruning_resumes(recipe: str, tmp_path: Path) -> None:
     assert exact(again.model) == exact(one.model)
     assert optimizer_state(again) == optimizer_state(one)
     assert torchprune.report(one.model).sparsity == pytest.approx(SPARSE, abs=0.02)
+
+
+def test_straight_through_does_not_resume(tmp_path: Path) -> None:
+    """The weights that learn under its masks are in no checkpoint of transformers."""
+
+    def learning() -> PruningCallback:
+        spec, regrow = MagnitudeSpec(SPARSE), StraightThrough(0.01)
+        return PruningCallback(spec, SCHEDULE, regrow=regrow)
+
+    one = trainer(made(), tmp_path, [learning()], save_steps=4)
+    one.train()
+    assert torchprune.report(one.model).sparsity == pytest.approx(SPARSE, abs=0.02)
+    again = trainer(made(), tmp_path / "again", [learning()], save_strategy="no")
+    with pytest.raises(SpecError, match="mask of another kind"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_calibration_leaves_the_order_of_training_alone(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
                 learning_rate=1e-3 if options.model is None else 2e-5,
                 report_to="none",
                 disable_tqdm=True,
+                use_cpu=options.tiny,
             )
             return Trainer(
                 model,

@@ -59,7 +59,13 @@ SAME_NAME = {
 }
 """Names that two files of the library share, and why."""
 
-PUBLIC_PACKAGES = {"torchprune", "torchprune.passes", "torchprune.testing", "torchprune.training", "torchprune.export"}
+PUBLIC_PACKAGES = {
+    "torchprune",
+    "torchprune.passes",
+    "torchprune.testing",
+    "torchprune.training",
+    "torchprune.export",
+}
 
 PUBLIC = [
     "NM",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import CodeType
 from typing import Any, cast
 
@@ -18,6 +20,9 @@ from torchprune.masking.shards import settle_at
 
 _HANDED = "_torchprune_handed_"
 """Begins the names of what a module keeps of the masked tensors that it handed out."""
+
+_INSTEAD = "_torchprune_instead_"
+"""Begins the names of how often a module hands out something in place of masked tensors."""
 
 _FLAT = "_flat_weights"
 """Where a recurrent net keeps a list of its parameters, which its forward reads."""
@@ -68,9 +73,24 @@ def _outermost(kind: type) -> type:
 def install(module: nn.Module, tensor: str) -> None:
     """Let a module hand out the parameter behind a mask, in place of the product with it."""
     kind: Any = type(module)
+    _make_plain(kind)
     setattr(kind, tensor, property(_getter(tensor), vars(kind)[tensor].fset))
     if isinstance(module, nn.RNNBase) and _FLAT not in vars(kind):
         kind._flat_weights = property(_flat_weights, _keep_flat_weights)
+
+
+def _make_plain(kind: type) -> None:
+    """Have `type(module)(...)`, as adapters make layers of the same kind, make an ordinary one."""
+    ordinary = kind.__bases__[0]
+    if "__new__" in vars(kind):
+        return
+
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return ordinary(*args, **kwargs)
+        return object.__new__(cls)  # a copy's, which fills it in itself
+
+    kind.__new__ = staticmethod(__new__)  # type: ignore[assignment]
 
 
 def uninstall(module: nn.Module) -> None:
@@ -82,6 +102,32 @@ def uninstall(module: nn.Module) -> None:
         delattr(kind, _FLAT)
 
 
+def forget_handed(module: nn.Module, tensor: str) -> None:
+    """Have the next access look anew: something else was put on the tensor."""
+    vars(module).pop(_HANDED + tensor, None)
+
+
+_STANDING: ContextVar[Mapping[tuple[int, str], Callable[[], Tensor]]] = ContextVar("standing")
+"""What is handed out in place of masked tensors, by module and name: in this thread, or in this
+coroutine of a calibration, and in no other."""
+
+
+@contextmanager
+def standing_in(module: nn.Module, tensor: str, make: Callable[[], Tensor]) -> Iterator[None]:
+    """For a while, have a module hand out what `make` makes in a masked tensor's place."""
+    known, place = vars(module), _INSTEAD + tensor
+    forget_handed(module, tensor)
+    known[place] = known.get(place, 0) + 1
+    token = _STANDING.set({**_STANDING.get({}), (id(module), tensor): make})
+    try:
+        yield
+    finally:
+        _STANDING.reset(token)
+        known[place] -= 1
+        if not known[place]:
+            del known[place]
+
+
 def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
     """Reads the parameter if all is as it was left; this is most of what a masked weight costs.
 
@@ -89,10 +135,12 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
     is fetched from memory: what is needed is kept in one place, beside the module's own attributes.
     Its cells are strings, so that compiled code may serve many modules.
     """
-    place = _HANDED + tensor
+    place, instead = _HANDED + tensor, _INSTEAD + tensor
 
     def get(self: Any) -> Tensor:
         if is_compiling():
+            if instead in self.__dict__ and (make := _STANDING.get({}).get((id(self), tensor))):
+                return make()
             return cast(Tensor, self.parametrizations[tensor]())
         known = self.__dict__.get(place)
         if known is not None:
@@ -111,12 +159,21 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
                 and _get_tracing_state() is None
             ):
                 return cast(Tensor, weight)
+        aside = instead in self.__dict__
+        if aside and (make := _STANDING.get({}).get((id(self), tensor))) is not None:
+            return make()
         chain = self._modules["parametrizations"]._modules[tensor]
         weight, steps = chain._parameters["original"], chain._modules
-        if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
+        if not fx._is_fx_tracing_flag and _get_tracing_state() is None:
             mask = steps["0"]
-            if mask.makes_ready(weight):
-                self.__dict__[place] = _Handed((chain._parameters, steps, weight, mask.keeper))
+            if len(steps) == 1:
+                if mask.makes_ready(weight):
+                    kept = chain._parameters, steps, weight, mask.keeper
+                    self.__dict__[place] = None if aside else _Handed(kept)
+                    return cast(Tensor, weight)
+            elif not parametrize._cache_enabled and mask.makes_ready(weight):
+                for step in list(steps.values())[1:]:
+                    weight = step(weight)
                 return cast(Tensor, weight)
         settle_at(chain)
         return _product(self, tensor)

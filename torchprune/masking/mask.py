@@ -102,6 +102,26 @@ def mask_of(module: nn.Module, tensor: str) -> Mask | None:
     return found[0] if found else None
 
 
+def steps_beside(module: nn.Module, tensor: str) -> list[nn.Module]:
+    """What else than a mask is a parametrization of a module's tensor."""
+    if not parametrize.is_parametrized(module, tensor):
+        return []
+    chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
+    return [step for step in cast(nn.ModuleList, chain) if not isinstance(step, Mask)]
+
+
+def beside(module: nn.Module, tensor: str) -> str | None:
+    """Why a mask cannot be read or taken off as if it were alone, and what to do, or None."""
+    if mask_of(module, tensor) is None:
+        return None
+    for step in steps_beside(module, tensor):
+        how = "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        how = getattr(step, "ends_by", how)
+        kind = type(step).__name__
+        return f"its {tensor} has another parametrization beside its mask, {kind}: {how}"
+    return None
+
+
 def original_of(module: nn.Module, tensor: str) -> Tensor:
     """The parameter behind a tensor, whether or not it is parametrized."""
     if parametrize.is_parametrized(module, tensor):
@@ -249,6 +269,8 @@ def obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
             f"its {tensor} already has another parametrization; "
             "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
+    if why := beside(module, tensor):
+        return why
     weight = original_of(module, tensor)
     if not isinstance(weight, nn.Parameter):
         return f"its {tensor} is a {type(weight).__name__}, not a Parameter"
@@ -349,6 +371,7 @@ def densify(model: nn.Module) -> nn.Module:
     found = list(masked_layers(model))
     if not found:
         raise MaskError("densify: this model carries no torchprune masks")
+    check_alone("densify", model)
     for layer, mask in found:
         if mask.dense is None and not mask.reversible:
             raise MaskError(
@@ -391,12 +414,32 @@ def _why_gone(record: Record) -> str:
     )
 
 
+TOLD_BESIDE = "_torchprune_beside"
+"""A class's function of a module of it: why the mask in it cannot go, or None."""
+
+
+def check_alone(what: str, model: nn.Module) -> None:
+    """Raise MaskError if something else than a model's masks makes its masked weights."""
+    for path, module in model.named_modules():
+        told = getattr(type(module), TOLD_BESIDE, None)
+        if told is not None and (why := told(module)):
+            raise MaskError(f"{what}: {path}: {why}")
+    for layer, _ in masked_layers(model):
+        if why := beside(layer.module, layer.tensor):
+            raise MaskError(f"{what}: {layer.name}: {why}")
+
+
 @on_ordinary_tensors
 def fold(model: nn.Module) -> nn.Module:
     """Bake the masks into the weights, in place: plain modules again, zeros exact.
 
     The law: outputs are bit-equal before and after. Does nothing to a model without masks.
+
+    Raises:
+        MaskError: a weight has another parametrization beside its mask, such as factors of
+            `MaskLoRA` that are not merged. Nothing is changed then.
     """
+    check_alone("fold", model)
     for layer, mask in list(masked_layers(model)):
         original = original_of(layer.module, layer.tensor)
         has_zeros = clean(mask, original)

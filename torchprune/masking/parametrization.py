@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,9 @@ class Mask(nn.Module):
     hidden: Tensor | None
     dense: Tensor | None
 
+    learns: ClassVar[bool] = False
+    """Whether the weight behind it is dense, and goes on learning where the mask prunes."""
+
     def __init__(
         self,
         mask: Tensor,
@@ -148,7 +151,7 @@ class Mask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if self._transparent:
             return weight
-        mask = self._whole(weight)
+        mask = self.whole(weight)
         if torch.is_grad_enabled() and self.listener is not None:
             if weight is self.keeper.param:
                 return passing(weight, mask)  # `of_gradient` sees to the gradient
@@ -160,7 +163,8 @@ class Mask(nn.Module):
             return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
         return masked(weight, mask)  # inductor folds this one where weights are frozen
 
-    def _whole(self, weight: Tensor) -> Tensor:
+    def whole(self, weight: Tensor) -> Tensor:
+        """The mask in a weight's memory format, as what watches can follow it."""
         if self._exported:
             return cast(Tensor, self._buffers["mask"])
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -208,9 +212,9 @@ class Mask(nn.Module):
             values = torch.where(keep, some.values(), 0)
             return torch.sparse_coo_tensor(some.indices(), values, some.shape, is_coalesced=True)
         plain = type(gradient) is Tensor and gradient.shape == self.shape
-        if plain and not torch.is_grad_enabled() and not _is_watched():
+        if plain and not torch.is_grad_enabled() and not is_watched():
             return cleared(gradient, self.bits)
-        return torch.where(self._whole(gradient), gradient, 0)
+        return torch.where(self.whole(gradient), gradient, 0)
 
     @contextmanager
     def transparent(self) -> Iterator[None]:
@@ -360,7 +364,7 @@ def mismatch(key: str, got: Tensor, dtype: torch.dtype, shape: Sequence[int]) ->
     )
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether something follows what is computed: a transform, a tracer, a compiler."""
     return (
         torch.compiler.is_compiling()

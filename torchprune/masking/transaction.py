@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from torchprune.errors import MaskError
 from torchprune.masking.keeper import values_of
 from torchprune.masking.mask import Mask, Record, detach, put_on
 from torchprune.masking.packing import (
@@ -226,7 +227,16 @@ def all_or_nothing(
     Args:
         keep_dense: keep the dense weight beside one that is changed.
         reversible: keep the values under zeros, where they are the dense ones.
+
+    Raises:
+        MaskError: weights go on learning under a mask. Nothing is changed then.
     """
+    for target in targets:
+        if target.mask is not None and target.mask.learns:
+            raise MaskError(
+                f"{target.name}: its weights go on learning under its mask (StraightThrough); "
+                "torchprune.fold(model) or torchprune.densify(model), then prune it anew"
+            )
     with Spool() as spool:
         changes = Changes(targets, spool, keep_dense=keep_dense, reversible=reversible)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class LearningMask(Mask):
     is the product.
     """
 
+    learns: ClassVar[bool] = True
+
     def __init__(self, mask: Tensor, record: Record, decay: float) -> None:
         super().__init__(mask, record)
         self.decay = decay
@@ -50,7 +53,7 @@ class LearningMask(Mask):
     def forward(self, weight: Tensor) -> Tensor:
         exporting = torch.compiler.is_exporting()
         if torch.is_grad_enabled() and not (self._transparent or exporting):
-            return passing(weight, self._whole(weight), self.decay)
+            return passing(weight, self.whole(weight), self.decay)
         return super().forward(weight)
 
     @property

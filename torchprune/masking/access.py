@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import CodeType
 from typing import Any, cast
 
@@ -15,12 +16,13 @@ from torch.fx import _symbolic_trace as fx
 from torch.nn.utils import parametrize
 
 from torchprune.masking.keeper import Guarded
+from torchprune.masking.shards import settle_at
 
 _HANDED = "_torchprune_handed_"
 """Begins the names of what a module keeps of the masked tensors that it handed out."""
 
 _INSTEAD = "_torchprune_instead_"
-"""Begins the names of what a module hands out in place of masked tensors, while it does."""
+"""Begins the names of how often a module hands out something in place of masked tensors."""
 
 _FLAT = "_flat_weights"
 """Where a recurrent net keeps a list of its parameters, which its forward reads."""
@@ -41,9 +43,31 @@ def own_class(module: nn.Module) -> None:
     this, folding a copy would take the weight away from the original.
     """
     if parametrize.is_parametrized(module):
-        shared = type(module)
-        own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(shared.__name__, shared.__bases__, own)
+        shared = _outermost(type(module))
+        module.__class__ = type(shared.__name__, shared.__bases__, _namespace(shared))
+
+
+def _namespace(kind: type) -> dict[str, Any]:
+    return {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+
+
+def _outermost(kind: type) -> type:
+    """A class whose own namespace holds the masked tensors' properties.
+
+    What other libraries make of a module after that, as `fully_shard` does, comes between them and
+    the plain class.
+    """
+    if len(kind.__bases__) < 2 or not kind.__bases__[-1].__name__.startswith("Parametrized"):
+        return kind
+    *others, masked = kind.__bases__
+    between = type(
+        kind.__name__.replace("Parametrized", "", 1), (*others, *masked.__bases__), _namespace(kind)
+    )
+    own = {k: v for k, v in _namespace(masked).items() if k not in vars(kind)}
+    index = getattr(between, "_orig_cls_mro_index", None)
+    if index is not None:  # where `fully_shard` finds the plain class
+        own["_orig_cls_mro_index"] = index + 1
+    return type(masked.__name__, (between,), own)
 
 
 def install(module: nn.Module, tensor: str) -> None:
@@ -83,21 +107,25 @@ def forget_handed(module: nn.Module, tensor: str) -> None:
     vars(module).pop(_HANDED + tensor, None)
 
 
+_STANDING: ContextVar[Mapping[tuple[int, str], Callable[[], Tensor]]] = ContextVar("standing")
+"""What is handed out in place of masked tensors, by module and name: in this thread, or in this
+coroutine of a calibration, and in no other."""
+
+
 @contextmanager
-def standing_in(module: nn.Module, tensor: str, value: Tensor) -> Iterator[None]:
-    """For a while, have a module hand out another tensor in a masked one's place."""
+def standing_in(module: nn.Module, tensor: str, make: Callable[[], Tensor]) -> Iterator[None]:
+    """For a while, have a module hand out what `make` makes in a masked tensor's place."""
     known, place = vars(module), _INSTEAD + tensor
     forget_handed(module, tensor)
-    before = known.get(place)
-    known[place] = value
+    known[place] = known.get(place, 0) + 1
+    token = _STANDING.set({**_STANDING.get({}), (id(module), tensor): make})
     try:
         yield
     finally:
-        forget_handed(module, tensor)
-        if before is None:
+        _STANDING.reset(token)
+        known[place] -= 1
+        if not known[place]:
             del known[place]
-        else:
-            known[place] = before
 
 
 def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
@@ -111,8 +139,8 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
 
     def get(self: Any) -> Tensor:
         if is_compiling():
-            if instead in self.__dict__:
-                return cast(Tensor, self.__dict__[instead])
+            if instead in self.__dict__ and (make := _STANDING.get({}).get((id(self), tensor))):
+                return make()
             return cast(Tensor, self.parametrizations[tensor]())
         known = self.__dict__.get(place)
         if known is not None:
@@ -131,20 +159,23 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
                 and _get_tracing_state() is None
             ):
                 return cast(Tensor, weight)
-        if instead in self.__dict__:
-            return cast(Tensor, self.__dict__[instead])
+        aside = instead in self.__dict__
+        if aside and (make := _STANDING.get({}).get((id(self), tensor))) is not None:
+            return make()
         chain = self._modules["parametrizations"]._modules[tensor]
         weight, steps = chain._parameters["original"], chain._modules
         if not fx._is_fx_tracing_flag and _get_tracing_state() is None:
             mask = steps["0"]
             if len(steps) == 1:
                 if mask.makes_ready(weight):
-                    self.__dict__[place] = _Handed((chain._parameters, steps, weight, mask.keeper))
+                    kept = chain._parameters, steps, weight, mask.keeper
+                    self.__dict__[place] = None if aside else _Handed(kept)
                     return cast(Tensor, weight)
             elif not parametrize._cache_enabled and mask.makes_ready(weight):
                 for step in list(steps.values())[1:]:
                     weight = step(weight)
                 return cast(Tensor, weight)
+        settle_at(chain)
         return _product(self, tensor)
 
     _run_as_it_is(get.__code__)

@@ -54,7 +54,9 @@ def adapted(module: nn.Module) -> Adapted | None:
     if not _are_factors(own, weight):
         return None
     # Attention whose q_proj has an adapter and whose v_proj is frozen is none around the latter.
-    others = {id(p) for m in module.modules() if m is not module and adapted(m) for p in m.parameters()}
+    others = {
+        id(p) for m in module.modules() if m is not module and adapted(m) for p in m.parameters()
+    }
     own = [p for p in own if id(p) not in others]
     return Adapted(name, own) if _are_factors(own, weight) else None
 

@@ -134,7 +134,7 @@ def make_plan(
             return Left(layer, "rule", dense[layer.key])
         reading = readings.get(id(original_of(layer.module, layer.tensor)))
         target = Target(layer, goal, views[layer.key], reading)
-        if why := _misfit(target):
+        if why := _misfit(target) or spec.misfit(target.view.cols):
             if named:
                 raise SpecError(f"{layer.name}: {why}; ignore the layer or override its pattern")
             return Left(layer, "misfit", why)

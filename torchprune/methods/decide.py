@@ -14,6 +14,7 @@ from torchprune.masking.mask import Record
 from torchprune.masking.packing import masked
 from torchprune.masking.projection import BARRED, project_each, project_partly
 from torchprune.masking.scales import values_of
+from torchprune.masking.shards import whole_of
 from torchprune.masking.targets import Target
 from torchprune.masking.transaction import Change
 from torchprune.methods.magnitude import magnitude_score
@@ -81,8 +82,20 @@ class Decider:
         if keep is None:
             scope = "layer" if self.spec.scope == "global" else scope_of(self.spec, target)
             keep = _masks([target], [scores_of(self.spec, target)], scope)[0]
-        record = Record(by, str(target.goal), tokens=0, note=note, view=target.view_text)
-        return Change(target, target.view.from_matrix(keep, target.weight.shape), record)
+        new = self._unseen(target, keep)
+        record = Record(
+            by, str(target.goal), new is not None, tokens=0, note=note, view=target.view_text
+        )
+        return Change(target, target.view.from_matrix(keep, target.weight.shape), record, new)
+
+    def _unseen(self, target: Target, keep: Tensor) -> Tensor | None:
+        """New values of a layer that no batch reached, of methods that change those too."""
+        found = [self.spec.unseen(w, k) for w, k in zip(groups_of(target), keep, strict=True)]
+        known = [new for new in found if new is not None]
+        if not known:
+            return None
+        whole = torch.stack(known).to(target.weight.dtype)
+        return target.view.from_matrix(whole, target.weight.shape)
 
     def keep(self, target: Target, moments: Moments) -> Tensor:
         """The mask of a layer by its scores alone."""
@@ -122,7 +135,7 @@ class Decider:
                 notes += solver.notes
             else:
                 solved = [
-                    Solution(w.float(), self._by_magnitude(t, w, group), 0.0)
+                    self._by_magnitude(t, w, group)
                     if keeps is None
                     else Solution(w.float(), keeps[i][group], 0.0)
                     for i, (t, w) in enumerate(zip(targets, here, strict=True))
@@ -143,9 +156,11 @@ class Decider:
                 notes,
             )
 
-    def _by_magnitude(self, target: Target, weight: Tensor, group: int) -> Tensor:
+    def _by_magnitude(self, target: Target, weight: Tensor, group: int) -> Solution:
         scores = [[magnitude_score(weight)]]
-        return _masks([target], scores, scope_of(self.spec, target), groups=[group])[0][0]
+        keep = _masks([target], scores, scope_of(self.spec, target), groups=[group])[0][0]
+        new = self.spec.unseen(weight, keep)
+        return Solution(weight.float() if new is None else new, keep, 0.0)
 
     def _change(
         self,
@@ -262,10 +277,11 @@ def _solved_together(
 def groups_of(target: Target) -> Tensor:
     """(groups, rows, cols): a target's weights as they act now, zero where already masked.
 
-    Of eight-bit codes, the float32 values that they stand for.
+    Of eight-bit codes, the float32 values that they stand for. Of shards every process asks at
+    once.
     """
     layer, mask = target.layer, target.mask
-    weight = target.weight.detach()
+    weight = whole_of(target.weight).detach()
     weight = values_of(
         layer.module, layer.tensor, weight if mask is None else masked(weight, mask.mask)
     )

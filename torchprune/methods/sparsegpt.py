@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from torchprune.errors import SpecError
 from torchprune.masking.packing import masked
 from torchprune.masking.projection import (
     BARRED,
@@ -32,12 +33,14 @@ from torchprune.masking.projection import (
 )
 from torchprune.methods.block_counts import Budget, budget_of
 from torchprune.methods.factor import Factor, factorise
+from torchprune.methods.joint import nearest, onto_grid
 from torchprune.methods.posed import retargeted
 from torchprune.methods.wanda import wanda_score
 from torchprune.modes import one_thread
 from torchprune.specs.method import GroupMoments, Solution, Task
 from torchprune.specs.options import check_above_zero, check_whole
 from torchprune.specs.patterns import NM, Block, Pattern, Unstructured
+from torchprune.specs.quantize import Grid, Int4, Int8, misfit_of
 from torchprune.specs.spec import Sequential, Spec
 
 _LEAF = 32
@@ -244,10 +247,16 @@ class SparseGPTSpec(Spec):
             tenfold, and reported, if the factorisation fails.
         block_size: input columns whose mask is chosen together; rounded up to whole groups of an
             n:m or block pattern.
+        quantize: round what is kept to `Int8(...)` or `Int4(...)` (of `torchprune.training`) in one
+            sweep with the pruning, so that later weights make up for both (section 4 of the paper;
+            GPTQ, arXiv 2210.17323). Weights keep their dtype and hold values of the grid:
+            `torchao.quantization.quantize_(model, Int4(...).torchao())` of the folded model finds
+            the same codes. Layers whose rows the groups do not divide stay dense.
     """
 
     damping: float = 0.01
     block_size: int = 128
+    quantize: Grid | None = None
 
     method: ClassVar[str] = "sparsegpt"
     scopes: ClassVar[tuple[str, ...]] = ("layer", "row")
@@ -257,6 +266,7 @@ class SparseGPTSpec(Spec):
         super().__post_init__()
         check_above_zero("SparseGPTSpec", "damping", self.damping)
         check_whole("SparseGPTSpec", "block_size", self.block_size)
+        _check_quantize(self)
 
     def usual_sequence(self) -> Sequential:
         # As measured by benchmarks/calibration/sequence.py: by block is some 2 % better at 2:4 and
@@ -266,6 +276,12 @@ class SparseGPTSpec(Spec):
 
     def scores(self, weight: Tensor, moments: GroupMoments) -> Tensor:
         return wanda_score(weight, moments.square)
+
+    def misfit(self, cols: int) -> str | None:
+        return None if self.quantize is None else misfit_of(self.quantize, cols)
+
+    def unseen(self, weight: Tensor, keep: Tensor) -> Tensor | None:
+        return None if self.quantize is None else nearest(weight, keep, self.quantize)
 
     def solution(self, task: Task) -> list[Solution]:
         rows = task.moments.rows
@@ -285,7 +301,35 @@ class SparseGPTSpec(Spec):
             self.block_size,
             task.barred,
         )
+        lost, new = [s.squared for s in solved], [s.weight for s in solved]
+        if self.quantize is not None:
+            task.notes.append(f"quantized to {self.quantize}")
+            for dtype in {weight.dtype for weight in task.weights}:
+                own = [i for i, weight in enumerate(task.weights) if weight.dtype == dtype]
+                parts = ([weights[i] for i in own], [new[i] for i in own])
+                keeps = [solved[i].keep for i in own]
+                swept = onto_grid(*parts, keeps, factor, self.quantize, dtype)
+                for i, one in zip(own, swept, strict=True):
+                    new[i], lost[i] = one.weight, one.squared
         # It knows what it lost, against what it was given; H is 2/n times the second moment.
         return [
-            Solution(s.weight, s.keep, None if self.alpha else s.squared * rows / 2) for s in solved
+            Solution(weight, s.keep, None if self.alpha else squared * rows / 2)
+            for weight, s, squared in zip(new, solved, lost, strict=True)
         ]
+
+
+def _check_quantize(spec: SparseGPTSpec) -> None:
+    if spec.quantize is None:
+        return
+    if not isinstance(spec.quantize, Int8 | Int4):
+        raise SpecError(
+            "SparseGPTSpec: quantize must be an Int8(...) or Int4(...) of torchprune.training, or "
+            f"None, got {spec.quantize!r}"
+        )
+    for option in ("refine", "reconstruct"):
+        if getattr(spec, option):
+            raise SpecError(
+                f"SparseGPTSpec: {option} changes weights after the sweep, and would take them off "
+                f"the grid of quantize={spec.quantize!r}; leave one of them out, or train the "
+                "pruned model with torchprune.training.quantized_aware"
+            )

@@ -163,6 +163,20 @@ class Spec(Checked):
         """New weights and masks, of methods that choose weights: one of each of a task's."""
         raise NotImplementedError(f"{type(self).__name__} changes no weights")
 
+    def misfit(self, cols: int) -> str | None:
+        """Why the method can do nothing with rows of so many weights, or None."""
+        return None
+
+    def unseen(self, weight: Tensor, keep: Tensor) -> Tensor | None:
+        """(rows, cols) float32: new weights of a matrix whose inputs no token showed, of methods
+        that change such weights too; None leaves them as they are.
+
+        Args:
+            weight: (rows, cols), in its own dtype.
+            keep: (rows, cols) bool, the mask that magnitude chose.
+        """
+        return None
+
     def usual_sequence(self) -> Sequential:
         """How fine calibration is unless asked otherwise."""
         return "none" if self.scope == "global" and not self.chooses_masks_ahead else "layer"

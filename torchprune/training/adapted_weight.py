@@ -36,8 +36,12 @@ class Place:
 
     @property
     def weight(self) -> Tensor:
-        """As the base layer gives it, with its zeros."""
-        return cast(Tensor, getattr(self.base, self.tensor))
+        """As the base layer gives it, with its zeros, whatever stands in its place."""
+        chain: Any = cast(nn.ModuleDict, self.base.parametrizations)[self.tensor]
+        if not torch.compiler.is_compiling() and len(chain) == 1:
+            if self.mask.makes_ready(chain.original):
+                return cast(Tensor, chain.original)
+        return cast(Tensor, chain())
 
     @property
     def to(self) -> Sum:
@@ -198,15 +202,23 @@ def run(place: Place, adapters: Iterable[str], x: Tensor, args: Any, kwargs: Any
     layer, names = place.layer, place.names(adapters)
     dropped = [n for n in names if layer.training and _drops(layer.lora_dropout[n])]
     kept = [n for n in names if n not in dropped]
-    result = _through(place, adapted(place, kept), x, args, kwargs)
+    bias = bias_of(place, names)
+    result = _through(place, kept, bias, x, args, kwargs)
     for name in dropped:
         inputs = layer.lora_dropout[name](x)
         result = result + _product(place.base, inputs, change_of(place, name), None)
-    for name in names:
-        bias = layer.lora_B[name].bias
-        if bias is not None:
-            result = result + _shaped(bias * layer.scaling[name], place.base).to(result.dtype)
     return result
+
+
+def bias_of(place: Place, names: Iterable[str]) -> Tensor | None:
+    """What adapters add to the base layer's bias (`lora_bias`), or None."""
+    layer = place.layer
+    found = [
+        layer.lora_B[name].bias * layer.scaling[name]
+        for name in names
+        if layer.lora_B[name].bias is not None
+    ]
+    return sum(found[1:], found[0]) if found else None
 
 
 def _drops(module: nn.Module) -> bool:
@@ -218,12 +230,18 @@ def _shaped(bias: Tensor, base: nn.Module) -> Tensor:
     return bias.reshape(-1, *[1] * space)
 
 
-def _through(place: Place, weight: Tensor, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _through(
+    place: Place, names: Sequence[str], bias: Tensor | None, x: Tensor, args: Any, kwargs: Any
+) -> Tensor:
     base = place.base
     if not args and not kwargs and is_stock(base) and _is_bare(base):
-        return _product(base, x, weight, base.bias)
-    with standing_in(base, place.tensor, weight):  # its hooks, or a forward of its own, count
-        return cast(Tensor, place.layer.base_layer(x, *args, **kwargs))
+        own = cast("Tensor | None", base.bias)
+        if bias is not None:
+            own = bias.to(x.dtype) if own is None else own + bias.to(own.dtype)
+        return _product(base, x, adapted(place, names), own)
+    with in_place(place, names):  # its hooks, or a forward of its own, count
+        result = place.layer.base_layer(x, *args, **kwargs)
+    return cast(Tensor, result) if bias is None else result + _shaped(bias, base).to(result.dtype)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -256,9 +274,22 @@ def _product(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 @contextmanager
 def in_place(place: Place, adapters: Iterable[str]) -> Iterator[None]:
-    """For a while, have the base layer read the adapted weight."""
-    if not place.names(adapters):
+    """For a while, have the base layer read the adapted weight.
+
+    It is made when it is read, and made anew if the layer was pruned meanwhile: a calibration does.
+    """
+    names = place.names(adapters)
+    made: list[tuple[object, Tensor]] = []
+
+    def make() -> Tensor:
+        weight, bits = original_of(place.base, place.tensor), place.mask.bits
+        stamp = weight._version, bits._version, torch.is_grad_enabled()
+        if not made or made[0][0] != stamp:
+            made[:] = [(stamp, adapted(place, names))]
+        return made[0][1]
+
+    if not names:
         yield
         return
-    with standing_in(place.base, place.tensor, adapted(place, adapters)):
+    with standing_in(place.base, place.tensor, make):
         yield

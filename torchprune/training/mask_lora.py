@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torchprune.errors import MaskError, TargetError
 from torchprune.masking.access import forget_handed, own_class
 from torchprune.masking.adapters import adapter_parameters
-from torchprune.masking.mask import Mask, mask_of, original_of, steps_beside
+from torchprune.masking.mask import TOLD_BESIDE, Mask, mask_of, original_of, steps_beside
 from torchprune.masking.matrices import View, view_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.selection import (
@@ -130,11 +130,23 @@ def _chosen(model: nn.Module, options: MaskLoRA) -> list[Layer]:
                 "add_mask_lora: this model carries no masks; sparsify it first, or name layers in "
                 "MaskLoRA(targets=...)"
             )
-    ties = tied_to(model)
+    ties, adapters = tied_to(model), _under_adapters(model)
     for layer in chosen:
+        if layer.module in adapters:
+            raise MaskError(f"add_mask_lora: {layer.name}: {adapters[layer.module]}")
         if why := _obstacle(layer, ties):
             raise MaskError(f"add_mask_lora: {layer.name}: {why}")
     return chosen
+
+
+def _under_adapters(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers whose masks an adapter adds under already, and what to do."""
+    found = {}
+    for module in model.modules():
+        told = getattr(type(module), TOLD_BESIDE, None)
+        if told is not None and (why := told(module)):
+            found[cast(Any, module).get_base_layer()] = why
+    return found
 
 
 def _axes(layer: Layer) -> int:

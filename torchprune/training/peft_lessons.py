@@ -28,11 +28,12 @@ from torch.nn.utils import parametrize
 from torchprune.errors import MaskError
 from torchprune.masking.awaited import when_imported, wrapped
 from torchprune.masking.keeper import values_of
-from torchprune.masking.mask import TOLD_BESIDE, Mask, mask_of, original_of
+from torchprune.masking.mask import TOLD_BESIDE, Mask, beside, mask_of, original_of
 from torchprune.training.adapted_weight import (
     Gains,
     Place,
     adapted,
+    bias_of,
     gains_of,
     in_place,
     is_dora,
@@ -84,7 +85,10 @@ def _teach(peft: ModuleType) -> None:
         setattr(kind, TOLD_BESIDE, staticmethod(_beside))
     for kind in _kinds_of(tuners.BaseTunerLayer):
         wrapped(kind, "merge", _merging_others)
+    wrapped(lora.MultiheadAttention, "__init__", _beginning_attention)
+    wrapped(tuners, "check_target_module_exists", _matching)
     wrapped(tuners.BaseTuner, "inject_adapter", _injecting)
+    wrapped(tuners.BaseTuner, "_replace_module", _replacing)
     for kind in (tuners.BaseTuner, *_kinds_of(tuners.BaseTuner)):
         wrapped(kind, "merge_adapter", _checked_first)
         wrapped(kind, "merge_and_unload", _checked_first)
@@ -193,20 +197,15 @@ def _merge_masked(place: Place, names: list[str], safe_merge: bool) -> None:
 
 
 def _bias_with(place: Place, names: Iterable[str], sign: float) -> Tensor | None:
-    layer, base = place.layer, place.base
-    added = [
-        layer.lora_B[name].bias * layer.scaling[name]
-        for name in names
-        if layer.lora_B[name].bias is not None
-    ]
-    if not added:
+    base, added = place.base, bias_of(place, names)
+    if added is None:
         return None
     if getattr(base, "bias", None) is None:
         raise RuntimeError(
             "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
         )
     bias = cast(Tensor, base.bias)
-    return bias + (sign * sum(added)).to(bias.dtype)
+    return bias + (sign * added).to(bias.dtype)
 
 
 def _unmerge(original: Any) -> Any:
@@ -376,8 +375,8 @@ def _injecting(original: Any) -> Any:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *a: Any, **k: Any) -> Any:
         before = [(module, dict(module._modules)) for module in model.modules()]
         trained = [(p, p.requires_grad) for p in model.parameters()]
-        result = original(self, model, adapter_name, *a, **k)
         try:
+            result = original(self, model, adapter_name, *a, **k)
             _check_added(model, adapter_name)
         except MaskError:
             for module, children in before:
@@ -391,16 +390,47 @@ def _injecting(original: Any) -> Any:
     return inject_adapter
 
 
+def _beginning_attention(original: Any) -> Any:
+    def __init__(self: Any, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        inner = [base_layer, getattr(base_layer, "out_proj", None)]
+        if any(m is not None and parametrize.is_parametrized(m) for m in inner):
+            raise MaskError(
+                "an nn.MultiheadAttention of this model carries masks, and peft replaces its "
+                "weights while it runs; use torchprune.training.MaskLoRA, or fold(model) first"
+            )
+        original(self, base_layer, *args, **kwargs)
+
+    return __init__
+
+
+def _matching(original: Any) -> Any:
+    def check_target_module_exists(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
+        if ".parametrizations." in f".{key}.":
+            return False  # a mask's own name, "0", is no layer's
+        return original(config, key, *args, **kwargs)
+
+    return check_target_module_exists
+
+
+def _replacing(original: Any) -> Any:
+    def _replace_module(self: Any, parent: Any, name: str, new: nn.Module, child: Any) -> None:
+        if parametrize.is_parametrized(new) and not hasattr(new, "base_layer"):
+            setattr(parent, name, new)  # it has its weights, which cannot be assigned
+        else:
+            original(self, parent, name, new, child)
+
+    return _replace_module
+
+
 def _check_added(model: nn.Module, adapter: str) -> None:
     others = []
     for name, layer in model.named_modules():
+        if _is_adapter(layer) and _has(layer, adapter):
+            for base, tensor, _ in _masks_under(layer):
+                if why := beside(base, tensor):
+                    raise MaskError(f"{name}: {why}")
         if not _is_other(layer, [adapter]) or not _has(layer, adapter):
             continue
-        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
-            raise MaskError(
-                f"{name}: peft replaces an nn.MultiheadAttention's weights while it runs, which a "
-                "mask does not allow; use torchprune.training.MaskLoRA, or fold(model) first"
-            )
         if not _keeps_zeros(layer):
             others.append((name, layer))
     if others:

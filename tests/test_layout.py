@@ -23,8 +23,8 @@ HOUSE = {*FILES, *EXPORT.rglob("*.py")}
 ARROWS = {
     "__main__": "cli",
     "cli": "export __init__ study sparsify checkpoint reports calibration specs errors",
-    "__init__": "training study sparsify checkpoint structure methods reports lowering lowering.kernels"
-    " calibration masking specs errors process",
+    "__init__": "training study sparsify checkpoint structure methods reports lowering"
+    " lowering.kernels calibration masking specs errors process",
     "testing": "sparsify structure graph methods calibration masking specs modes errors",
     "study": "sparsify checkpoint structure reports calibration specs modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
@@ -59,7 +59,13 @@ SAME_NAME = {
 }
 """Names that two files of the library share, and why."""
 
-PUBLIC_PACKAGES = {"torchprune", "torchprune.passes", "torchprune.testing", "torchprune.training", "torchprune.export"}
+PUBLIC_PACKAGES = {
+    "torchprune",
+    "torchprune.passes",
+    "torchprune.testing",
+    "torchprune.training",
+    "torchprune.export",
+}
 
 PUBLIC = [
     "NM",
@@ -89,15 +95,19 @@ PUBLIC = [
     "apply_masks",
     "compare",
     "densify",
+    "find_ticket",
     "fold",
     "lift",
     "load",
     "load_into",
     "lower",
     "masks",
+    "peft_ready",
     "perplexity",
     "plan_lowering",
     "plan_shrink",
+    "prune_iteratively",
+    "recover",
     "report",
     "save",
     "shrink",

@@ -38,9 +38,15 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.study.compare import compare
     from torchprune.study.evaluation import perplexity
     from torchprune.study.results import Comparison
+    from torchprune.training.iterate import prune_iteratively
+    from torchprune.training.peft_lessons import teach_peft as _teach_peft
     from torchprune.training.pruner import Pruner
+    from torchprune.training.ready import peft_ready
+    from torchprune.training.recover import recover
+    from torchprune.training.tickets import find_ticket
 
     _teach()  # transformers' own saves keep masks
+    _teach_peft()  # and peft's adapters the zeros
 
 __version__ = "0.1.0"
 
@@ -72,15 +78,19 @@ __all__ = [
     "apply_masks",
     "compare",
     "densify",
+    "find_ticket",
     "fold",
     "lift",
     "load",
     "load_into",
     "lower",
     "masks",
+    "peft_ready",
     "perplexity",
     "plan_lowering",
     "plan_shrink",
+    "prune_iteratively",
+    "recover",
     "report",
     "save",
     "shrink",

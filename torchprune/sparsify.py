@@ -23,6 +23,7 @@ from torchprune.calibration.survey import MOST_BATCHES, Survey, is_plain, survey
 from torchprune.calibration.token_masks import TokenMask
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
+from torchprune.masking.shards import sharded_in, whole_of
 from torchprune.masking.targets import Plan, make_plan
 from torchprune.masking.transaction import Changes, all_or_nothing
 from torchprune.methods.decide import decider_for, without_data
@@ -105,6 +106,7 @@ def sparsify(
     if isinstance(spec, Spec):
         _Weights(model, spec, calibration, run, keep_dense, reversible, hold).prune()
     else:
+        _check_unsharded(model, spec)
         _prune_structures(model, spec, calibration, run, keep_dense, reversible, hold)
     remember_run(model, run)
     for warning in run.warnings:
@@ -125,6 +127,18 @@ def _check_request(spec: object, hold: object, contradictory: bool) -> None:
         raise SpecError(
             "keep_dense=True keeps what densify needs and reversible=False drops it: give one of "
             "them"
+        )
+
+
+def _check_unsharded(model: nn.Module, spec: object) -> None:
+    """Refuse to calibrate a model of whose parameters each process holds a part."""
+    name = sharded_in(model)
+    if name is not None:
+        raise SpecError(
+            f"{type(spec).__name__} runs the model layer by layer, in step over all batches, and "
+            f"{name} is sharded over processes, which cannot follow; sparsify before fully_shard, "
+            "or give the masks of a whole copy to torchprune.apply_masks, or use MagnitudeSpec, "
+            "which needs no data"
         )
 
 
@@ -203,6 +217,7 @@ class _Weights:
         if not self.spec.needs_data:
             self._by_weights_alone(self._on_the_way(self.plan(self.seen_without_need())))
             return
+        _check_unsharded(self.model, self.spec)
         plain = is_plain(self.model)
         plan = self.plan() if plain else None  # refused, if it is, before any data are read
         asker, windows = type(self.spec).__name__, self.spec.windows
@@ -221,7 +236,7 @@ class _Weights:
     def seen_without_need(self) -> Survey | None:
         """How the model reads its weights, where no data are needed: on the first batch given, or
         what transformers makes up, if one of them can be run."""
-        if is_plain(self.model):
+        if is_plain(self.model) or sharded_in(self.model) is not None:
             return None
         try:
             if self.data.given is not None:
@@ -361,7 +376,7 @@ class _Weights:
 
 def _check_weights(plan: Plan, *, finite: bool) -> None:
     for target in plan.targets:
-        weight = target.weight.detach()
+        weight = whole_of(target.weight).detach()
         if weight.element_size() == 1:  # eight-bit floats cannot be compared
             weight = weight.float()
         extremes = torch.stack(weight.aminmax())  # both NaN if any weight is, and one pass

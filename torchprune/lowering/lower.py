@@ -13,7 +13,7 @@ from torchprune.lowering import bitmask, semi_structured
 from torchprune.lowering.bitmask import DTYPES, SLACK, WORD, Bitmask
 from torchprune.lowering.kernels import operators as kernels
 from torchprune.lowering.modules import BitmaskLinear
-from torchprune.masking.mask import detach, fold, mask_of, obstacle, original_of
+from torchprune.masking.mask import check_alone, detach, fold, mask_of, obstacle, original_of
 from torchprune.masking.matrices import is_transposed_linear, view_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked, zeros_in
@@ -128,7 +128,9 @@ def lower(
         LoweringError: an unknown target or dtype, or nothing can be lowered: with the reasons.
             The model is then as it was.
         TargetError: a selector matches nothing.
+        MaskError: a weight has another parametrization beside its mask.
     """
+    check_alone("lower", model)
     plan, chosen = _plan(model, target, dtype, targets, ignore, min_sparsity)
     if target != "dense" and not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left.items())[:5])

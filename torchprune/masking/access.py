@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import CodeType
 from typing import Any, cast
 
@@ -15,9 +17,13 @@ from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError
 from torchprune.masking.keeper import Guarded
+from torchprune.masking.shards import settle_at
 
 _HANDED = "_torchprune_handed_"
 """Begins the names of what a module keeps of the masked tensors that it handed out."""
+
+_INSTEAD = "_torchprune_instead_"
+"""Begins the names of how often a module hands out something in place of masked tensors."""
 
 _FLAT = "_flat_weights"
 """Where a recurrent net keeps a list of its parameters, which its forward reads."""
@@ -38,20 +44,44 @@ def own_class(module: nn.Module) -> None:
     this, folding a copy would take the weight away from the original.
     """
     if parametrize.is_parametrized(module):
-        shared = type(module)
-        own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(shared.__name__, shared.__bases__, own)
+        shared = _outermost(type(module))
+        module.__class__ = type(shared.__name__, shared.__bases__, _namespace(shared))
+
+
+def _namespace(kind: type) -> dict[str, Any]:
+    return {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+
+
+def _outermost(kind: type) -> type:
+    """A class whose own namespace holds the masked tensors' properties.
+
+    What other libraries make of a module after that, as `fully_shard` does, comes between them and
+    the plain class.
+    """
+    if len(kind.__bases__) < 2 or not kind.__bases__[-1].__name__.startswith("Parametrized"):
+        return kind
+    *others, masked = kind.__bases__
+    between = type(
+        kind.__name__.replace("Parametrized", "", 1), (*others, *masked.__bases__), _namespace(kind)
+    )
+    own = {k: v for k, v in _namespace(masked).items() if k not in vars(kind)}
+    index = getattr(between, "_orig_cls_mro_index", None)
+    if index is not None:  # where `fully_shard` finds the plain class
+        own["_orig_cls_mro_index"] = index + 1
+    return type(masked.__name__, (between,), own)
 
 
 def install(module: nn.Module, tensor: str) -> None:
     """Let a module hand out the parameter behind a mask, in place of the product with it."""
     kind: Any = type(module)
+    _make_plain(kind)
     setattr(kind, tensor, property(_getter(tensor), vars(kind)[tensor].fset))
     kind.register_parameter = _refuse_another
     if isinstance(module, nn.RNNBase) and _FLAT not in vars(kind):
         kind._flat_weights = property(_flat_weights, _keep_flat_weights)
 
 
+<<<<<<< HEAD
 def _refuse_another(self: Any, name: str, param: nn.Parameter | None) -> None:
     """In place of `register_parameter`, which does not know of masks: it would leave a half."""
     if name in self._modules.get("parametrizations", {}):
@@ -61,6 +91,20 @@ def _refuse_another(self: Any, name: str, param: nn.Parameter | None) -> None:
             "torchprune.fold(model) first, which keeps the zeros"
         )
     super(type(self), self).register_parameter(name, param)
+=======
+def _make_plain(kind: type) -> None:
+    """Have `type(module)(...)`, as adapters make layers of the same kind, make an ordinary one."""
+    ordinary = kind.__bases__[0]
+    if "__new__" in vars(kind):
+        return
+
+    def make(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return ordinary(*args, **kwargs)
+        return object.__new__(cls)  # a copy's, which fills it in itself
+
+    kind.__new__ = staticmethod(make)  # type: ignore[assignment]
+>>>>>>> main
 
 
 def uninstall(module: nn.Module) -> None:
@@ -72,6 +116,32 @@ def uninstall(module: nn.Module) -> None:
         delattr(kind, _FLAT)
 
 
+def forget_handed(module: nn.Module, tensor: str) -> None:
+    """Have the next access look anew: something else was put on the tensor."""
+    vars(module).pop(_HANDED + tensor, None)
+
+
+_STANDING: ContextVar[Mapping[tuple[int, str], Callable[[], Tensor]]] = ContextVar("standing")
+"""What is handed out in place of masked tensors, by module and name: in this thread, or in this
+coroutine of a calibration, and in no other."""
+
+
+@contextmanager
+def standing_in(module: nn.Module, tensor: str, make: Callable[[], Tensor]) -> Iterator[None]:
+    """For a while, have a module hand out what `make` makes in a masked tensor's place."""
+    known, place = vars(module), _INSTEAD + tensor
+    forget_handed(module, tensor)
+    known[place] = known.get(place, 0) + 1
+    token = _STANDING.set({**_STANDING.get({}), (id(module), tensor): make})
+    try:
+        yield
+    finally:
+        _STANDING.reset(token)
+        known[place] -= 1
+        if not known[place]:
+            del known[place]
+
+
 def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
     """Reads the parameter if all is as it was left; this is most of what a masked weight costs.
 
@@ -79,10 +149,12 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
     is fetched from memory: what is needed is kept in one place, beside the module's own attributes.
     Its cells are strings, so that compiled code may serve many modules.
     """
-    place = _HANDED + tensor
+    place, instead = _HANDED + tensor, _INSTEAD + tensor
 
     def get(self: Any) -> Tensor:
         if is_compiling():
+            if instead in self.__dict__ and (make := _STANDING.get({}).get((id(self), tensor))):
+                return make()
             return cast(Tensor, self.parametrizations[tensor]())
         known = self.__dict__.get(place)
         if known is not None:
@@ -101,13 +173,23 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
                 and _get_tracing_state() is None
             ):
                 return cast(Tensor, weight)
+        aside = instead in self.__dict__
+        if aside and (make := _STANDING.get({}).get((id(self), tensor))) is not None:
+            return make()
         chain = self._modules["parametrizations"]._modules[tensor]
         weight, steps = chain._parameters["original"], chain._modules
-        if len(steps) == 1 and not fx._is_fx_tracing_flag and _get_tracing_state() is None:
+        if not fx._is_fx_tracing_flag and _get_tracing_state() is None:
             mask = steps["0"]
-            if mask.makes_ready(weight):
-                self.__dict__[place] = _Handed((chain._parameters, steps, weight, mask.keeper))
+            if len(steps) == 1:
+                if mask.makes_ready(weight):
+                    kept = chain._parameters, steps, weight, mask.keeper
+                    self.__dict__[place] = None if aside else _Handed(kept)
+                    return cast(Tensor, weight)
+            elif not parametrize._cache_enabled and mask.makes_ready(weight):
+                for step in list(steps.values())[1:]:
+                    weight = step(weight)
                 return cast(Tensor, weight)
+        settle_at(chain)
         return _product(self, tensor)
 
     _run_as_it_is(get.__code__)

@@ -51,10 +51,20 @@ def adapted(module: nn.Module) -> Adapted | None:
     layer = module.get_submodule(name)
     inside = {id(weight)} if layer is module else {id(p) for p in layer.parameters()}
     own = [p for p in module.parameters() if id(p) not in inside]
+    if not _are_factors(own, weight):
+        return None
+    # Attention whose q_proj has an adapter and whose v_proj is frozen is none around the latter.
+    others = {
+        id(p) for m in module.modules() if m is not module and adapted(m) for p in m.parameters()
+    }
+    own = [p for p in own if id(p) not in others]
+    return Adapted(name, own) if _are_factors(own, weight) else None
+
+
+def _are_factors(own: list[nn.Parameter], weight: nn.Parameter) -> bool:
+    """Whether what of these parameters is trained are low-rank factors of a weight."""
     spans = [_spans(p, weight.shape[:2]) for p in own if p.requires_grad and p.dim() > 1]
-    if all(spans) and any(0 in a and 1 in b for a, b in permutations(spans, 2)):
-        return Adapted(name, own)
-    return None
+    return all(spans) and any(0 in a and 1 in b for a, b in permutations(spans, 2))
 
 
 def _frozen_weight(module: nn.Module) -> nn.Parameter | None:

@@ -99,6 +99,7 @@ class Keeper:
         bits, bits_version: what it was cleaned by.
         touched: whether `.data` was used since.
         hooked: whether its gradient is masked.
+        part: of a shard in the parameter's place: this process's part of the bits.
     """
 
     __slots__ = (
@@ -108,6 +109,7 @@ class Keeper:
         "bits_version",
         "hooked",
         "param",
+        "part",
         "touched",
         "version",
     )
@@ -117,6 +119,7 @@ class Keeper:
         self.bits: Tensor | None = None
         self.version = self.address = self.bits_version = -1
         self.touched, self.hooked = True, False
+        self.part: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Keeper:
         return Keeper()

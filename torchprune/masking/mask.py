@@ -27,13 +27,29 @@ from torchprune.masking.parametrization import laid_out_like as laid_out_like
 from torchprune.masking.parametrization import mismatch
 from torchprune.masking.scales import scale_of
 from torchprune.masking.selection import Layer, layer_at, tied_to
+from torchprune.masking.shards import (
+    address_of,
+    is_shard,
+    local_of,
+    moved,
+    part_of,
+    settle_at,
+    whole_of,
+    why_immovable,
+    write,
+)
 
 
 def _clean_before_saving(chain: Any, prefix: str, keep_vars: bool) -> None:
     """A hook: what a `state_dict` holds has the zeros."""
     for mask in chain:
         if isinstance(mask, Mask):
-            mask.makes_ready(chain.original)
+            clean(mask, chain.original)
+
+
+def clean(mask: Mask, weight: Tensor) -> bool:
+    """Make zero what a mask prunes, if the parameter is one whose zeros can be kept."""
+    return mask.clean_part(weight) if is_shard(weight) else mask.makes_ready(weight)
 
 
 def _pack_before_loading(
@@ -84,6 +100,26 @@ def mask_of(module: nn.Module, tensor: str) -> Mask | None:
     chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
     found = [p for p in cast(nn.ModuleList, chain) if isinstance(p, Mask)]
     return found[0] if found else None
+
+
+def steps_beside(module: nn.Module, tensor: str) -> list[nn.Module]:
+    """What else than a mask is a parametrization of a module's tensor."""
+    if not parametrize.is_parametrized(module, tensor):
+        return []
+    chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
+    return [step for step in cast(nn.ModuleList, chain) if not isinstance(step, Mask)]
+
+
+def beside(module: nn.Module, tensor: str) -> str | None:
+    """Why a mask cannot be read or taken off as if it were alone, and what to do, or None."""
+    if mask_of(module, tensor) is None:
+        return None
+    for step in steps_beside(module, tensor):
+        how = "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        how = getattr(step, "ends_by", how)
+        kind = type(step).__name__
+        return f"its {tensor} has another parametrization beside its mask, {kind}: {how}"
+    return None
 
 
 def original_of(module: nn.Module, tensor: str) -> Tensor:
@@ -145,7 +181,7 @@ def attach(
         if dense is not None:
             present.dense = dense
         return present
-    hidden = pack_values(values_of(weight), ~mask) if reversible else None
+    hidden = pack_values(whole_of(weight), ~mask) if reversible else None
     return put_on(module, tensor, Mask(mask, record, dense, hidden))
 
 
@@ -158,17 +194,35 @@ def put_on(module: nn.Module, tensor: str, mask: Mask) -> Mask:
             (m.__dict__["order"] for m in held if m is not None), list(module._parameters)
         )
     own_class(module)
-    # `unsafe` skips only a trial run of the mask; shapes were checked by whoever made it.
-    parametrize.register_parametrization(module, tensor, mask, unsafe=True)
+    _register(module, tensor, mask)
     _sort(module, mask.__dict__["order"])
     install(module, tensor)
     chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
+    moved((module, tensor), (chain, "original"))
+    settle_at(chain)
     chain.register_state_dict_pre_hook(_clean_before_saving)
     chain.register_load_state_dict_pre_hook(_pack_before_loading)
     chain.register_load_state_dict_post_hook(_clean_after_loading)
     mask.put_on(original_of(module, tensor))
     around_exports(_exporting)
     return mask
+
+
+def _register(module: nn.Module, tensor: str, mask: Mask) -> None:
+    """Have a mask stand before a tensor, and the same parameter behind it.
+
+    torch sets the parameter to itself in between, which cuts off what hangs on its gradient, as
+    DistributedDataParallel does; so another one is there meanwhile.
+    """
+    weight = cast(nn.Parameter, module._parameters[tensor])
+    module._parameters[tensor] = nn.Parameter(values_of(weight), weight.requires_grad)
+    try:
+        # `unsafe` skips only a trial run of the mask; shapes were checked by whoever made it.
+        parametrize.register_parametrization(module, tensor, mask, unsafe=True)
+    except BaseException:
+        module._parameters[tensor] = weight
+        raise
+    cast(nn.ModuleDict, module.parametrizations)[tensor]._parameters["original"] = weight
 
 
 def _sort(module: nn.Module, order: Sequence[str]) -> None:
@@ -185,12 +239,14 @@ def detach(module: nn.Module, tensor: str) -> None:
     if mask is not None:
         order = mask.__dict__.get("order", [])
         mask.keeper.free()
+    chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
     own_class(module)
     uninstall(module)
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
     for name in order:  # registration had moved the parameter to the end of the state_dict
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
+    moved((chain, "original"), (module, tensor))
 
 
 @contextmanager
@@ -213,12 +269,20 @@ def obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
             f"its {tensor} already has another parametrization; "
             "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
+    if why := beside(module, tensor):
+        return why
     weight = original_of(module, tensor)
     if not isinstance(weight, nn.Parameter):
         return f"its {tensor} is a {type(weight).__name__}, not a Parameter"
     if not weight.is_floating_point():
         return f"its {tensor} is {weight.dtype}; prune before quantizing"
-    if type(weight.data) is not Tensor and type(weight) is not nn.Parameter:
+    if is_shard(weight):
+        if type(local_of(weight)) is not Tensor:
+            return f"its {tensor} is a sharded {type(local_of(weight)).__name__}"
+        why = None if mask_of(module, tensor) else why_immovable(module, tensor)
+        if why is not None:
+            return why
+    elif type(weight.data) is not Tensor and type(weight) is not nn.Parameter:
         return (
             f"its {tensor} is a {type(weight).__name__}, which holds no plain dense values; prune "
             f"before quantizing, or dequantize it: nn.Parameter(layer.{tensor}.dequantize())"
@@ -233,7 +297,7 @@ def obstacle(layer: Layer, ties: dict[int, list[str]]) -> str | None:
         scale_of(module, tensor, weight)
     except SpecError as error:
         return str(error)
-    names = ties.get(weight.untyped_storage().data_ptr(), [])
+    names = ties.get(address_of(weight), [])
     if names:
         others = [n for n in names if n not in (layer.key, _original_key(layer))]
         return f"its {tensor} is tied to {', '.join(others)}"
@@ -308,6 +372,7 @@ def densify(model: nn.Module) -> nn.Module:
     found = list(masked_layers(model))
     if not found:
         raise MaskError("densify: this model carries no torchprune masks")
+    check_alone("densify", model)
     for layer, mask in found:
         if _stacked(layer):
             raise MaskError(
@@ -321,26 +386,26 @@ def densify(model: nn.Module) -> nn.Module:
             )
     for layer, mask in found:
         original = original_of(layer.module, layer.tensor)
-        mask.makes_ready(original)
+        clean(mask, original)
         detach(layer.module, layer.tensor)
-        if mask.dense is not None:
+        if is_shard(original):
+            _restore_part(original, mask)
+        elif mask.dense is not None:
             original.data = mask.dense
-        elif type(values_of(original)) is Tensor:
-            mask.fill(original.data)
         else:
-            _fill_shard(original, mask)
+            mask.fill(original.data)
     return model
 
 
-def _fill_shard(shard: Any, mask: Mask) -> None:
-    """Put the hidden values into this process's part of a sharded weight."""
-    from torch.distributed.tensor import distribute_tensor  # torch without it has no shards
-
+def _restore_part(shard: Tensor, mask: Mask) -> None:
+    """Put what the mask keeps of the dense values into this process's part of a weight."""
+    if mask.dense is not None:
+        write(shard, mask.dense)
+        return
     assert mask.hidden is not None
     whole = torch.zeros(mask.shape, dtype=mask.hidden.dtype, device=mask.hidden.device)
     mask.fill(whole)
-    part: Any = distribute_tensor(whole, shard.device_mesh, shard.placements)
-    merge_bits(shard.to_local(), part.to_local())
+    merge_bits(local_of(shard), part_of(whole, shard))
 
 
 def _why_gone(record: Record) -> str:
@@ -355,21 +420,47 @@ def _why_gone(record: Record) -> str:
     )
 
 
+<<<<<<< HEAD
 def _stacked(layer: Layer) -> bool:
     """Whether something else computes with what a mask gives."""
     chain = cast(nn.ModuleDict, layer.module.parametrizations)[layer.tensor]
     return len(cast(nn.ModuleList, chain)) > 1
+=======
+TOLD_BESIDE = "_torchprune_beside"
+"""A class's function of a module of it: why the mask in it cannot go, or None."""
+
+
+def check_alone(what: str, model: nn.Module) -> None:
+    """Raise MaskError if something else than a model's masks makes its masked weights."""
+    for path, module in model.named_modules():
+        told = getattr(type(module), TOLD_BESIDE, None)
+        if told is not None and (why := told(module)):
+            raise MaskError(f"{what}: {path}: {why}")
+    for layer, _ in masked_layers(model):
+        if why := beside(layer.module, layer.tensor):
+            raise MaskError(f"{what}: {layer.name}: {why}")
+>>>>>>> main
 
 
 @on_ordinary_tensors
 def fold(model: nn.Module) -> nn.Module:
     """Bake the masks into the weights, in place: plain modules again, zeros exact.
 
+<<<<<<< HEAD
     The law: outputs are bit-equal before and after. Does nothing to a model without masks. Other
     parametrizations that stand on a mask are baked in with it.
+=======
+    The law: outputs are bit-equal before and after. Does nothing to a model without masks.
+
+    Raises:
+        MaskError: a weight has another parametrization beside its mask, such as factors of
+            `MaskLoRA` that are not merged. Nothing is changed then.
+>>>>>>> main
     """
+    check_alone("fold", model)
     for layer, mask in list(masked_layers(model)):
         original = original_of(layer.module, layer.tensor)
+<<<<<<< HEAD
         if _stacked(layer):
             with torch.no_grad():
                 values = getattr(layer.module, layer.tensor).detach().clone()
@@ -377,7 +468,12 @@ def fold(model: nn.Module) -> nn.Module:
             original.data = values
             continue
         clean = mask.makes_ready(original)
+=======
+        has_zeros = clean(mask, original)
+>>>>>>> main
         detach(layer.module, layer.tensor)
-        if not clean:
+        if not has_zeros and is_shard(original):
+            local_of(original).masked_fill_(~part_of(mask.mask, original), 0)
+        elif not has_zeros:
             original.data = masked(original, laid_out_like(mask.mask, original))
     return model

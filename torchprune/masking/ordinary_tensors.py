@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import TorchpruneError
+from torchprune.masking.shards import free_gathered
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,6 +31,7 @@ def on_ordinary_tensors(function: F) -> F:
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if isinstance(model, nn.Module):
                 make_ordinary(model)
+                free_gathered(model)
             return function(*args, **kwargs)
 
     return cast(F, outside)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from torchprune.masking.keeper import Guarded, Keeper, is_ordinary, keeper_of, values_of
+from torchprune.masking.keeper import Guarded, Keeper, is_ordinary, keeper_of
 from torchprune.masking.packing import (
     cleared,
     masked,
@@ -25,6 +25,15 @@ from torchprune.masking.packing import (
     unpack_bits,
 )
 from torchprune.masking.passing import passing
+from torchprune.masking.shards import (
+    Part,
+    clear_part,
+    is_shard,
+    local_of,
+    spread_like,
+    whole_of,
+    write,
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,9 @@ class Mask(nn.Module):
     hidden: Tensor | None
     dense: Tensor | None
 
+    learns: ClassVar[bool] = False
+    """Whether the weight behind it is dense, and goes on learning where the mask prunes."""
+
     def __init__(
         self,
         mask: Tensor,
@@ -139,20 +151,28 @@ class Mask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if self._transparent:
             return weight
-        mask = self._whole(weight)
+        mask = self.whole(weight)
         if torch.is_grad_enabled() and self.listener is not None:
-            return passing(weight, mask)  # `of_gradient` sees to the gradient
-        if torch.is_grad_enabled() or torch.compiler.is_exporting():
+            if weight is self.keeper.param:
+                return passing(weight, mask)  # `of_gradient` sees to the gradient
+            product = torch.where(mask, weight, 0)
+            if product.requires_grad and not torch.compiler.is_compiling():
+                product.register_hook(self.listener.hear)
+            return product
+        if torch.is_grad_enabled() or torch.compiler.is_exporting() or is_shard(weight):
             return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
         return masked(weight, mask)  # inductor folds this one where weights are frozen
 
-    def _whole(self, weight: Tensor) -> Tensor:
+    def whole(self, weight: Tensor) -> Tensor:
+        """The mask in a weight's memory format, as what watches can follow it."""
         if self._exported:
             return cast(Tensor, self._buffers["mask"])
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             mask = traced_bits(self.bits, self.shape)
         else:
             mask = self.mask
+        if is_shard(weight):
+            return cast(Tensor, spread_like(mask, weight))
         if weight.is_contiguous():
             return mask
         if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
@@ -166,7 +186,7 @@ class Mask(nn.Module):
             return True
         if weight is not keeper.param:
             if keeper.param is not None:
-                if type(weight) is nn.Parameter:  # a shard's whole, for one: do not hold the other
+                if type(weight) is nn.Parameter or is_shard(weight):  # do not hold the other
                     keeper.forget()
                 return False
             if type(weight) is not Guarded or keeper_of(weight) is not None:
@@ -192,9 +212,9 @@ class Mask(nn.Module):
             values = torch.where(keep, some.values(), 0)
             return torch.sparse_coo_tensor(some.indices(), values, some.shape, is_coalesced=True)
         plain = type(gradient) is Tensor and gradient.shape == self.shape
-        if plain and not torch.is_grad_enabled() and not _is_watched():
+        if plain and not torch.is_grad_enabled() and not is_watched():
             return cleared(gradient, self.bits)
-        return torch.where(self._whole(gradient), gradient, 0)
+        return torch.where(self.whole(gradient), gradient, 0)
 
     @contextmanager
     def transparent(self) -> Iterator[None]:
@@ -219,21 +239,41 @@ class Mask(nn.Module):
             self._buffers.clear()
             self._buffers.update(own)
 
+    def clean_part(self, shard: Tensor) -> bool:
+        """Make zero what the mask prunes of this process's part of a sharded parameter.
+
+        Returns:
+            whether the zeros are there now.
+        """
+        keeper = self.keeper
+        if self._transparent or type(local_of(shard)) is not Tensor:
+            return self._transparent
+        if keeper.part is None or not keeper.part.fits(self.bits, shard):
+            keeper.part = Part.of(self.bits, self.shape, shard)
+        clear_part(shard, keeper.part.own)
+        return True
+
     # -- what reversal needs -------------------------------------------------------------------
 
     def put_on(self, weight: Tensor) -> None:
         """Have the zeros in this parameter from now on, and in no other."""
         if self.keeper.param is not weight:
             self.keeper.free()
-        if is_ordinary(weight):
+        if is_shard(weight):
+            self.clean_part(weight)
+        elif is_ordinary(weight):
             self.keeper.adopt(weight)
             self.keeper.clean(self.bits)
             if weight.requires_grad:
                 self.keeper.hook(self.of_gradient)
 
     def restored(self, weight: Tensor) -> Tensor:
-        """A copy of the weight with the values under the zeros, if they are kept."""
-        values = values_of(weight).detach().clone()
+        """A copy of the weight with the values under the zeros, if they are kept.
+
+        Of a shard every process must ask at once.
+        """
+        whole = whole_of(weight).detach()
+        values = whole if is_shard(weight) else whole.clone()
         self.fill(values)
         return values
 
@@ -246,7 +286,7 @@ class Mask(nn.Module):
         """Become another mask on the same weight; what is pruned no more has its value again."""
         whole = self.restored(weight)
         self.hidden = pack_values(whole, ~mask) if reversible else None
-        values_of(weight).copy_(whole)
+        write(weight, whole)
         self.bits.copy_(pack_bits(mask))  # in place: compiled models see it without recompiling
         self.record = record
         self.keeper.touched = True
@@ -324,7 +364,7 @@ def mismatch(key: str, got: Tensor, dtype: torch.dtype, shape: Sequence[int]) ->
     )
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether something follows what is computed: a transform, a tracer, a compiler."""
     return (
         torch.compiler.is_compiling()

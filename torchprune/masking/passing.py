@@ -35,5 +35,16 @@ def passing(weight: Tensor, mask: Tensor, decay: float = 0.0) -> Tensor:
     Args:
         decay: what is added to the gradient of each pruned weight, times the weight.
     """
+    if torch.compiler.is_compiling():  # dynamo makes instances of functions, which warns
+        return cast(Tensor, _passing(weight, mask, decay))
     apply: Any = _Passing.apply
     return cast(Tensor, apply(weight, mask, decay))
+
+
+@torch.library.custom_op("torchprune::passing", mutates_args=())
+def _passing(weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+    return torch.where(mask, weight, 0)
+
+
+_passing.register_fake(lambda weight, mask, decay: torch.empty_like(weight))
+_passing.register_autograd(_Passing.backward, setup_context=_Passing.setup_context)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import CheckpointError
-from torchprune.masking.mask import Mask, mask_of, original_of
+from torchprune.masking.mask import Mask, beside, mask_of, original_of
 
 Kind = Literal["parameter", "buffer", "transient"]
 
@@ -67,11 +67,8 @@ def _masked_names(module: nn.Module, path: str) -> list[str]:
     chains = cast(nn.ModuleDict, module.parametrizations)
     masked = [name for name in chains if mask_of(module, name) is not None]
     for name in masked:
-        if len(cast(nn.ModuleList, chains[name])) > 1:
-            raise CheckpointError(
-                f"{_join(path, name)} has another parametrization beside its mask; remove it first "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            )
+        if why := beside(module, name):
+            raise CheckpointError(f"{path or 'the model'}: {why}")
     return masked
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torchprune.errors import TargetError, did_you_mean
 from torchprune.masking.adapters import named_as_plain
 from torchprune.masking.matrices import prunable_names
+from torchprune.masking.shards import address_of
 from torchprune.specs.spec import Selector, Selectors
 
 
@@ -218,18 +219,10 @@ def tied_to(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
-                address = _address(parameter)
+                address = address_of(parameter)
                 if address:
                     holders.setdefault(address, []).append(f"{name}.{key}" if name else key)
     return {address: names for address, names in holders.items() if len(names) > 1}
-
-
-def _address(tensor: Tensor) -> int:
-    """Where a tensor's values begin; 0 for one that only wraps others (quantized, sparse)."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:
-        return 0
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

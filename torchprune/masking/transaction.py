@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from torchprune.errors import MaskError
 from torchprune.masking.keeper import values_of
 from torchprune.masking.mask import Mask, Record, detach, put_on
 from torchprune.masking.packing import (
@@ -27,6 +28,7 @@ from torchprune.masking.packing import (
     put_values,
     unpack_bits,
 )
+from torchprune.masking.shards import is_shard, local_of, whole_of, write
 from torchprune.masking.targets import Target
 from torchprune.masking.undo_file import Spool
 from torchprune.modes import exact
@@ -110,7 +112,7 @@ class _Edit:
         elif self.before is None:
             mask.hidden = self.gone
         else:
-            whole = torch.zeros_like(self.data)
+            whole = torch.zeros_like(self.data, device=self.room.device)
             bits, _, hidden, _ = self.before
             put_values(whole, ~unpack_bits(bits, whole.shape), cast(Tensor, hidden))
             put_values(whole, self._places(), self.gone)
@@ -118,7 +120,11 @@ class _Edit:
 
     def undo(self) -> None:
         """Make the layer what it was."""
-        target = self.change.target
+        self.undo_values(self.change.target)
+        self._undo_mask(self.change.target)
+
+    def undo_values(self, target: Target) -> None:
+        """Put the parameter's own values back."""
         target.weight.data = self.data
         if self.gone is not None:
             gone = self.gone
@@ -128,12 +134,38 @@ class _Edit:
             put_values(self.data, self._places(), gone)
         elif self.place >= 0:
             self.spool.fetch(self.place, self.data)
+
+    def _undo_mask(self, target: Target) -> None:
         if target.mask is None:
             return
         if self.before is None:
             detach(target.layer.module, target.layer.tensor)
         else:
             target.mask.restore(self.before)
+
+
+class _ShardEdit(_Edit):
+    """A change of a layer of which this process holds a part; its mask is decided by the whole."""
+
+    def __init__(
+        self, change: Change, room: Tensor, spool: Spool, *, keep_dense: bool, reversible: bool
+    ) -> None:
+        assert change.values is None  # what runs the model, to change weights, was refused
+        self.change, self.spool = change, spool
+        self.room = room.copy_(pack_bits(change.mask))
+        weight, mask = change.target.weight, change.target.mask
+        self.before = None if mask is None else mask.snapshot()
+        self.reversible = reversible and (mask is None or mask.reversible)
+        self.own = local_of(weight).clone()
+        whole = whole_of(weight).detach()
+        self.data, self.dense = torch.empty_like(whole, device="meta"), None  # but for its shape
+        self.gone = pack_values(whole, self._places()) if self.reversible else None
+        clear(whole, self.room)
+        write(weight, whole)
+
+    def undo_values(self, target: Target) -> None:
+        """Put this process's own values back."""
+        local_of(target.weight).copy_(self.own)
 
 
 class Changes:
@@ -148,7 +180,8 @@ class Changes:
     def stage(self, change: Change) -> None:
         """Make a layer act pruned from now on."""
         room = self._rooms[change.target.layer.key]
-        self._edits.append(_Edit(change, room, self._spool, **self._options))
+        kind = _ShardEdit if is_shard(change.target.weight) else _Edit
+        self._edits.append(kind(change, room, self._spool, **self._options))
 
     def settle(self) -> None:
         """Attach the masks of what is staged: no batch is about to run through it."""
@@ -194,7 +227,16 @@ def all_or_nothing(
     Args:
         keep_dense: keep the dense weight beside one that is changed.
         reversible: keep the values under zeros, where they are the dense ones.
+
+    Raises:
+        MaskError: weights go on learning under a mask. Nothing is changed then.
     """
+    for target in targets:
+        if target.mask is not None and target.mask.learns:
+            raise MaskError(
+                f"{target.name}: its weights go on learning under its mask (StraightThrough); "
+                "torchprune.fold(model) or torchprune.densify(model), then prune it anew"
+            )
     with Spool() as spool:
         changes = Changes(targets, spool, keep_dense=keep_dense, reversible=reversible)
         try:

@@ -14,6 +14,7 @@ from torchprune.masking.mask import Record
 from torchprune.masking.packing import masked
 from torchprune.masking.projection import BARRED, project_each, project_partly
 from torchprune.masking.scales import values_of
+from torchprune.masking.shards import whole_of
 from torchprune.masking.targets import Target
 from torchprune.masking.transaction import Change
 from torchprune.methods.magnitude import magnitude_score
@@ -272,10 +273,11 @@ def _solved_together(
 def groups_of(target: Target) -> Tensor:
     """(groups, rows, cols): a target's weights as they act now, zero where already masked.
 
-    Of eight-bit codes, the float32 values that they stand for.
+    Of eight-bit codes, the float32 values that they stand for. Of shards every process asks at
+    once.
     """
     layer, mask = target.layer, target.mask
-    weight = target.weight.detach()
+    weight = whole_of(target.weight).detach()
     weight = values_of(
         layer.module, layer.tensor, weight if mask is None else masked(weight, mask.mask)
     )

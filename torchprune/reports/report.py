@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchprune.calibration.lockstep import Usage
 from torchprune.masking.coverage import Coverage, coverage_of
-from torchprune.masking.mask import masked_layers, original_of
+from torchprune.masking.mask import Mask, masked_layers, original_of
 from torchprune.masking.packing import zeros_in
+from torchprune.masking.shards import is_shard
 from torchprune.reports.tables import Column, by_rich
 from torchprune.specs.options import Checked
 
@@ -201,13 +202,12 @@ class Report:
 def report(model: nn.Module) -> Report:
     """Count the zeros of every masked layer and tell how they came about.
 
-    Counts are of the effective weights as they are now, not of what was asked for.
+    Counts are of the effective weights as they are now, not of what was asked for. Of weights that
+    are sharded over processes they are the masks', so that each process may ask by itself.
     """
     layers = []
     for layer, mask in masked_layers(model):
         original = original_of(layer.module, layer.tensor)
-        with torch.no_grad():
-            effective = mask(original)
         record = mask.record
         layers.append(
             LayerReport(
@@ -216,8 +216,8 @@ def report(model: nn.Module) -> Report:
                 dtype=str(original.dtype).removeprefix("torch."),
                 method=record.method,
                 pattern=record.pattern,
-                zeros=zeros_in(effective),
-                size=effective.numel(),
+                zeros=_zeros_of(mask, original),
+                size=original.numel(),
                 error=record.error,
                 tokens=record.tokens,
                 note=record.note,
@@ -235,6 +235,13 @@ def report(model: nn.Module) -> Report:
         warnings=[warning for run in runs for warning in run.warnings],
         coverage=coverage_of(model),
     )
+
+
+def _zeros_of(mask: Mask, original: Tensor) -> int:
+    if is_shard(original):
+        return mask.shape.numel() - int(torch.count_nonzero(mask.mask))
+    with torch.no_grad():
+        return zeros_in(mask(original))
 
 
 def _source_notes(model: nn.Module) -> list[str]:

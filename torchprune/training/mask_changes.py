@@ -13,7 +13,9 @@ from torchprune.calibration.data import Data
 from torchprune.errors import MaskError, SpecError
 from torchprune.masking.keeper import values_of
 from torchprune.masking.mask import Mask, Record, attach, detach, put_on
+from torchprune.masking.packing import unpack_bits
 from torchprune.masking.parametrization import Listener
+from torchprune.masking.shards import is_managed, local_of, part_of
 from torchprune.masking.targets import Target
 from torchprune.methods.decide import scope_of
 from torchprune.modes import exact
@@ -91,6 +93,11 @@ class MaskChanges:
     def weights(self) -> list[Tensor]:
         """The parameters behind the masks, as they are now."""
         return [target.weight for target in self.targets]
+
+    def versions(self) -> int:
+        """Another number after each write to one of them: but for those that `fully_shard` gathers
+        and frees, of which others stand there from time to time."""
+        return sum(t.weight._version for t in self.targets if not is_managed(t.layer.module))
 
     # -- changes -----------------------------------------------------------------------------------
 
@@ -198,16 +205,22 @@ class MaskChanges:
         record = Record(self._spec.label, str(goal), view=target.view_text, note=note)
         mask.change(weight, keep, record, reversible=mask.reversible)
         if isinstance(self._regrow, Exchange):
-            values_of(weight).masked_fill_(comes, 0)
+            local_of(weight).masked_fill_(part_of(comes, weight), 0)
 
     def _agree(self) -> None:
-        """Have what the first process decided in all of them."""
+        """Have what the first process decided in all of them.
+
+        Processes that calibrate on data of their own decide differently, and what one of them
+        pruned the first may keep.
+        """
         for target in self.targets:
-            mask = mask_on(target)
-            if first_decides(mask.bits):
-                mask.put_on(target.weight)
-            if self._spec.changes_weights:
-                first_decides(values_of(target.weight))
+            mask, weight = mask_on(target), target.weight
+            bits = mask.bits.clone()
+            if first_decides(bits):
+                keep = unpack_bits(bits, mask.shape)
+                mask.change(weight, keep, mask.record, reversible=mask.reversible)
+            if self._spec.needs_data and first_decides(values_of(weight)):
+                mask.put_on(weight)
 
     # -- what is heard, said and saved -------------------------------------------------------------
 

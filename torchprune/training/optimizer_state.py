@@ -12,38 +12,41 @@ from torch.optim import optimizer as optimizers
 
 
 def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, stays: Tensor) -> None:
-    """Zero what an optimizer keeps of each weight of a parameter, but for some.
+    """Make an optimizer forget what it keeps of each weight of a parameter, but for some.
 
-    That is every tensor of the parameter's shape in its state: momentum, moments, their maxima.
-    What is factored or counts steps (Adafactor's rows and columns, `step`) is of many weights, and
-    stays.
+    That is every tensor of the parameter's shape in its state: momentum, moments, their maxima are
+    zeroed, Rprop's step sizes are its rate again. What is factored or counts steps (Adafactor's
+    rows and columns, `step`) is of many weights, and stays.
 
     Args:
         stays: bool of the parameter's shape, True where what is remembered stays.
     """
-    state = optimizer.state.get(parameter, {})
-    for name, value in state.items():
+    for name, value in optimizer.state.get(parameter, {}).items():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-            state[name] = _without(value, stays)
+            fresh = 0.0
+            if name == "step_size" and isinstance(optimizer, torch.optim.Rprop):
+                fresh = float(_group_of(optimizer, parameter)["lr"])
+            _reset(value, stays, fresh)
+
+
+def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    groups = optimizer.param_groups
+    return next(group for group in groups if any(p is parameter for p in group["params"]))
 
 
 @torch.no_grad()
-def _without(value: Any, stays: Tensor) -> Tensor:
-    """The same tensor, zero where nothing stays; in place wherever that is possible."""
-    kind = type(value)
+def _reset(value: Any, stays: Tensor, fresh: float) -> None:
+    """Put a fresh value in a tensor wherever nothing stays."""
     if hasattr(value, "to_local") and hasattr(value, "placements"):  # a shard
         from torch.distributed.tensor import distribute_tensor
 
         part: Any = distribute_tensor(stays, value.device_mesh, value.placements)
-        _without(value.to_local(), part.to_local())
-        return value  # type: ignore[no-any-return]
-    if kind in (Tensor, torch.nn.Parameter):
+        _reset(value.to_local(), part.to_local(), fresh)
+    elif type(value) in (Tensor, torch.nn.Parameter):
         if value.is_floating_point():
-            value.masked_fill_(~stays.to(value.device), 0)
-        return value  # type: ignore[no-any-return]
-    if hasattr(value, "dequantize"):  # codes with scales, as eight-bit optimizers have
-        value.copy_(value.dequantize().masked_fill(~stays.to(value.device), 0))
-    return value  # type: ignore[no-any-return]
+            value.masked_fill_(~stays.to(value.device), fresh)
+    elif hasattr(value, "dequantize"):  # codes with scales, as eight-bit optimizers have
+        value.copy_(value.dequantize().masked_fill(~stays.to(value.device), fresh))
 
 
 class Steps:

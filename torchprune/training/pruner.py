@@ -65,6 +65,8 @@ class Pruner:
         together: with `torch.distributed` running, whether all processes train one model. False
             where each has its own.
         seed: of SET's choices and of texts.
+        state: what `state_dict` gave, to go on from there. The model has that step's masks then, or
+            gets them after this; without, they become what the schedule asks for at step 0.
 
     Raises:
         SpecError, TargetError: the spec does not fit the model or the schedule. The model is as it
@@ -86,6 +88,7 @@ class Pruner:
         together: bool = True,
         progress: bool = False,
         seed: int = 0,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         _check_spec(spec)
         final = float(spec.goal.sparsity)
@@ -99,7 +102,10 @@ class Pruner:
         )
         self._steps = Steps(self._masks.weights)
         try:
-            self._go_to(0)
+            if state is None:
+                self._go_to(0)
+            else:
+                self.load_state_dict(state)
         except BaseException:
             self._masks.take_off()
             raise
@@ -193,7 +199,7 @@ class Pruner:
 
     def _marks(self) -> tuple[int, int]:
         """Differs after an optimizer's step from what it was before."""
-        return self._steps.count, sum(weight._version for weight in self._masks.weights())
+        return self._steps.count, self._masks.versions()
 
     def _due(self, last: int, step: int) -> bool:
         """Whether masks are to change on the way from one step to a later one."""

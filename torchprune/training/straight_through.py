@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torchprune.errors import SpecError
 from torchprune.masking.packing import pack_bits
 from torchprune.masking.parametrization import Mask, Record
 from torchprune.masking.passing import passing
+from torchprune.masking.shards import whole_of
 from torchprune.specs.options import Checked
 
 
@@ -42,6 +44,8 @@ class LearningMask(Mask):
     is the product.
     """
 
+    learns: ClassVar[bool] = True
+
     def __init__(self, mask: Tensor, record: Record, decay: float) -> None:
         super().__init__(mask, record)
         self.decay = decay
@@ -49,7 +53,7 @@ class LearningMask(Mask):
     def forward(self, weight: Tensor) -> Tensor:
         exporting = torch.compiler.is_exporting()
         if torch.is_grad_enabled() and not (self._transparent or exporting):
-            return passing(weight, self._whole(weight), self.decay)
+            return passing(weight, self.whole(weight), self.decay)
         return super().forward(weight)
 
     @property
@@ -62,8 +66,11 @@ class LearningMask(Mask):
     def put_on(self, weight: Tensor) -> None:
         """Nothing keeps zeros in the weight: it has none."""
 
+    def clean_part(self, shard: Tensor) -> bool:
+        return self._transparent
+
     def restored(self, weight: Tensor) -> Tensor:
-        return weight.detach().clone()
+        return whole_of(weight).detach().clone()
 
     def change(self, weight: Tensor, mask: Tensor, record: Record, *, reversible: bool) -> None:
         self.bits.copy_(pack_bits(mask))

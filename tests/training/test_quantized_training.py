@@ -188,19 +188,17 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_touched() -> None:
         assert len(model[2].parametrizations.weight) == 1
         with pytest.raises(MaskError, match="another parametrization"):
             quantized_aware(model, Int8()).__enter__()
-        with pytest.raises(MaskError, match="another parametrization on its mask"):
-            torchprune.densify(model)
 
 
-def test_folding_inside_bakes_in_what_the_weights_act_as() -> None:
+def test_a_mask_is_not_taken_off_below_the_rounding() -> None:
     model, (x, _) = net(), task()
     with quantized_aware(model, Int4(group=16)):
         inside = model(x)
-        copied = torchprune.fold(copy.deepcopy(model))
-        assert type(copied[0]) is nn.Linear
-        assert torch.equal(copied(x), inside)
-        torchprune.fold(model)
-    assert torch.equal(model(x), inside)
+        for take in (torchprune.fold, torchprune.densify):
+            with pytest.raises(MaskError, match="Rounded: leave the block of quantized_aware"):
+                take(model)
+        assert torch.equal(model(x), inside)
+    assert torch.equal(torchprune.fold(model)(x), inside)
     assert not parametrize.is_parametrized(model[0])
 
 

@@ -81,7 +81,6 @@ def install(module: nn.Module, tensor: str) -> None:
         kind._flat_weights = property(_flat_weights, _keep_flat_weights)
 
 
-<<<<<<< HEAD
 def _refuse_another(self: Any, name: str, param: nn.Parameter | None) -> None:
     """In place of `register_parameter`, which does not know of masks: it would leave a half."""
     if name in self._modules.get("parametrizations", {}):
@@ -90,8 +89,13 @@ def _refuse_another(self: Any, name: str, param: nn.Parameter | None) -> None:
             "and another parameter was to take its place; to quantize it, or replace it, call "
             "torchprune.fold(model) first, which keeps the zeros"
         )
-    super(type(self), self).register_parameter(name, param)
-=======
+    for kind in type(self).__mro__:
+        own = vars(kind).get("register_parameter")
+        if own is not None and own is not _refuse_another:
+            own(self, name, param)
+            return
+
+
 def _make_plain(kind: type) -> None:
     """Have `type(module)(...)`, as adapters make layers of the same kind, make an ordinary one."""
     ordinary = kind.__bases__[0]
@@ -104,7 +108,6 @@ def _make_plain(kind: type) -> None:
         return object.__new__(cls)  # a copy's, which fills it in itself
 
     kind.__new__ = staticmethod(make)  # type: ignore[assignment]
->>>>>>> main
 
 
 def uninstall(module: nn.Module) -> None:

@@ -374,11 +374,6 @@ def densify(model: nn.Module) -> nn.Module:
         raise MaskError("densify: this model carries no torchprune masks")
     check_alone("densify", model)
     for layer, mask in found:
-        if _stacked(layer):
-            raise MaskError(
-                f"densify: the {layer.tensor} of {layer.name} has another parametrization on its "
-                "mask; remove it first, or leave the block that put it there"
-            )
         if mask.dense is None and not mask.reversible:
             raise MaskError(
                 f"densify: the dense weights of {layer.name} are gone ({_why_gone(mask.record)}, "
@@ -420,12 +415,6 @@ def _why_gone(record: Record) -> str:
     )
 
 
-<<<<<<< HEAD
-def _stacked(layer: Layer) -> bool:
-    """Whether something else computes with what a mask gives."""
-    chain = cast(nn.ModuleDict, layer.module.parametrizations)[layer.tensor]
-    return len(cast(nn.ModuleList, chain)) > 1
-=======
 TOLD_BESIDE = "_torchprune_beside"
 """A class's function of a module of it: why the mask in it cannot go, or None."""
 
@@ -439,38 +428,22 @@ def check_alone(what: str, model: nn.Module) -> None:
     for layer, _ in masked_layers(model):
         if why := beside(layer.module, layer.tensor):
             raise MaskError(f"{what}: {layer.name}: {why}")
->>>>>>> main
 
 
 @on_ordinary_tensors
 def fold(model: nn.Module) -> nn.Module:
     """Bake the masks into the weights, in place: plain modules again, zeros exact.
 
-<<<<<<< HEAD
-    The law: outputs are bit-equal before and after. Does nothing to a model without masks. Other
-    parametrizations that stand on a mask are baked in with it.
-=======
     The law: outputs are bit-equal before and after. Does nothing to a model without masks.
 
     Raises:
         MaskError: a weight has another parametrization beside its mask, such as factors of
             `MaskLoRA` that are not merged. Nothing is changed then.
->>>>>>> main
     """
     check_alone("fold", model)
     for layer, mask in list(masked_layers(model)):
         original = original_of(layer.module, layer.tensor)
-<<<<<<< HEAD
-        if _stacked(layer):
-            with torch.no_grad():
-                values = getattr(layer.module, layer.tensor).detach().clone()
-            detach(layer.module, layer.tensor)
-            original.data = values
-            continue
-        clean = mask.makes_ready(original)
-=======
         has_zeros = clean(mask, original)
->>>>>>> main
         detach(layer.module, layer.tensor)
         if not has_zeros and is_shard(original):
             local_of(original).masked_fill_(~part_of(mask.mask, original), 0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, SpecError
-from torchprune.masking.mask import Mask, masked_layers, original_of
+from torchprune.masking.mask import Mask, beside, masked_layers, original_of
 from torchprune.masking.matrices import View, view_of
 from torchprune.masking.selection import Layer, as_selectors, matches
 from torchprune.methods.grid import plain_scale, rounded
@@ -30,6 +30,9 @@ class Rounded(nn.Module):
 
     It holds no tensors, so a `state_dict` is that of the masked model.
     """
+
+    ends_by = "leave the block of quantized_aware first"
+    """What is said of a mask that cannot be taken off below it."""
 
     def __init__(self, grid: Grid, view: View) -> None:
         super().__init__()
@@ -102,8 +105,6 @@ def quantized_aware(model: nn.Module, grid: Grid, *, ignore: Selectors = ()) -> 
         raise
     with torch.no_grad():
         for layer, mask, _ in chosen:
-            if _stands_on(layer) is None:  # folded meanwhile, which baked it in
-                continue
             weight = original_of(layer.module, layer.tensor)
             values = getattr(layer.module, layer.tensor)
             weight.copy_(torch.where(mask.mask, values, weight))
@@ -117,12 +118,8 @@ def _chosen(model: nn.Module, grid: Grid, ignore: Selectors) -> list[tuple[Layer
     for layer, mask in masked_layers(model):
         if any(matches(selector, layer) for selector in spared):
             continue
-        chain = cast(nn.ModuleDict, layer.module.parametrizations)[layer.tensor]
-        if len(cast(nn.ModuleList, chain)) > 1:
-            raise MaskError(
-                f"quantized_aware: {layer.name} has another parametrization on its mask already; "
-                "leave the block that put it there, or remove it, first"
-            )
+        if why := beside(layer.module, layer.tensor):
+            raise MaskError(f"quantized_aware: {layer.name}: {why}")
         text, weight = mask.record.view, original_of(layer.module, layer.tensor)
         view = View.read(text) if text else view_of(layer.module, weight.shape)
         if why := misfit_of(grid, view.cols):
@@ -135,18 +132,11 @@ def _chosen(model: nn.Module, grid: Grid, ignore: Selectors) -> list[tuple[Layer
     return found
 
 
-def _stands_on(layer: Layer) -> int | None:
-    """Where in a layer's chain of parametrizations its rounding is, or None."""
-    if not parametrize.is_parametrized(layer.module, layer.tensor):
-        return None
-    chain = cast(Any, layer.module.parametrizations)[layer.tensor]
-    return next((i for i, step in enumerate(chain) if isinstance(step, Rounded)), None)
-
-
 def _take_off(chosen: list[tuple[Layer, Mask, View]]) -> None:
     for layer, _, _ in chosen:
-        if (place := _stands_on(layer)) is not None:
-            del cast(Any, layer.module.parametrizations)[layer.tensor][place]
+        chain = cast(Any, layer.module.parametrizations)[layer.tensor]
+        for place in reversed([i for i, step in enumerate(chain) if isinstance(step, Rounded)]):
+            del chain[place]
 
 
 def _note(mask: Mask, grid: Grid) -> None:

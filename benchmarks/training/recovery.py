@@ -1,4 +1,4 @@
-"""How much of a pruned SmolLM2 comes back, by what is trained, how long, and toward what?
+"""How much of a pruned SmolLM2 comes back, by what is trained, how long, and toward what.
 
 The masks are `BestSpec()`'s, from 32 windows of Wikipedia; what is trained on are all windows of
 the same half of the articles; what is evaluated on are articles of the other half, and news, as in
@@ -24,7 +24,7 @@ import torchprune
 from torchprune import BestSpec
 from torchprune.checkpoint.whole_files import write_whole
 from torchprune.reports.report import runs_of
-from torchprune.training import KL, OwnLoss, SquareHead, pace
+from torchprune.training import KL, MaskLoRA, OwnLoss, SquareHead, pace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import smollm2
@@ -37,17 +37,18 @@ GOALS: dict[str, dict[str, Any]] = {
 SPARSEGPT = {"2:4": (70.39, 149.06), "50 %": (37.10, 66.66), "60 %": (70.93, 145.80)}
 """Perplexity on Wikipedia and news, of docs/results/quality.md."""
 
+EVALUATED = 20 * 512
+"""Tokens of each text."""
+
 CORES = 2
 
 METHODS: dict[str, dict[str, Any]] = {
     "recommended": {},
-    "both": {"objective": (KL(), OwnLoss())},
     "own loss": {"objective": OwnLoss()},
     "distilled": {"objective": KL()},
-    "distilled and own loss": {"objective": (KL(), OwnLoss(weight=0.5))},
     "SquareHead": {"objective": SquareHead()},
-    "distilled and SquareHead": {"objective": (KL(), SquareHead(weight=0.1))},
-    "norms and biases, distilled": {"train": "norms", "objective": KL()},
+    "MaskLoRA": {"train": MaskLoRA()},
+    "norms and biases": {"train": "norms"},
 }
 
 
@@ -87,8 +88,8 @@ def main() -> None:
     tokenizer, dense = smollm2.load_tokenizer(), smollm2.load_model()
     calibration, held_out = smollm2.split(smollm2.wikipedia_articles())
     texts = {
-        "Wikipedia": smollm2.tokens(tokenizer, held_out)[: 20 * 512],
-        "news": smollm2.tokens(tokenizer, smollm2.news_articles())[: 20 * 512],
+        "Wikipedia": smollm2.tokens(tokenizer, held_out)[:EVALUATED],
+        "news": smollm2.tokens(tokenizer, smollm2.news_articles())[:EVALUATED],
     }
     data = list(smollm2.consecutive_windows(tokenizer, calibration, 512).split(1))
     data = [data[i] for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
@@ -110,10 +111,11 @@ def main() -> None:
         model = smollm2.load_model() if goal == "dense" else pruned(goal)
         row: dict[str, Any] = {"goal": goal, "method": method, "minutes": minutes}
         if minutes:
-            more = {} if options.rate is None else {"rate": options.rate}
+            options_of = METHODS[method] | ({} if options.rate is None else {"rate": options.rate})
+            place = smollm2.cache_directory() / "recovery" / f"{goal} {method} {minutes:g}"
             start = time.monotonic(), time.process_time()
             torchprune.recover(
-                model, data, teacher=dense, minutes=minutes, **METHODS[method], **more
+                model, data, teacher=dense, minutes=minutes, path=place, **options_of
             )
             row["seconds"] = round(time.monotonic() - start[0])
             row["processor seconds"] = round(time.process_time() - start[1])

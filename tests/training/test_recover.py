@@ -457,8 +457,11 @@ def test_factors_merge_into_the_support(rank: int) -> None:
 # -- going on --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train", ["weights", "norms", MaskLoRA(2)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("train", "dtype"),
+    [("weights", torch.float32), ("weights", torch.bfloat16), (MaskLoRA(2), torch.float32)],
+    ids=["weights", "halves", "factors"],
+)
 def test_what_was_interrupted_goes_on_to_the_same_bits(
     train: Any, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -201,8 +201,7 @@ class Course:
     ) -> None:
         assert self.path is not None
         moved, plain = of_optimizer(mover)
-        parts = {"best": self.kept, "now": self.state, "value": learn.values}
-        tensors = {f"{name}.{i}": t for name, own in parts.items() for i, t in enumerate(own)}
+        tensors = dict(self._tensors(learn))
         tensors |= {"random": torch.get_rng_state(), "order": order.generator.get_state()}
         facts = {
             "run": self.name,
@@ -215,6 +214,13 @@ class Course:
         write_progress(self.path, {**tensors, **moved}, facts)
         self.saved_at = pace.elapsed()
 
+    def _tensors(self, learn: Learning) -> Iterator[tuple[str, Tensor]]:
+        """What a run has come to, by name."""
+        parts = {"best": self.kept, "now": self.state, "value": learn.beside()}
+        for name, own in parts.items():
+            for i, tensor in enumerate(own):
+                yield f"{name}.{i}", tensor
+
     def _go_on(
         self,
         earlier: Earlier,
@@ -225,11 +231,9 @@ class Course:
     ) -> None:
         """Be where a run was."""
         tensors, facts = earlier
-        parts = {"best": self.kept, "now": self.state, "value": learn.values}
         with torch.no_grad():
-            for name, own in parts.items():
-                for i, tensor in enumerate(own):
-                    tensor.copy_(tensors[f"{name}.{i}"])
+            for name, tensor in self._tensors(learn):
+                tensor.copy_(tensors[name])
         moved = {k: t for k, t in tensors.items() if k.startswith("optimizer.")}
         into_optimizer(mover, moved, facts["optimizer"])
         torch.set_rng_state(tensors["random"])

@@ -108,6 +108,10 @@ class Learning:
         values = [p if p.dtype in _WIDE else p.detach().float() for p in parameters]
         return Learning(parameters, [v.requires_grad_() for v in values])
 
+    def beside(self) -> list[Tensor]:
+        """The values that stand beside a parameter."""
+        return [value for _, value in self._narrow()]
+
     def before_step(self) -> None:
         """Hand the gradients over."""
         for parameter, value in self._narrow():

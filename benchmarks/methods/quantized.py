@@ -1,14 +1,14 @@
 """Pruned and quantized: in one sweep, or one after the other?
 
 SmolLM2 in float32, Wikipedia articles to calibrate on, other articles and news to evaluate on. Each
-pattern and grid four ways: SparseGPT alone; then its weights rounded to the nearest value, as
-torchao does; then GPTQ in a second calibration, on what the pruned model computes, with the zeros
-kept as the usual tools keep them (only kept weights make up for an error); and SparseGPT's
-`quantize=`, which is one sweep. The layers' error is the mean of what the reports say, against the
-weights that came into the layer: for GPTQ, which prunes nothing, it is of rounding alone, and is
-not shown.
+pattern and grid four ways: SparseGPT alone; then each layer's weights rounded to the nearest value,
+as torchao does; then GPTQ of each layer with the zeros kept as tools usually keep them, so that
+only kept weights make up for rounding; and SparseGPT's `quantize=`, which is one sweep. Each layer
+is calibrated on what the pruned and quantized layers before it give. The error is the mean of the
+layers' own, as the report has it.
 
-    python benchmarks/methods/quantized.py --windows 16 --evaluate 16 --table quantized.md
+    python benchmarks/methods/quantized.py --output quantized.json --table quantized.md  # resumes
+    python benchmarks/methods/quantized.py --blocks 3 --windows 8      # layers' errors and seconds
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
 import torchprune
 from torchprune import SparseGPTSpec
 from torchprune.checkpoint.whole_files import write_whole
-from torchprune.masking.mask import masked_layers, original_of
 from torchprune.methods.factor import factorise
 from torchprune.methods.grid import plain_scale, rounded
 from torchprune.specs.method import Solution, Task
@@ -39,6 +38,8 @@ from torchprune.training import Int4, Int8
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import smollm2
+
+_BLOCK = 64
 
 GOALS: dict[str, tuple[dict[str, Any], Grid]] = {
     "2:4, int4 in groups of 32": ({"pattern": "2:4"}, Int4(group=32)),
@@ -49,38 +50,66 @@ GOALS: dict[str, tuple[dict[str, Any], Grid]] = {
 
 
 @dataclass(frozen=True)
-class GPTQAfter(SparseGPTSpec):
-    """GPTQ of the weights that a mask keeps, column by column, as it is usually written down."""
+class ThenNearest(SparseGPTSpec):
+    """SparseGPT, and then what is kept rounded to the nearest value."""
 
-    method: ClassVar[str] = "gptq after"
+    method: ClassVar[str] = "sparsegpt then nearest"
 
     def solution(self, task: Task) -> list[Solution]:
-        """Each matrix by itself; what a mask pruned stays zero and makes up for nothing."""
+        """Of each matrix by itself."""
         assert self.quantize is not None
-        rows = task.moments.rows
-        factor = factorise(task.moments.gram, rows, self.damping, task.moments.layer)
         found = []
-        for weight, bar in zip(task.weights, task.barred, strict=True):
-            assert bar is not None
-            w, keep = weight.float().clone(), ~bar
-            scale = plain_scale(w, self.quantize, weight.dtype)
-            width = self.quantize.group or w.shape[1]
-            for j in range(w.shape[1]):
-                at = scale[:, j // width].unsqueeze(1)
-                value = rounded(w[:, j : j + 1].contiguous(), at, replace(self.quantize, group=1))
-                error = (w[:, j : j + 1] - value) / factor.upper[j, j]
-                w[:, j + 1 :] -= (error * factor.upper[j, j + 1 :]) * keep[:, j + 1 :]
-                w[:, j : j + 1] = value
-            found.append(Solution(w, keep))
+        for one in replace(self, quantize=None)._pruned(task):
+            scale = plain_scale(one.weight, self.quantize, torch.float32)
+            found.append(Solution(rounded(one.weight, scale, self.quantize), one.keep))
         return found
 
+    def _pruned(self, task: Task) -> list[Solution]:
+        return SparseGPTSpec.solution(self, task)
 
-def to_nearest(model: nn.Module, grid: Grid) -> None:
-    """Round every masked weight to the nearest value of a grid, in place."""
-    with torch.no_grad():
-        for layer, _ in masked_layers(model):
-            weight = original_of(layer.module, layer.tensor)
-            weight.copy_(rounded(weight, plain_scale(weight, grid, weight.dtype), grid))
+
+@dataclass(frozen=True)
+class ThenGPTQ(ThenNearest):
+    """SparseGPT, and then GPTQ of what is kept, as it is usually written down."""
+
+    method: ClassVar[str] = "sparsegpt then gptq"
+
+    def solution(self, task: Task) -> list[Solution]:
+        """What a mask pruned stays zero and makes up for nothing."""
+        solved = replace(self, quantize=None)._pruned(task)
+        rows = task.moments.rows
+        factor = factorise(task.moments.gram, rows, self.damping, task.moments.layer)
+        return [Solution(self._gptq(s.weight, s.keep, factor.upper), s.keep) for s in solved]
+
+    def _gptq(self, weight: Tensor, keep: Tensor, whole: Tensor) -> Tensor:
+        assert self.quantize is not None
+        w, scale = weight.clone(), plain_scale(weight, self.quantize, torch.float32)
+        single, width = replace(self.quantize, group=1), self.quantize.group or w.shape[1]
+        for start in range(0, w.shape[1], _BLOCK):
+            now, later = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+            panel, mine, upper = w[:, now], keep[:, now], whole[now, now]
+            errors = torch.zeros_like(panel)
+            for j in range(panel.shape[1]):
+                at = scale[:, (start + j) // width].unsqueeze(1)
+                value = rounded(panel[:, j : j + 1], at, single)
+                errors[:, j : j + 1] = (panel[:, j : j + 1] - value) / upper[j, j]
+                spread = errors[:, j : j + 1] * upper[j, j + 1 :]
+                panel[:, j + 1 :] -= spread * mine[:, j + 1 :]
+                panel[:, j : j + 1] = value
+            w[:, later] -= (errors @ whole[now, later]) * keep[:, later]
+        return w
+
+
+def runs(goals: list[str]) -> dict[str, SparseGPTSpec]:
+    """What is compared, by name; SparseGPT alone once for each pattern."""
+    found: dict[str, SparseGPTSpec] = {}
+    for goal in goals:
+        given, grid = GOALS[goal]
+        found[f"pruned alone | {goal.split(', ')[0]}"] = SparseGPTSpec(**given)
+        found[f"then nearest | {goal}"] = ThenNearest(**given, quantize=grid)
+        found[f"then GPTQ | {goal}"] = ThenGPTQ(**given, quantize=grid)
+        found[f"one sweep | {goal}"] = SparseGPTSpec(**given, quantize=grid)
+    return found
 
 
 def main() -> None:
@@ -90,6 +119,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument("--evaluate", type=int, default=40, help="held-out windows of each source")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=0, help="the first so many, not evaluated")
     parser.add_argument("--output", type=Path, help="JSON of all runs so far")
     parser.add_argument("--table", type=Path, help="the table as Markdown")
     options = parser.parse_args()
@@ -101,68 +131,44 @@ def main() -> None:
         "Wikipedia": smollm2.tokens(tokenizer, held_out)[:count],
         "news": smollm2.tokens(tokenizer, smollm2.news_articles())[:count],
     }
+    if options.blocks:
+        dense.model.layers, texts = dense.model.layers[: options.blocks], {}
     data = smollm2.windows(tokenizer, calibration, options.windows, options.length, 0).split(1)
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[str, dict[str, float]] = {}
     if options.output and options.output.exists():
         found = json.loads(options.output.read_text("utf-8"))
-    bar = tqdm(total=1 + 4 * len(options.goals.split(";")), unit="run")
-
-    def note(name: str, model: nn.Module, seconds: float | None, error: float | None) -> None:
-        whole = torchprune.fold(copy.deepcopy(model))
-        found[name] = {"seconds": seconds, "error": error} | {
-            name: float(torchprune.perplexity(whole, ids, seqlen=options.length))
-            for name, ids in texts.items()
-        }
+    specs: dict[str, SparseGPTSpec | None] = {"dense": None, **runs(options.goals.split(";"))}
+    for name, spec in tqdm(specs.items(), unit="run"):
+        if name in found:
+            continue
+        model, own = copy.deepcopy(dense), dict[str, float]()
+        if spec is not None:
+            start = time.perf_counter()
+            torchprune.sparsify(model, spec, data, progress=False)
+            own["seconds"] = time.perf_counter() - start
+            errors = [layer.error for layer in torchprune.report(model).layers]
+            own["error"] = fmean(error for error in errors if error is not None)
+        torchprune.fold(model)
+        for text, ids in texts.items():
+            own[text] = float(torchprune.perplexity(model, ids, seqlen=options.length))
+        found[name] = own
         if options.output:
             write_whole(options.output, json.dumps(found, indent=1) + "\n")
-        bar.update()
-
-    def pruned(model: nn.Module, spec: SparseGPTSpec) -> tuple[nn.Module, float, float]:
-        start = time.perf_counter()
-        torchprune.sparsify(model, spec, data, progress=False)
-        seconds = time.perf_counter() - start
-        errors = [layer.error for layer in torchprune.report(model).layers]
-        return model, seconds, fmean(e for e in errors if e is not None)
-
-    if "dense" not in found:
-        note("dense", dense, None, None)
-    alone: dict[str, nn.Module] = {}
-    for goal in options.goals.split(";"):
-        options_of, grid = GOALS[goal]
-        pattern = goal.split(", ")[0]
-        if f"one sweep | {goal}" in found:
-            bar.update(4)
-            continue
-        if pattern not in alone:
-            alone = {pattern: (run := pruned(copy.deepcopy(dense), SparseGPTSpec(**options_of)))[0]}
-            note(f"pruned alone | {pattern}", *run)
-        after = copy.deepcopy(alone[pattern])
-        to_nearest(after, grid)
-        note(f"then nearest | {goal}", after, None, None)
-        after = copy.deepcopy(alone[pattern])
-        after, seconds, _ = pruned(after, GPTQAfter(**options_of, quantize=grid))
-        note(f"then GPTQ | {goal}", after, seconds, None)
-        note(
-            f"one sweep | {goal}",
-            *pruned(copy.deepcopy(dense), SparseGPTSpec(**options_of, quantize=grid)),
-        )
     print(table(found))
     if options.table:
         options.table.write_text(f"{table(found)}\n")
 
 
-def table(found: dict[str, dict[str, float | None]]) -> str:
+def table(found: dict[str, dict[str, float]]) -> str:
     """Markdown."""
     lines = [
         "| weights | how | Wikipedia | news | layers' error | seconds |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
+    digits = {"Wikipedia": 2, "news": 2, "error": 4, "seconds": 0}
     for name, values in found.items():
         how, _, goal = name.partition(" | ")
-        error, seconds = values["error"], values["seconds"]
-        cells = [f"{values[text]:.2f}" for text in ("Wikipedia", "news")]
-        cells.append("" if error is None else f"{error:.4f}")
-        cells.append("" if seconds is None else f"{seconds:.0f}")
+        cells = [f"{values[k]:.{n}f}" if k in values else "" for k, n in digits.items()]
         lines.append(f"| {goal or 'dense'} | {how if goal else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

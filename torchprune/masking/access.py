@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from torch.fx import _symbolic_trace as fx
 from torch.nn.utils import parametrize
 
+from torchprune.errors import MaskError
 from torchprune.masking.keeper import Guarded
 from torchprune.masking.shards import settle_at
 
@@ -75,8 +76,24 @@ def install(module: nn.Module, tensor: str) -> None:
     kind: Any = type(module)
     _make_plain(kind)
     setattr(kind, tensor, property(_getter(tensor), vars(kind)[tensor].fset))
+    kind.register_parameter = _refuse_another
     if isinstance(module, nn.RNNBase) and _FLAT not in vars(kind):
         kind._flat_weights = property(_flat_weights, _keep_flat_weights)
+
+
+def _refuse_another(self: Any, name: str, param: nn.Parameter | None) -> None:
+    """In place of `register_parameter`, which does not know of masks: it would leave a half."""
+    if name in self._modules.get("parametrizations", {}):
+        raise MaskError(
+            f"the {name} of a {type(self).__name__.removeprefix('Parametrized')} carries a mask, "
+            "and another parameter was to take its place; to quantize it, or replace it, call "
+            "torchprune.fold(model) first, which keeps the zeros"
+        )
+    for kind in type(self).__mro__:
+        own = vars(kind).get("register_parameter")
+        if own is not None and own is not _refuse_another:
+            own(self, name, param)
+            return
 
 
 def _make_plain(kind: type) -> None:

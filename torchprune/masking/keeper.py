@@ -31,6 +31,10 @@ _LOCK = threading.RLock()
 _KEEPERS: dict[int, weakref.ref[Keeper]] = {}
 """Of every parameter with a mask, by its id: valid while the keeper lives and holds it."""
 
+_LEFT: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+"""Of such a parameter, by its id, the bits that it was cleaned by last. They outlive its mask: what
+swaps modules (torchao, to train quantized weights) takes the parameter along and drops the rest."""
+
 
 class Guarded(nn.Parameter):
     """A parameter that is masked: it marks each use of `.data`, and is an ordinary one otherwise.
@@ -137,6 +141,7 @@ class Keeper:
         """Keep nothing: another tensor may be about to come."""
         if self.param is not None and keeper_of(self.param) is self:
             del _KEEPERS[id(self.param)]
+            _LEFT.pop(id(self.param), None)
         self.param = self.bits = None
 
     def free(self) -> None:
@@ -175,8 +180,11 @@ class Keeper:
             self._clear(parameter, bits)
             self.bits, self.bits_version = bits, bits._version
             self.version, self.address = parameter._version, parameter.data_ptr()
+            key = id(parameter)
+            _LEFT[key] = weakref.ref(parameter, lambda _: _LEFT.pop(key, None)), bits
 
-    def _clear(self, parameter: Tensor, bits: Tensor) -> None:
+    @staticmethod
+    def _clear(parameter: Tensor, bits: Tensor) -> None:
         # Not through the parameter, whose version counter tells autograd of writes: what may be
         # zeroed here was written by somebody who told it, or went by `.data` so as not to.
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
@@ -246,3 +254,13 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             if keeper is not None and keeper.bits is not None:
                 keeper.touched = keeper.touched or parameter.grad is not None
                 keeper.clean(keeper.bits)
+            elif keeper is None and type(parameter) is Guarded:
+                _clean_what_is_left(parameter)
+
+
+def _clean_what_is_left(parameter: Tensor) -> None:
+    """Zeros stay where a mask was, though nothing holds it any more."""
+    with _LOCK:
+        known = _LEFT.get(id(parameter))
+        if known is not None and known[0]() is parameter:
+            Keeper._clear(parameter, known[1].to(parameter.device))

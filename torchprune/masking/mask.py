@@ -366,7 +366,8 @@ def densify(model: nn.Module) -> nn.Module:
     another order they stay in it: the same function, with permuted weights.
 
     Raises:
-        MaskError: nothing is masked, or the dense weights were not kept. Nothing is changed then.
+        MaskError: nothing is masked, the dense weights were not kept, or something else stands on a
+            mask. Nothing is changed then.
     """
     found = list(masked_layers(model))
     if not found:

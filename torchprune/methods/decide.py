@@ -82,20 +82,16 @@ class Decider:
         if keep is None:
             scope = "layer" if self.spec.scope == "global" else scope_of(self.spec, target)
             keep = _masks([target], [scores_of(self.spec, target)], scope)[0]
-        new = self._unseen(target, keep)
+        found = [self.spec.unseen(w, k) for w, k in zip(groups_of(target), keep, strict=True)]
+        changed, new = [one for one in found if one is not None], None
+        if changed:
+            whole = torch.stack([values for values, _ in changed]).to(target.weight.dtype)
+            new = target.view.from_matrix(whole, target.weight.shape)
+            note = f"{note}; {changed[0][1]}"
         record = Record(
             by, str(target.goal), new is not None, tokens=0, note=note, view=target.view_text
         )
         return Change(target, target.view.from_matrix(keep, target.weight.shape), record, new)
-
-    def _unseen(self, target: Target, keep: Tensor) -> Tensor | None:
-        """New values of a layer that no batch reached, of methods that change those too."""
-        found = [self.spec.unseen(w, k) for w, k in zip(groups_of(target), keep, strict=True)]
-        known = [new for new in found if new is not None]
-        if not known:
-            return None
-        whole = torch.stack(known).to(target.weight.dtype)
-        return target.view.from_matrix(whole, target.weight.shape)
 
     def keep(self, target: Target, moments: Moments) -> Tensor:
         """The mask of a layer by its scores alone."""
@@ -160,7 +156,7 @@ class Decider:
         scores = [[magnitude_score(weight)]]
         keep = _masks([target], scores, scope_of(self.spec, target), groups=[group])[0][0]
         new = self.spec.unseen(weight, keep)
-        return Solution(weight.float() if new is None else new, keep, 0.0)
+        return Solution(weight.float() if new is None else new[0], keep, 0.0)
 
     def _change(
         self,

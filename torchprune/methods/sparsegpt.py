@@ -280,8 +280,10 @@ class SparseGPTSpec(Spec):
     def misfit(self, cols: int) -> str | None:
         return None if self.quantize is None else misfit_of(self.quantize, cols)
 
-    def unseen(self, weight: Tensor, keep: Tensor) -> Tensor | None:
-        return None if self.quantize is None else nearest(weight, keep, self.quantize)
+    def unseen(self, weight: Tensor, keep: Tensor) -> tuple[Tensor, str] | None:
+        if self.quantize is None:
+            return None
+        return nearest(weight, keep, self.quantize), f"quantized to {self.quantize}"
 
     def solution(self, task: Task) -> list[Solution]:
         rows = task.moments.rows

@@ -167,9 +167,9 @@ class Spec(Checked):
         """Why the method can do nothing with rows of so many weights, or None."""
         return None
 
-    def unseen(self, weight: Tensor, keep: Tensor) -> Tensor | None:
-        """(rows, cols) float32: new weights of a matrix whose inputs no token showed, of methods
-        that change such weights too; None leaves them as they are.
+    def unseen(self, weight: Tensor, keep: Tensor) -> tuple[Tensor, str] | None:
+        """New weights (rows, cols) float32 of a matrix whose inputs no token showed, and what the
+        report says of it; of methods that change such weights too. None leaves them as they are.
 
         Args:
             weight: (rows, cols), in its own dtype.

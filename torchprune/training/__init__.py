@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torchprune.specs.quantize import Int4, Int8
+from torchprune.specs.quantize import Int4 as Int4
+from torchprune.specs.quantize import Int8 as Int8
 from torchprune.training.level_history import History, LevelRow
+from torchprune.training.lost_zeros import lost_zeros as lost_zeros
 from torchprune.training.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora, remove_mask_lora
 from torchprune.training.objectives import KL, OwnLoss, SquareHead
+from torchprune.training.quantized_training import quantized_aware as quantized_aware
 from torchprune.training.regrowth import SET, MagnitudeRegrowth, RigL
 from torchprune.training.run_records import RunError
 from torchprune.training.schedules import Constant, Cosine, Cubic, Iterative, Linear, OneShot
@@ -44,7 +47,9 @@ __all__ = [
     "Trial",
     "Within",
     "add_mask_lora",
+    "lost_zeros",
     "merge_mask_lora",
+    "quantized_aware",
     "remove_mask_lora",
 ]
 

@@ -71,6 +71,28 @@ def search(
     )
 
 
+STYLE = """<style>
+  .paper { fill: #ffffff } text { fill: #1f2328 }
+  @media (prefers-color-scheme: dark) { .paper { fill: #0d1117 } text { fill: #f0f6fc } }
+</style>
+<rect class="paper" width="100%" height="100%"/>
+"""
+
+
+def draw(found: Tickets, path: Path) -> None:
+    """The figure as a small SVG that follows the reader's light or dark mode."""
+    from matplotlib import rc_context
+
+    figure = found.figure()
+    (axes,) = figure.axes
+    axes.legend(fontsize="small", frameon=False)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tickets"}):
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+    text = path.read_text("utf-8").replace("#000000", "#8c959f")
+    head, tag, rest = text.partition("<metadata>")
+    path.write_text(head + STYLE + tag + rest, "utf-8")
+
+
 def main(given: Sequence[str] | None = None) -> Tickets:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("tickets"))
@@ -79,7 +101,7 @@ def main(given: Sequence[str] | None = None) -> Tickets:
     sizes = (2, 2, 1, 0.75) if options.tiny else (8, 5, 15, 0.99)
     found = search(*sizes, path=options.output)
     print(found)
-    found.figure(options.output / "tickets.svg")
+    draw(found, options.output / "tickets.svg")
     return found
 
 

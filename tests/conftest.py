@@ -26,6 +26,8 @@ _THIRD_PARTY_NOISE = (
     "ignore::DeprecationWarning:torchao.*",
     # Inductor's own import of torch.utils.mkldnn.
     "ignore:.*torch.jit.script_method.*:DeprecationWarning",
+    # peft reads a property that transformers has renamed.
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning",
     # SWIG's generated types (sentencepiece, among others) carry no module.
     "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
 )

@@ -64,6 +64,7 @@ def _work(rank: int, directory: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of torch, about meshes of CPUs
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}  # asked for, not used
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory}/rendezvous",

@@ -231,3 +231,25 @@ def test_a_peft_model_is_pruned_as_its_base() -> None:
     assert [
         t.name for t in make_plan(adapted, MagnitudeSpec(targets="model.layers.1")).targets
     ] == [name for name in names if ".1." in name]
+
+
+class Attends(nn.Module):
+    """Of whose projections some have an adapter and one is frozen and bare."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = wrap(nn.Linear(16, 16)), wrap(nn.Linear(16, 16))
+        self.v_proj = nn.Linear(16, 16, bias=False).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.v_proj(self.q_proj(x) + self.k_proj(x))
+        return out
+
+
+@pytest.mark.parametrize("wrap", [Beside, Within])
+def test_a_bare_layer_among_adapted_ones_is_no_adapters_own(wrap: Any) -> None:
+    model = nn.Sequential(Attends(wrap), Attends(wrap))
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    found = {y.name.rpartition(".")[2] for y in torchprune.report(model).layers}
+    assert found == {"q_proj", "k_proj", "v_proj"}
+    assert len(torchprune.report(model).layers) == 6

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import MagnitudeSpec, Pruner
 from torchprune.masking.mask import masked_layers, original_of
+from torchprune.specs.patterns import prune_count
 from torchprune.training import (
     SET,
     Constant,
@@ -93,7 +94,7 @@ def assert_laws(model: nn.Module, optimizer: Any, count: float | None, pattern: 
                 tiny = 1e-7 if name == "exp_inf" else 0.0  # Adamax's epsilon
                 assert bool(((value[~keep] - fresh).abs() <= tiny).all()), name
         if count is not None and pattern == "unstructured":
-            assert int((~keep).sum()) == int(keep.numel() * count + 1e-9)
+            assert int((~keep).sum()) == prune_count(keep.numel(), count)
         if count == 0.5 and pattern == "2:4":
             groups = keep.flatten(1).reshape(len(keep), -1, 4) if keep.dim() == 2 else None
             if groups is not None:
@@ -115,9 +116,9 @@ SCHEDULES = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@settings(max_examples=6, deadline=None)
 @given(
-    st.sampled_from(sorted(OPTIMIZERS)),
     SCHEDULES,
     st.sampled_from(["unstructured", "2:4"]),
     st.sampled_from([None, SET(0.4), RigL(0.5), MagnitudeRegrowth()]),
@@ -178,8 +179,9 @@ def test_laws_hold_after_every_step(
         assert_laws(model, first, schedule(step), pattern)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.sampled_from([n for n in sorted(OPTIMIZERS) if n != "adafactor"]), st.integers(1, 4))
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adafactor"])
+@settings(max_examples=2, deadline=None)
+@given(st.integers(1, 4))
 def test_kept_weights_learn_as_by_hand(name: str, every: int) -> None:
     """A loop that zeroes weights, gradients and what is remembered by hand gives the same bits."""
     model = make()
@@ -202,7 +204,7 @@ def test_kept_weights_learn_as_by_hand(name: str, every: int) -> None:
         for key, w in own.items():
             w.data[~keep[key]] = 0
             if schedule.changes_at(step):
-                gone = int(w.numel() * schedule(step) + 1e-9)
+                gone = prune_count(w.numel(), schedule(step))
                 size = w.detach().abs().flatten().tolist()
                 order = sorted(range(w.numel()), key=lambda i, size=size: (size[i], i))
                 keep[key].view(-1)[order[:gone]] = False

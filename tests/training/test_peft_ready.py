@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,8 @@ import torchprune
 from torchprune import MagnitudeSpec, WandaSpec
 from torchprune.errors import MaskError
 from torchprune.masking.mask import mask_of, masked_layers
+from torchprune.training.adapted_weight import place_of
+from torchprune.training.adapted_weight import run as run_layer
 
 peft = pytest.importorskip("peft")
 
@@ -553,3 +556,83 @@ def test_layers_without_masks_compute_what_peft_does() -> None:
     assert torch.equal(layer(x), layer.base_layer(x) + b(a(x)) * layer.scaling["default"])
     trained = run(adapted)
     torch.testing.assert_close(run(adapted.merge_and_unload()), trained)
+
+
+def test_threads_read_an_adapter_each() -> None:
+    """Also where hooks have the base layer itself called."""
+    model, _ = masked("llama")
+    adapted = peft.get_peft_model(model, config("llama", init_lora_weights=False), "one")
+    adapted.add_adapter("two", config("llama", init_lora_weights=False))
+    adapted.eval()
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 32)
+    places = [place_of(layer) for _ in range(2)]
+    expected = {}
+    for name in ("one", "two"):
+        adapted.set_adapter(name)
+        expected[name] = layer(x)
+    meet = threading.Barrier(2)
+    found = {}
+
+    def together(*_: Any) -> None:
+        meet.wait(10)
+
+    layer.base_layer.register_forward_pre_hook(together)
+
+    def read(name: str, place: Any) -> None:
+        with torch.no_grad():
+            found[name] = run_layer(place, [name], x, (), {})
+
+    threads = [
+        threading.Thread(target=read, args=(name, place))
+        for name, place in zip(expected, places, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not [key for key in vars(layer.base_layer) if "instead" in key]
+
+
+def test_fused_experts_with_an_adapter_are_pruned_again() -> None:
+    model, run = masked("mixtral")
+    adapted = peft.get_peft_model(model, config("mixtral"))
+    stir(adapted).eval()
+    spec, data = WandaSpec(pattern="2:4"), FAMILIES["mixtral"].data()
+    torchprune.sparsify(adapted, spec, data, progress=False)
+    kept, trained = kept_in(adapted), run(adapted)
+    merged = adapted.merge_and_unload()
+    assert torch.equal(run(merged), trained)
+    check_zeros(merged, kept)
+
+
+def test_a_layer_of_a_masked_ones_class_is_an_ordinary_one() -> None:
+    """Adapters make their own so; a copy is still a masked one."""
+    conv = nn.Conv2d(4, 8, 3)
+    torchprune.sparsify(conv, MagnitudeSpec(), progress=False)
+    made = type(conv)(4, 2, 1, bias=False)
+    assert type(made) is nn.Conv2d
+    assert isinstance(made.weight, nn.Parameter)
+    twin = copy.deepcopy(conv)
+    assert mask_of(twin, "weight") is not None
+    assert torch.equal(twin.weight, conv.weight)
+
+
+def test_a_row_that_is_pruned_whole_stays_finite_under_dora() -> None:
+    model, run = MODELS["llama"][0](torch.float32)
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    keys = [key for key in torchprune.masks(model) if key.endswith("q_proj.weight")]
+    keep = {key: torchprune.masks(model)[key] for key in keys}
+    for mask in keep.values():
+        mask[3] = False
+    torchprune.apply_masks(model, keep)
+    adapted = peft.get_peft_model(model, config("llama", use_dora=True))
+    run(adapted).sum().backward()
+    assert all(p.grad.isfinite().all() for p in adapted.parameters() if p.grad is not None)
+    trained = run(stir(adapted).eval())
+    assert trained.isfinite().all()
+    adapted.merge_adapter()
+    assert torch.equal(run(adapted), trained)
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(run(adapted), trained)

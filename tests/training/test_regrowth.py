@@ -16,6 +16,7 @@ import torchprune
 from torchprune import NM, Block, MagnitudeSpec, Pruner, Unstructured
 from torchprune.masking.projection import project_each
 from torchprune.specs.goals import Goal
+from torchprune.specs.patterns import prune_count
 from torchprune.training import SET, Constant, Cubic, MagnitudeRegrowth, RigL
 from torchprune.training.regrowth import exchanged
 
@@ -96,7 +97,7 @@ def test_the_weakest_go_and_the_most_promising_come(
     places = range(24)
     now = [i for i in places if kept.view(-1)[i]]
     by_worth = sorted(now, key=lambda i: float(worth.view(-1)[i]))
-    pruned = int(24 * (1 - (1 - sparsity) * (1 - share)))
+    pruned = prune_count(24, 1 - (1 - sparsity) * (1 - share))
     safe = set(by_worth[max(0, pruned - (24 - len(now))) :]) if share > 0 else set(now)
     rest = sorted(set(places) - safe, key=lambda i: -float(promise.view(-1)[i]))
     wanted = safe | set(rest[: len(now) - len(safe)])
@@ -215,7 +216,7 @@ def test_regrowth_goes_with_a_rising_schedule() -> None:
     for step in range(1, 12):
         pruner.step()
         for mask in torchprune.masks(model).values():
-            assert int((~mask).sum()) == int(mask.numel() * schedule(step) + 1e-9)
+            assert int((~mask).sum()) == prune_count(mask.numel(), schedule(step))
 
 
 def test_experts_and_convolutions_regrow_by_group() -> None:

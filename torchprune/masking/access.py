@@ -85,12 +85,12 @@ def _make_plain(kind: type) -> None:
     if "__new__" in vars(kind):
         return
 
-    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def make(cls: type, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return ordinary(*args, **kwargs)
         return object.__new__(cls)  # a copy's, which fills it in itself
 
-    kind.__new__ = staticmethod(__new__)  # type: ignore[assignment]
+    kind.__new__ = staticmethod(make)  # type: ignore[assignment]
 
 
 def uninstall(module: nn.Module) -> None:

@@ -38,9 +38,9 @@ class Place:
     def weight(self) -> Tensor:
         """As the base layer gives it, with its zeros, whatever stands in its place."""
         chain: Any = cast(nn.ModuleDict, self.base.parametrizations)[self.tensor]
-        if not torch.compiler.is_compiling() and len(chain) == 1:
-            if self.mask.makes_ready(chain.original):
-                return cast(Tensor, chain.original)
+        alone = not torch.compiler.is_compiling() and len(chain) == 1
+        if alone and self.mask.makes_ready(chain.original):
+            return cast(Tensor, chain.original)
         return cast(Tensor, chain())
 
     @property
@@ -162,7 +162,9 @@ def row_norms(place: Place, name: str, weight: Tensor) -> Tensor:
     """The norm of each output's weights with one adapter's change, without a gradient."""
     with torch.no_grad():
         summed = _plus(place, [name], weight.detach().to(wide(weight.dtype)), 1.0)
-        return torch.linalg.vector_norm(place.view.to_matrix(summed)[0], dim=-1)
+        matrix = place.view.to_matrix(summed)[0]
+        norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+        return norms
 
 
 def _by_rows(place: Place) -> list[int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from torchprune.calibration.token_masks import TokenMask
@@ -88,19 +88,9 @@ class PruningCallback(TrainerCallback):
             "progress": progress,
         }
         self._training: weakref.ref[Any] | None = None
-        self._early = False
         when_imported({"transformers.trainer": _teach})
 
     # -- what the trainer calls --------------------------------------------------------------------
-
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sharded models load their checkpoints after they were sharded, masks and all: so those
-        have to be there before."""
-        model = kwargs.get("model")
-        asked = os.environ.get("ACCELERATE_USE_FSDP", "") == "true" or getattr(args, "fsdp", None)
-        if asked and isinstance(model, nn.Module) and not self.spec.needs_data:
-            self.pruner = self._made(model, None, {"step": 0, "sparsity": 0.0, "levels": {}})
-            self._early = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the model masks, and go on from where a checkpoint was."""
@@ -114,14 +104,14 @@ class PruningCallback(TrainerCallback):
                 )
                 saved = {**saved, "step": 0, "sparsity": 0.0}
             if self.pruner is None or self.pruner.model is not plain_of(model):
-                self.pruner = self._made(model, kwargs.get("train_dataloader"), saved)
+                at = saved or {"step": 0, "sparsity": _most_zeros(model), "levels": {}}
+                self.pruner = self._made(model, kwargs.get("train_dataloader"), at)
+                if saved is None and self.pruner.schedule(0) > self.pruner.sparsity:
+                    self.pruner._go_to(0)
             elif saved is not None:
                 self.pruner.load_state_dict(saved)
-            elif self._early and step == 0:
-                self.pruner._go_to(0)
             elif step < self.pruner.steps:
                 self.pruner.load_state_dict({**self.pruner.state_dict(), "step": step})
-            self._early = False
             self._follow(step, kwargs.get("optimizer"))
         state.stateful_callbacks[_KEY] = self.pruner.state_dict()
 
@@ -185,6 +175,15 @@ _ALL: weakref.WeakSet[PruningCallback] = weakref.WeakSet()
 
 def _has_masks(model: nn.Module) -> bool:
     return next(masked_layers(model), None) is not None
+
+
+def _most_zeros(model: nn.Module) -> float:
+    """The share of zeros of the sparsest mask that a model has; masks lose none by a schedule."""
+    shares = (
+        1 - int(torch.count_nonzero(mask.mask)) / mask.shape.numel()
+        for _, mask in masked_layers(model)
+    )
+    return max(shares, default=0.0)
 
 
 def _saved_in(state: Any) -> dict[str, Any] | None:

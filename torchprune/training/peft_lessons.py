@@ -1,4 +1,4 @@
-"""peft taught about masks: its LoRA layers keep zeros, and nothing is merged with a loss in silence.
+"""peft taught about masks: its LoRA keeps zeros, and nothing is lost in silence by a merge.
 
 As soon as peft is imported, with or without a mask in sight, some of its methods are wrapped. They
 do for layers without masks what they did before. On a masked layer
@@ -95,7 +95,7 @@ def _teach(peft: ModuleType) -> None:
         wrapped(kind, "add_weighted_adapter", _weighing)
 
 
-def _kinds_of(kind: type) -> Iterator[type]:
+def _kinds_of(kind: Any) -> Iterator[Any]:
     for child in kind.__subclasses__():
         yield child
         yield from _kinds_of(child)
@@ -292,8 +292,9 @@ def _check_zeros(layer: Any, weight: Tensor, mask: Mask) -> None:
     filled = int(torch.count_nonzero(weight[~mask.mask]))
     if filled:
         raise MaskError(
-            f"{_other_kind(layer, layer.active_adapters)} cannot be merged: {filled:,} of {mask.mask.numel():,} weights would be filled "
-            f"that the layer's mask prunes. Keep it unmerged, or {INSTEAD}"
+            f"{_other_kind(layer, layer.active_adapters)} cannot be merged: {filled:,} of "
+            f"{weight.numel():,} weights would be filled that the layer's mask prunes. Keep it "
+            f"unmerged, or {INSTEAD}"
         )
 
 
@@ -391,7 +392,7 @@ def _injecting(original: Any) -> Any:
 
 
 def _beginning_attention(original: Any) -> Any:
-    def __init__(self: Any, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def begin(self: Any, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         inner = [base_layer, getattr(base_layer, "out_proj", None)]
         if any(m is not None and parametrize.is_parametrized(m) for m in inner):
             raise MaskError(
@@ -400,7 +401,7 @@ def _beginning_attention(original: Any) -> Any:
             )
         original(self, base_layer, *args, **kwargs)
 
-    return __init__
+    return begin
 
 
 def _matching(original: Any) -> Any:

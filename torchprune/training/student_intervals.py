@@ -35,7 +35,8 @@ class Interval:
         if not (0 < self.half < math.inf):
             return f"{self.mean:{sign}.4g}"
         decimals = max(0, 1 - math.floor(math.log10(self.half)))
-        return f"{self.mean:{sign}.{decimals}f} ± {self.half:.{decimals}f}"
+        mean = round(self.mean, decimals) + 0.0  # no -0.0
+        return f"{mean:{sign}.{decimals}f} ± {self.half:.{decimals}f}"
 
 
 def interval_of(draws: Sequence[float], confidence: float) -> Interval:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchprune.checkpoint.whole_files import write_whole
 from torchprune.masking.mask import masks as masks_of
-from torchprune.reports.tables import Cells, Column, by_rich, markdown, plain
+from torchprune.reports.tables import Cells, Column, markdown, plain
 from torchprune.training.metric_curves import Curve, check_suffix, draw_curves
 from torchprune.training.run_records import (
     RunError,
@@ -213,8 +213,7 @@ class Tickets:
     # -- showing -------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        columns, rows = self._columns(), self._lines()
-        return (by_rich(columns, rows) or plain(columns, rows)).rstrip() + f"\n{self._note()}"
+        return f"{plain(self._columns(), self._lines())}\n{self._note()}"  # too wide for rich
 
     def to_markdown(self) -> str:
         """The table as GitHub's Markdown."""

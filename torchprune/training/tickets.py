@@ -186,7 +186,8 @@ def _steps(spec: object, rounds: int | Iterable[Level]) -> list[Step]:
                 'the levels, such as rounds=["3:4", "2:4"]'
             )
         if isinstance(spec, Spec | StructuredSpec):
-            assert spec.sparsity is not None
+            if not spec.sparsity:
+                raise SpecError(f"the last round must prune weights or units, got {spec}")
             rounds = Iterative(0.0, spec.sparsity, rounds).levels
     steps = read_levels(spec, rounds)  # type: ignore[arg-type]
     for step in steps:
@@ -278,7 +279,9 @@ class _Search:
                 bar.update()
         trials = self.store.trials
         name = judging(trials[0].metrics, metric)
-        found = Tickets(trials, name, higher_is_better, confidence, self.store.rewound_to or 0)
+        found = Tickets(
+            tuple(trials), name, higher_is_better, confidence, self.store.rewound_to or 0
+        )
         if self.store.lasts:
             found.save(self.store.home / RESULTS)
         return found.with_states(self.states)
@@ -323,8 +326,8 @@ class _Search:
 
     def _rewound_to(self, seed: int) -> int:
         """The step that tickets rewind to: of a share, counted once, on the first draw."""
-        if isinstance(self.rewind, int):
-            return self.rewind
+        if isinstance(self.rewind, int) or self.rewind == 0:
+            return int(self.rewind)
         if self.store.rewound_to is None:
             model = self.states.fresh(seed)
             with watching_steps(model, None, lambda: None) as count:

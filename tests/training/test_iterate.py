@@ -606,6 +606,8 @@ def test_a_run_that_was_interrupted_anywhere_ends_with_the_same_bits(where, tmp_
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)  # as conftest does: sums are the same then
 import test_iterate as t
 calls = 0
 def train(model):

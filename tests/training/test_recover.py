@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -641,3 +643,11 @@ def test_a_run_is_saved_with_the_model(tmp_path: Path) -> None:
     back = torchprune.load_into(copy.deepcopy(dense), tmp_path / "saved")
     assert runs_of(back)[-1] == runs_of(model)[-1]
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters()))  # noqa: B905
+    said = subprocess.run(  # the command imports only what it runs
+        [sys.executable, "-m", "torchprune", "inspect", str(tmp_path / "saved")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert "recovered: trained" in " ".join(said.stdout.split())

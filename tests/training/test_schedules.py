@@ -70,12 +70,16 @@ def test_rounds_prune_the_same_share_of_what_is_left(
     kept = [1 - low, *(1 - level for level in schedule.levels)]
     ratio = ((1 - high) / (1 - low)) ** (1 / rounds)
     for before, after in itertools.pairwise(kept):
-        assert after == pytest.approx(before * ratio, rel=1e-9)
+        assert after == pytest.approx(before * ratio, rel=1e-9, abs=1e-11)
     assert schedule.levels[-1] == high
     for k, level in enumerate(schedule.levels):
         for step in range(start + k * every, start + (k + 1) * every):
             assert schedule(step) == level
     assert schedule.end == start + (rounds - 1) * every
+
+
+def test_levels_are_the_decimals_that_are_meant() -> None:
+    assert Iterative(0.0, 0.488, 3).levels == (0.2, 0.36, 0.488)
 
 
 def test_constant_and_one_shot_jump() -> None:

@@ -575,6 +575,8 @@ def of_raising(model: nn.Module) -> None:
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)  # as conftest does: sums are the same then
 import test_tickets as t
 calls = 0
 def train(model):

@@ -34,6 +34,7 @@ from torchprune.reports.report import RunRecord
 from torchprune.specs.functions import FunctionName, function_name
 from torchprune.specs.options import Checked
 from torchprune.specs.patterns import NM, Block, Unstructured
+from torchprune.specs.recovery import RecoverySpec  # noqa: F401  (likewise)
 from torchprune.structure import specs as structured  # noqa: F401  (known by being imported)
 from torchprune.structure.size_record import Resized
 

@@ -222,6 +222,16 @@ class MaskChanges:
             if self._spec.needs_data and first_decides(values_of(weight)):
                 mask.put_on(weight)
 
+    def decay(self, optimizer: torch.optim.Optimizer) -> None:
+        """Draw pruned weights that go on learning to zero, by their gradients."""
+        assert isinstance(self._regrow, StraightThrough)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        with torch.no_grad():
+            for target in self.targets:
+                mask = target.mask
+                if isinstance(mask, LearningMask) and id(target.weight) in trained:
+                    mask.decay(target.weight, self._regrow.decay)
+
     # -- what is heard, said and saved -------------------------------------------------------------
 
     def listen(self, awake: bool) -> None:
@@ -239,7 +249,7 @@ class MaskChanges:
         everything = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         record = Record(self._spec.label, "nothing yet", view=target.view_text)
         if isinstance(self._regrow, StraightThrough):
-            learning = LearningMask(everything, record, self._regrow.decay)
+            learning = LearningMask(everything, record)
             put_on(layer.module, layer.tensor, learning)
         else:
             attach(layer.module, layer.tensor, everything, record, reversible=self._reversible)

@@ -50,15 +50,23 @@ def _reset(value: Any, stays: Tensor, fresh: float) -> None:
 
 
 class Steps:
-    """Sees the steps of all optimizers that train some parameters.
+    """Sees the steps of all optimizers that train some parameters. Compiled steps it does not see.
+
+    Args:
+        parameters: gives those that there are now.
+        before: what is done when an optimizer has its gradients and has not stepped yet.
 
     Attributes:
         count: of those steps.
     """
 
-    def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(
+        self,
+        parameters: Callable[[], Iterable[Tensor]],
+        before: Callable[[torch.optim.Optimizer], None] | None = None,
+    ) -> None:
         self.count = 0
-        self._parameters = parameters
+        self._parameters, self._before = parameters, before
         self._seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         own = weakref.ref(self)
 
@@ -67,8 +75,17 @@ class Steps:
             if steps is not None and not torch.compiler.is_compiling():
                 steps._stepped(optimizer)
 
-        handle = optimizers.register_optimizer_step_post_hook(stepped)
-        weakref.finalize(self, handle.remove)
+        def steps_now(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+            steps = own()
+            if steps is None or torch.compiler.is_compiling() or not steps._trains(optimizer):
+                return None
+            return steps._prepared(optimizer, args, kwargs)
+
+        handles = [optimizers.register_optimizer_step_post_hook(stepped)]
+        if before is not None:
+            handles.append(optimizers.register_optimizer_step_pre_hook(steps_now))
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -79,10 +96,28 @@ class Steps:
         """This one trains them, too."""
         self._seen.add(optimizer)
 
-    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+    def _trains(self, optimizer: torch.optim.Optimizer) -> bool:
         if optimizer not in self._seen:
             own = {id(p) for p in self._parameters()}
             if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-                return
+                return False
             self._seen.add(optimizer)
-        self.count += 1
+        return True
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        self.count += self._trains(optimizer)
+
+    def _prepared(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """Do what comes before a step: now, or once its closure has made the gradients."""
+        assert self._before is not None
+        before, closure = self._before, kwargs.get("closure") or next(iter(args[1:]), None)
+        if not callable(closure):
+            before(optimizer)
+            return None
+
+        def closed() -> Any:
+            result = closure()
+            before(optimizer)
+            return result
+
+        return args[:1], {**kwargs, "closure": closed}

@@ -100,7 +100,8 @@ class Pruner:
         self._masks = MaskChanges(
             self.model, spec, given, regrow, reversible=reversible, together=together, seed=seed
         )
-        self._steps = Steps(self._masks.weights)
+        decays = isinstance(regrow, StraightThrough) and regrow.decay > 0
+        self._steps = Steps(self._masks.weights, self._masks.decay if decays else None)
         try:
             if state is None:
                 self._go_to(0)

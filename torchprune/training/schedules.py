@@ -211,8 +211,9 @@ class Iterative(Schedule):
     def levels(self) -> tuple[float, ...]:
         """The sparsity after each round."""
         ratio = (1 - self.final) / (1 - self.initial)
-        inner = [1 - (1 - self.initial) * ratio ** (k / self.rounds) for k in range(1, self.rounds)]
-        return (*inner, self.final)
+        left = [(1 - self.initial) * ratio ** (k / self.rounds) for k in range(1, self.rounds)]
+        # Rounded: else 1 - 0.8 * 0.8 is a little less than 0.36, and a weight too few goes.
+        return (*(round(1 - share, 12) for share in left), self.final)
 
     def level(self, progress: float) -> float:
         return self.levels[round(progress * (self.rounds - 1))]

@@ -12,7 +12,7 @@ from torchprune.errors import SpecError
 from torchprune.masking.packing import pack_bits
 from torchprune.masking.parametrization import Mask, Record
 from torchprune.masking.passing import passing
-from torchprune.masking.shards import whole_of
+from torchprune.masking.shards import local_of, part_of, whole_of
 from torchprune.specs.options import Checked
 
 
@@ -25,7 +25,9 @@ class StraightThrough(Checked):
     change of the schedule: `Constant(0.5)` with "2:4" does so after every step, as the paper.
 
     Args:
-        decay: what is added to the gradient of each pruned weight, times the weight.
+        decay: what is added to the gradient of each pruned weight, times the weight, right before
+            an optimizer's step: once, however many batches it stands for and whatever scaled them.
+            A compiled `optimizer.step` goes without.
     """
 
     decay: float = 2e-4
@@ -46,14 +48,10 @@ class LearningMask(Mask):
 
     learns: ClassVar[bool] = True
 
-    def __init__(self, mask: Tensor, record: Record, decay: float) -> None:
-        super().__init__(mask, record)
-        self.decay = decay
-
     def forward(self, weight: Tensor) -> Tensor:
         exporting = torch.compiler.is_exporting()
         if torch.is_grad_enabled() and not (self._transparent or exporting):
-            return passing(weight, self.whole(weight), self.decay)
+            return passing(weight, self.whole(weight))
         return super().forward(weight)
 
     @property
@@ -71,6 +69,14 @@ class LearningMask(Mask):
 
     def restored(self, weight: Tensor) -> Tensor:
         return whole_of(weight).detach().clone()
+
+    def decay(self, weight: Tensor, share: float) -> None:
+        """Add a share of each pruned weight to its gradient."""
+        if weight.grad is None:
+            return
+        gradient, values = local_of(weight.grad), local_of(weight)
+        keep = part_of(self.mask, weight)
+        gradient.add_(values.masked_fill(keep, 0).to(gradient.dtype), alpha=share)
 
     def change(self, weight: Tensor, mask: Tensor, record: Record, *, reversible: bool) -> None:
         self.bits.copy_(pack_bits(mask))

@@ -31,9 +31,9 @@ _LOCK = threading.RLock()
 _KEEPERS: dict[int, weakref.ref[Keeper]] = {}
 """Of every parameter with a mask, by its id: valid while the keeper lives and holds it."""
 
-_LEFT: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-"""Of such a parameter, by its id, the bits that it was cleaned by last. They outlive its mask: what
-swaps modules (torchao, to train quantized weights) takes the parameter along and drops the rest."""
+_LEFT = "_torchprune_left"
+"""Where a parameter holds the bits of a mask that is gone. What swaps modules (torchao, to train
+quantized weights) takes the parameter along and drops the rest."""
 
 
 class Guarded(nn.Parameter):
@@ -127,9 +127,15 @@ class Keeper:
     def __reduce__(self) -> tuple[Any, ...]:
         return Keeper, ()
 
+    def __del__(self) -> None:
+        # Its mask is gone, and was not taken off: the parameter may live on in another module.
+        if self.param is not None and self.bits is not None and type(self.param) is Guarded:
+            vars(self.param)[_LEFT] = self.bits
+
     def adopt(self, parameter: Tensor) -> None:
         """Keep the zeros of this parameter from now on."""
         parameter.__class__ = Guarded
+        vars(parameter).pop(_LEFT, None)
         self.param, self.touched = parameter, True
         self.hooked = any(
             isinstance(h, _KeptOnly) and h.keeper() is self for h in _hooks(parameter)
@@ -141,7 +147,6 @@ class Keeper:
         """Keep nothing: another tensor may be about to come."""
         if self.param is not None and keeper_of(self.param) is self:
             del _KEEPERS[id(self.param)]
-            _LEFT.pop(id(self.param), None)
         self.param = self.bits = None
 
     def free(self) -> None:
@@ -180,8 +185,6 @@ class Keeper:
             self._clear(parameter, bits)
             self.bits, self.bits_version = bits, bits._version
             self.version, self.address = parameter._version, parameter.data_ptr()
-            key = id(parameter)
-            _LEFT[key] = weakref.ref(parameter, lambda _: _LEFT.pop(key, None)), bits
 
     @staticmethod
     def _clear(parameter: Tensor, bits: Tensor) -> None:
@@ -260,7 +263,7 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 def _clean_what_is_left(parameter: Tensor) -> None:
     """Zeros stay where a mask was, though nothing holds it any more."""
-    with _LOCK:
-        known = _LEFT.get(id(parameter))
-        if known is not None and known[0]() is parameter:
-            Keeper._clear(parameter, known[1].to(parameter.device))
+    bits = vars(parameter).get(_LEFT)
+    if bits is not None:
+        with _LOCK:
+            Keeper._clear(parameter, bits.to(parameter.device))

@@ -399,7 +399,7 @@ def doubly_parametrized() -> nn.Module:
         (lambda: nn.Linear(4, 4, dtype=torch.complex128), r"weight is torch.complex128"),
         (lambda: Box([torch.eye(3).to_sparse()]), r"b0 is a Tensor of layout torch.sparse_coo"),
         (tied_and_masked, r"embed.weight is tied to conv.weight, and masked"),
-        (doubly_parametrized, r"conv.weight has another parametrization beside its mask"),
+        (doubly_parametrized, r"conv: its weight has another parametrization beside its mask"),
     ],
 )
 def test_what_cannot_be_saved_is_refused(

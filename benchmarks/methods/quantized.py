@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument("--evaluate", type=int, default=40, help="held-out windows of each source")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--draw", type=int, default=0, help="seed of the calibration windows")
     parser.add_argument("--blocks", type=int, default=0, help="the first so many, not evaluated")
     parser.add_argument("--output", type=Path, help="JSON of all runs so far")
     parser.add_argument("--table", type=Path, help="the table as Markdown")
@@ -133,7 +134,8 @@ def main() -> None:
     }
     if options.blocks:
         dense.model.layers, texts = dense.model.layers[: options.blocks], {}
-    data = smollm2.windows(tokenizer, calibration, options.windows, options.length, 0).split(1)
+    data = smollm2.windows(tokenizer, calibration, options.windows, options.length, options.draw)
+    batches = data.split(1)
     found: dict[str, dict[str, float]] = {}
     if options.output and options.output.exists():
         found = json.loads(options.output.read_text("utf-8"))
@@ -144,7 +146,7 @@ def main() -> None:
         model, own = copy.deepcopy(dense), dict[str, float]()
         if spec is not None:
             start = time.perf_counter()
-            torchprune.sparsify(model, spec, data, progress=False)
+            torchprune.sparsify(model, spec, batches, progress=False)
             own["seconds"] = time.perf_counter() - start
             errors = [layer.error for layer in torchprune.report(model).layers]
             own["error"] = fmean(error for error in errors if error is not None)

@@ -20,7 +20,8 @@ import torchprune
 from torchprune import ADMMSpec, MagnitudeSpec, NeuronSpec, Reconstruct, SparseGPTSpec, WandaSpec
 from torchprune.calibration.block_calls import Call, Unit
 from torchprune.errors import CalibrationError
-from torchprune.methods.reconstruct import Gain, has_bfloat16, reconstruct
+from torchprune.methods.precision import has_bfloat16
+from torchprune.methods.reconstruct import Gain, reconstruct
 
 SHORT = Reconstruct(epochs=2)
 
@@ -413,7 +414,7 @@ class Spy(nn.Module):
 def test_gradients_are_mixed_where_that_is_fast_and_judging_never(
     mixed: bool, able: bool, learning: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchprune.methods.reconstruct.has_bfloat16", lambda device: able)
+    monkeypatch.setattr("torchprune.methods.reconstruct.pays_in_bfloat16", lambda device: able)
     spy = Spy()
     calls = [Call((torch.randn(1, 5, 8),), {}, [torch.randn(1, 5, 6)], [None], i) for i in range(4)]
     weight = spy.layer.weight
@@ -442,7 +443,7 @@ def test_a_callers_autocast_remembers_no_weights(mixed: bool) -> None:
 def test_weights_of_other_dtypes_learn_in_their_own(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchprune.methods.reconstruct.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("torchprune.methods.reconstruct.pays_in_bfloat16", lambda device: True)
     spy = Spy().to(dtype)
     calls = [Call((torch.randn(1, 5, 8).to(dtype),), {}, [torch.randn(1, 5, 6)], [None], 0)]
     weight = spy.layer.weight

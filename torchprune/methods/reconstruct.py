@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from torchprune.calibration.block_calls import Call, Unit, floats_of
 from torchprune.errors import CalibrationError
+from torchprune.methods.precision import pays_in_bfloat16
 from torchprune.specs.options import Reconstruct
 
 _PATIENCE = 2
@@ -73,7 +74,7 @@ def reconstruct(
     with _with_gradients():
         values = [t.weight.detach().float().clone().requires_grad_() for t in trained]
         whole = all(t.weight.dtype == torch.float32 for t in trained)
-        mixed = options.mixed and whole and has_bfloat16(values[0].device)
+        mixed = options.mixed and whole and pays_in_bfloat16(values[0].device)
         learns = {t.name for t in trained}
         fixed = {n: p.detach() for n, p in unit.module.named_parameters() if n not in learns}
         run = _Run(unit, trained, values, fixed, mixed)
@@ -165,16 +166,6 @@ class _Run:
             share = lost / size.clamp_min(torch.finfo(torch.float32).tiny)
             error = error + (share if counts is None else share[counts.flatten()]).mean()
         return error
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 by instructions of its own."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in 2.10
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return False
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torchprune.checkpoint.checksums import of_content, of_tensors
 from torchprune.errors import CalibrationError, CheckpointError, SpecError
 from torchprune.masking.mask import masked_layers
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
+from torchprune.methods.precision import pays_in_bfloat16
 from torchprune.reports.report import RunRecord, remember_run
 from torchprune.specs.options import check_above_zero, check_share, check_whole
 from torchprune.specs.recovery import RecoverySpec
@@ -32,7 +33,6 @@ from torchprune.training.lessons import (
 from torchprune.training.mask_lora import MaskLoRA
 from torchprune.training.objectives import Objective, as_objectives
 from torchprune.training.pace import PASSES, Pace
-from torchprune.training.precision import pays_in_bfloat16
 from torchprune.training.progress_files import forget_progress, read_progress
 from torchprune.training.trainable import check_trainable, to_train
 from torchprune.training.tutor import Tutor

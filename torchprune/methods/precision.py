@@ -7,8 +7,6 @@ from functools import cache
 
 import torch
 
-from torchprune.methods.reconstruct import has_bfloat16
-
 _PAYS = 1.2
 """How many times faster products must be: casts of weights and activations come on top."""
 
@@ -36,3 +34,13 @@ def _is_faster_here() -> bool:
             tries.append(time.perf_counter() - start)
         seconds[dtype] = min(tries)
     return seconds[torch.float32] > _PAYS * seconds[torch.bfloat16]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 by instructions of its own."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in 2.10
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return False

@@ -9,6 +9,7 @@ import operator
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from torchprune.calibration.batches import Batch, read_batches
 from torchprune.errors import ShrinkError
 from torchprune.graph.context import Context, Product
 from torchprune.graph.labels import Labels, Resolved, axes_of
+from torchprune.graph.left_as_is import left_as_is
 from torchprune.graph.rules import follow
 from torchprune.graph.values import Value, filled
 from torchprune.masking.plain_state import slots_of, ties_of
@@ -149,7 +151,14 @@ def exported(model: nn.Module, example: Batch) -> ExportedProgram:
         ShrinkError: the model cannot be exported, with what torch says about it.
     """
     try:
-        with modes.calibration_mode(model), torch.no_grad():
+        with (
+            left_as_is(model),
+            modes.calibration_mode(model),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
+            # of what a forward keeps, which is taken back
+            warnings.filterwarnings("ignore", "The tensor attributes? ", UserWarning)
             return torch.export.export(model, example.args, example.kwargs, strict=False)
     except Exception as error:
         where = _place_of(error)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,15 +91,51 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the modules that were training train again after."""
-    training = [module for module in model.modules() if module.training]
+def eval_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Eval mode, or training mode where asked; each module's own again after."""
+    before = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        model.train(training)
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in before:
+            module.training = mode
+
+
+_TABLES_OF_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Run a part of a model once more by itself: whatever watches it sees each of its runs once.
+
+    Hooks of torch's own stay: they make weights (`weight_norm`) or gather shards.
+    """
+    silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    try:
+        for inner in module.modules():
+            for table in (getattr(inner, name) for name in _TABLES_OF_HOOKS):
+                if others := {k: hook for k, hook in table.items() if not _is_of_torch(hook)}:
+                    silenced.append((table, dict(table)))
+                    for key in others:
+                        del table[key]
+        yield
+    finally:
+        for table, hooks in silenced:
+            table.clear()
+            table.update(hooks)
+
+
+def _is_of_torch(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return home.split(".")[0] == "torch"
 
 
 @contextmanager
@@ -115,12 +153,18 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no key-value caches, plain Python forwards; all restored at the end."""
+def calibration_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Eval mode (or training), no key-value caches, plain Python forwards; all restored at the
+    end.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it goes around the layers' own forward
-        with eval_mode(model), without_caches(model), torch.compiler.set_stance("force_eager"):
+        with (
+            eval_mode(model, training=training),
+            without_caches(model),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -39,6 +39,7 @@ from torchprune.calibration.batches import Batch
 from torchprune.calibration.block_calls import Call, Ends, Unit, floats_of, put_on
 from torchprune.calibration.foresight import Foresight
 from torchprune.calibration.gathering import Gathering
+from torchprune.calibration.left_as_is import Containers
 from torchprune.calibration.moments import Moments
 from torchprune.calibration.observing import Observer
 from torchprune.calibration.padding import Padding
@@ -174,6 +175,7 @@ class Calibration:
     def __enter__(self) -> Calibration:
         self._outer = modes.Modes.now()
         self._driver = greenlet.getcurrent()
+        self._containers = Containers(self.model)
         inside = {id(m): b for b, block in enumerate(self.blocks) for m in block.modules()}
         members: dict[int, list[int]] = {}
         self._members = {i: [i] for i in range(len(self.targets))}
@@ -393,10 +395,12 @@ class Calibration:
         if self._twins is not None:
             runs.update(enumerate(self._twins.runs, count))
         runs.update((2 * count + i, run) for i, run in self._shadows.runs.items())
-        for key, run in runs.items():
-            if not run.dead:
-                self._held.restore(key)
-                run.throw()
+        waiting = {key: run for key, run in runs.items() if not run.dead}
+        for key, run in waiting.items():
+            self._held.restore(key)
+            run.throw()
+        if waiting:
+            self._containers.restore()
         self._runs, self._twins, self._units = [], None, {}
         self._shadows.end()
         self._observer.end()

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchprune.graph.trace import Trace, as_batch, trace
+from torchprune.graph.capture import as_calls
+from torchprune.graph.trace import Trace, trace
 from torchprune.masking.matrices import ConvNd
 
 Kind = Literal["heads", "neurons", "channels"]
@@ -110,7 +111,7 @@ def structure_of(model: nn.Module, example_inputs: Any) -> Structure:
     Raises:
         ShrinkError: the model cannot be exported.
     """
-    return read_groups(model, trace(model, as_batch(model, example_inputs)))
+    return read_groups(model, trace(model, as_calls(model, example_inputs)))
 
 
 def read_groups(model: nn.Module, traced: Trace) -> Structure:

@@ -19,7 +19,7 @@ def layer_norm(
     return met(ctx.labels, [out, *parts], ctx.why)
 
 
-def batch_norm(ctx: Context, x: Value, *statistics: Any, **_: Any) -> Value:
+def by_channel(ctx: Context, x: Value, *statistics: Any, **_: Any) -> Value:
     """Weight, bias, mean and variance: one of each a channel. Also PReLU's slopes."""
     parts = [
         Value(
@@ -31,6 +31,44 @@ def batch_norm(ctx: Context, x: Value, *statistics: Any, **_: Any) -> Value:
         if isinstance(v, Value)
     ]
     return met(ctx.labels, [x, *parts], ctx.why)
+
+
+def batch_norm(
+    ctx: Context,
+    x: Value,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    *_: Any,
+) -> Value:
+    """With statistics of its own input it reads all but the channels."""
+    if training or mean is None:
+        x = ctx.whole(x, [axis for axis in range(x.dim) if axis != 1], keep=True)
+    return by_channel(ctx, x, weight, bias, mean, variance)
+
+
+def instance_norm(
+    ctx: Context,
+    x: Value,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    own: bool,
+    *_: Any,
+) -> Value:
+    """Every channel of every sample by itself."""
+    if own or mean is None:
+        x = ctx.whole(x, range(2, x.dim), keep=True)
+    return by_channel(ctx, x, weight, bias, mean, variance)
+
+
+def weight_norm(ctx: Context, direction: Value, length: Value, dim: int = 0) -> Value:
+    """g * v / |v|: the norm is over all axes but one, or over all where `dim` is -1."""
+    axes = [axis for axis in range(direction.dim) if axis != dim]
+    return met(ctx.labels, [ctx.whole(direction, axes, keep=True), length], ctx.why)
 
 
 def group_norm(

@@ -49,7 +49,10 @@ _OPERATORS: dict[Rule, list[Any]] = {
     ),
     products.embedding: _named("embedding"),
     reductions.layer_norm: _named("layer_norm", "rms_norm"),
-    reductions.batch_norm: _named("batch_norm", "_batch_norm_with_update", "prelu"),
+    reductions.batch_norm: _named("batch_norm"),
+    reductions.by_channel: _named("prelu"),
+    reductions.instance_norm: _named("instance_norm"),
+    reductions.weight_norm: _named("_weight_norm"),
     reductions.group_norm: _named("group_norm"),
     reductions.normalised: _named("softmax", "log_softmax", "_softmax", "cumsum", "logcumsumexp"),
     reductions.reduced: _named(
@@ -152,9 +155,13 @@ def follow(ctx: Context, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         plain = tuple(Value(shape, weight=weight) for shape in ctx.shapes)
         return plain if len(plain) != 1 else plain[0]
     try:
-        return rule_for(target)(ctx, *args, **kwargs)
-    except (TypeError, ValueError, IndexError):  # a form of the operator that its rule lacks
+        made = rule_for(target)(ctx, *args, **kwargs)
+    except (TypeError, ValueError, IndexError, RuntimeError):  # a form that its rule lacks
         return unknown(ctx, *args, *kwargs.values())
+    found = made if isinstance(made, tuple) else (made,)
+    if [value.shape for value in found] != ctx.shapes:
+        return unknown(ctx, *args, *kwargs.values())
+    return made
 
 
 def _values(nested: Any) -> list[Value]:

@@ -7,33 +7,26 @@ from __future__ import annotations
 
 import operator
 import re
-import sys
-import traceback
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from torchprune import modes
-from torchprune.calibration.batches import Batch, read_batches
 from torchprune.errors import ShrinkError
+from torchprune.graph.capture import Call, exported, place
 from torchprune.graph.context import Context, Product
 from torchprune.graph.labels import Labels, Resolved, axes_of
-from torchprune.graph.left_as_is import left_as_is
 from torchprune.graph.rules import follow
 from torchprune.graph.values import Value, filled
+from torchprune.masking.mask import mask_of
 from torchprune.masking.plain_state import slots_of, ties_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-_PARAMETRIZED = re.compile(r"(.*?)(?:^|\.)parametrizations\.(\w+)\.original$")
-_MASK = re.compile(r"(.*?)(?:^|\.)parametrizations\.(\w+)\.\d+\.\w+$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +58,7 @@ class Trace:
         sizes: what views and cuts ask for, by module.
         read: (labels,) bool, whether a label is an input index of a weight in some product.
         edges: pairs of flat tensors: labels that were joined, element by element.
+        unread: the parameters that no graph reads.
     """
 
     axes: list[Axis]
@@ -73,167 +67,179 @@ class Trace:
     sizes: list[Size]
     read: Tensor
     edges: list[tuple[Tensor, Tensor]] = field(repr=False)
+    unread: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _Walk:
-    labels: Labels = field(default_factory=Labels)
-    axes: list[Axis] = field(default_factory=list)
-    products: list[Product] = field(default_factory=list)
-    sizes: list[Size] = field(default_factory=list)
-    env: dict[Node, Any] = field(default_factory=dict)
+def trace(model: nn.Module, calls: Sequence[Call], *, closed: bool = False) -> Trace:
+    """Follow the labels of a model's tensors through its graphs, one for each call.
 
+    Where they leave parameters unread, the other mode is followed too, if it can be captured: a
+    head that only training uses.
 
-def as_batch(model: nn.Module, example_inputs: Any) -> Batch:
-    """Example inputs as one call: a tensor, a tuple or list (positional), a mapping (keywords)."""
-    return read_batches([example_inputs], model, 1).batches[0]
-
-
-def trace(model: nn.Module, example: Batch) -> Trace:
-    """Follow the labels of a model's tensors through its graph.
+    Args:
+        closed: freeze what parameters that no call reads may have to do with.
 
     Raises:
         ShrinkError: the model cannot be exported, with what torch says about it.
     """
-    return trace_program(model, exported(model, example))
+    walk = _Walk(model)
+    for call in calls:
+        walk.follow(exported(model, call))
+    if walk.unread() and len({call.training for call in calls}) == 1:
+        for call in calls:
+            with suppress(ShrinkError):
+                walk.follow(exported(model, replace(call, training=not call.training)))
+    if closed:
+        walk.close()
+    return walk.end()
 
 
 def trace_program(model: nn.Module, program: ExportedProgram) -> Trace:
     """`trace` of a model that `exported` gave this program of."""
-    slots = slots_of(model)
-    ties = ties_of(slots)
-    walk = _Walk()
-    sources = sources_of(program)
-    closed = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for name in module._parameters
-    }
-    known: dict[str, Value] = {}
-    for node in program.graph_module.graph.nodes:
-        if node.op == "placeholder":
-            key = sources.get(node.name)
-            walk.env[node] = _source(walk, node, key, ties, known)
-            if key in closed:
-                for tag in walk.env[node].tags:
-                    walk.labels.freeze(tag, "nn.MultiheadAttention, which has one size for all")
-        elif node.op == "get_attr":
-            walk.env[node] = None
-        elif node.op == "output":
-            for value in _values(torch.fx.map_arg(node.args, walk.env.get)):
-                for tag in value.tags:
-                    walk.labels.freeze(tag, "it is an output of the model")
-        else:
-            _follow(walk, node)
-    resolved = walk.labels.resolve()
-    read = torch.zeros(len(resolved.classes), dtype=torch.bool)
-    for tag in walk.labels.read:
-        read[tag.reshape(-1)] = True
-    return Trace(walk.axes, resolved, walk.products, walk.sizes, read, walk.labels.edges)
+    walk = _Walk(model)
+    walk.follow(program)
+    return walk.end()
 
 
-def sources_of(program: ExportedProgram) -> dict[str, str]:
-    """The parameters and buffers of a program: placeholder -> name in the plain `state_dict`."""
+class _Walk:
+    """The graphs of one model, followed one after the other with the same labels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.labels = model, Labels()
+        self.slots = slots_of(model)
+        self.ties = ties_of(self.slots)
+        self.axes: list[Axis] = []
+        self.products: list[Product] = []
+        self.sizes: list[Size] = []
+        self.known: dict[str, Value] = {}
+        self.counting = True
+
+    def follow(self, program: ExportedProgram) -> None:
+        """Every node of a graph; the products of the first graph are counted."""
+        env: dict[Node, Any] = {}
+        sources = sources_of(self.model, program)
+        closed = {
+            f"{path}.{name}" if path else name
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for name in module._parameters
+        }
+        for node in program.graph_module.graph.nodes:
+            if node.op == "placeholder" and not node.users:  # export lists what is not read too
+                env[node] = None
+            elif node.op == "placeholder":
+                key = sources.get(node.name)
+                env[node] = self._source(node, key)
+                if key in closed:
+                    for tag in env[node].tags:
+                        self.labels.freeze(tag, "nn.MultiheadAttention, which has one size for all")
+            elif node.op == "get_attr":
+                env[node] = None
+            elif node.op == "output":
+                for value in _values(torch.fx.map_arg(node.args, env.get)):
+                    for tag in value.tags:
+                        self.labels.freeze(tag, "it is an output of the model")
+            else:
+                self._step(env, node)
+        self.counting = False
+
+    def unread(self) -> list[str]:
+        """The parameters that no graph so far reads."""
+        return [
+            key
+            for key, slot in self.slots.items()
+            if slot.kind == "parameter" and self.ties.get(key, key) not in self.known
+        ]
+
+    def close(self) -> None:
+        """Freeze what could be read by parameters that no graph reads: axes as long as theirs."""
+        lengths: dict[int, str] = {}
+        for key in self.unread():
+            shape = self.slots[key].tensor.shape
+            for size in shape:
+                lengths.setdefault(size, key)
+            if len(shape) == 2:  # positions may have been flattened into its inputs
+                for axis in self.axes:
+                    if shape[1] % len(axis.labels) == 0:
+                        lengths.setdefault(len(axis.labels), key)
+        for axis in self.axes:
+            if len(axis.labels) > 1 and (key := lengths.get(len(axis.labels))):
+                why = f"{key}, which no example reads and which may belong to it"
+                self.labels.freeze(axis.labels, why)
+
+    def end(self) -> Trace:
+        """What became of all labels."""
+        resolved = self.labels.resolve()
+        read = torch.zeros(len(resolved.classes), dtype=torch.bool)
+        for tag in self.labels.read:
+            read[tag.reshape(-1)] = True
+        return Trace(
+            self.axes,
+            resolved,
+            self.products,
+            self.sizes,
+            read,
+            self.labels.edges,
+            self.unread(),
+        )
+
+    def _source(self, node: Node, key: str | None) -> Any:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+        shape = tuple(int(size) for size in value.shape)
+        if key is None:
+            return Value(shape)  # an input of the model, whose sizes are not ours to change
+        key = self.ties.get(key, key)
+        if not value.is_floating_point():  # a mask shares the labels of the weight under it
+            return self.known.get(key, Value(shape, weight=True))
+        if key not in self.known:
+            tags = filled(self.labels, shape, range(len(shape)))
+            self.axes += [Axis(key, axes_of(tag)[0], tag.flatten()) for tag in tags]
+            self.known[key] = Value(shape, tuple(tags), weight=True)
+        return self.known[key]
+
+    def _step(self, env: dict[Node, Any], node: Node) -> None:
+        args = torch.fx.map_arg(node.args, env.get)
+        if node.target is operator.getitem:
+            held = cast(Any, args)[0]
+            env[node] = held[cast(int, node.args[1])] if isinstance(held, tuple) else held
+            return
+        kwargs = cast(dict[str, Any], torch.fx.map_arg(node.kwargs, env.get))
+        shapes = [tuple(int(s) for s in t.shape) for t in _tensors(node.meta.get("val"))]
+        module = _module_of(node)
+        products = self.products if self.counting else []
+        context = Context(self.labels, _why(node), shapes, module, products)
+        made = follow(context, node.target, args, kwargs)
+        env[node] = made
+        for value in _values(made):
+            for tag in value.tags:
+                self.sizes += [Size(module, axis, tag) for axis in axes_of(tag)]
+
+
+def sources_of(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
+    """The parameters and buffers of a model's program: placeholder -> name in the plain
+    `state_dict`; what belongs to a mask answers to the name of the weight under it.
+    """
     from torch.export.graph_signature import InputKind  # torch.export takes a while to import
 
+    masked = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in getattr(module, "parametrizations", ())
+        if mask_of(module, name) is not None
+    }
+
+    def plain(name: str) -> str:
+        owner, _, inner = name.rpartition("parametrizations.")
+        key = owner + inner.partition(".")[0]
+        return key if key in masked else name
+
     return {
-        cast(Any, spec.arg).name: _plain(str(spec.target))
+        cast(Any, spec.arg).name: plain(str(spec.target))
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
-
-
-def exported(model: nn.Module, example: Batch) -> ExportedProgram:
-    """A model's graph, before anything is decomposed.
-
-    Raises:
-        ShrinkError: the model cannot be exported, with what torch says about it.
-    """
-    try:
-        with (
-            left_as_is(model),
-            modes.calibration_mode(model),
-            torch.no_grad(),
-            warnings.catch_warnings(),
-        ):
-            # of what a forward keeps, which is taken back
-            warnings.filterwarnings("ignore", "The tensor attributes? ", UserWarning)
-            return torch.export.export(model, example.args, example.kwargs, strict=False)
-    except Exception as error:
-        where = _place_of(error)
-        raise ShrinkError(
-            f"torch.export cannot capture this {type(model).__name__}{where}: "
-            f"{type(error).__name__}: {_first_line(error)}. Structures are read off the exported "
-            "graph: make that line exportable (no branches on values, no data-dependent shapes), "
-            "or give other example inputs"
-        ) from error
-
-
-def _place_of(error: BaseException) -> str:
-    """The innermost line of the model's own code on the way to an error."""
-    walk = traceback.walk_tb(error.__traceback__)
-    lines = [(frame.f_code.co_filename, line) for frame, line in walk]
-    return _place([line for line in lines if _of_the_model(line[0])])
-
-
-def _place(lines: Sequence[tuple[str, object]]) -> str:
-    """The last of some lines of code, as it is named in a message."""
-    return f" at {Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
-
-
-def _of_the_model(file: str) -> bool:
-    """Whether code is the user's: of no folder of torch or of this package, wherever they lie."""
-    packages = (sys.modules.get(name) for name in ("torch", "torchprune", "torchprune.export"))
-    folders = [folder for package in packages if package for folder in package.__path__]
-    return not file.startswith("<") and not any(map(Path(file).is_relative_to, folders))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0].strip() if lines else "no reason given"
-
-
-def _plain(name: str) -> str:
-    """A tensor's name in the plain model; of a mask, that of the weight under it."""
-    if found := _PARAMETRIZED.match(name) or _MASK.match(name):
-        return f"{found[1]}.{found[2]}" if found[1] else found[2]
-    return name
-
-
-def _source(
-    walk: _Walk, node: Node, key: str | None, ties: dict[str, str], known: dict[str, Value]
-) -> Any:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    shape = tuple(int(size) for size in value.shape)
-    if key is None:
-        return Value(shape)  # an input of the model, whose sizes are not ours to change
-    key = ties.get(key, key)
-    if not value.is_floating_point():  # a mask shares the labels of the weight under it
-        return known.get(key, Value(shape, weight=True))
-    if key not in known:
-        tags = filled(walk.labels, shape, range(len(shape)))
-        walk.axes += [Axis(key, axes_of(tag)[0], tag.flatten()) for tag in tags]
-        known[key] = Value(shape, tuple(tags), weight=True)
-    return known[key]
-
-
-def _follow(walk: _Walk, node: Node) -> None:
-    args = torch.fx.map_arg(node.args, walk.env.get)
-    if node.target is operator.getitem:
-        held = cast(Any, args)[0]
-        walk.env[node] = held[cast(int, node.args[1])] if isinstance(held, tuple) else held
-        return
-    kwargs = cast(dict[str, Any], torch.fx.map_arg(node.kwargs, walk.env.get))
-    shapes = [tuple(int(s) for s in t.shape) for t in _tensors(node.meta.get("val"))]
-    context = Context(walk.labels, _why(node), shapes, _module_of(node), walk.products)
-    made = follow(context, node.target, args, kwargs)
-    walk.env[node] = made
-    for value in _values(made):
-        for tag in value.tags:
-            walk.sizes += [Size(_module_of(node), axis, tag) for axis in axes_of(tag)]
 
 
 def _tensors(val: Any) -> Iterator[Tensor]:
@@ -264,4 +270,4 @@ def _module_of(node: Node) -> str:
 def _why(node: Node) -> str:
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     module = _module_of(node)
-    return f"{node.target}{_place(lines)}" + (f" in {module}" if module else "")
+    return f"{node.target}{place(lines)}" + (f" in {module}" if module else "")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from torchprune import modes
 from torchprune.calibration.block_calls import Call, Unit, floats_of
 from torchprune.errors import CalibrationError
 from torchprune.methods.precision import pays_in_bfloat16
@@ -158,7 +159,8 @@ class _Run:
         given = {**self.fixed, **learning}
         if call.start is not None:
             call.start.restore()
-        out = floats_of(functional_call(self.unit.module, given, call.args, call.kwargs))
+        with modes.without_hooks(self.unit.module):
+            out = floats_of(functional_call(self.unit.module, given, call.args, call.kwargs))
         error = torch.zeros((), device=self.values[0].device)
         for one, wanted, counts in zip(out, call.wanted, call.counts, strict=True):
             lost = (one.float() - wanted.float()).square().flatten(0, -2).sum(-1)

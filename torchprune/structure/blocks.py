@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from torchprune import modes
 from torchprune.calibration.batches import Batch
+from torchprune.calibration.left_as_is import left_as_is
 from torchprune.calibration.lockstep import Usage
 from torchprune.calibration.padding import Padding
+from torchprune.calibration.replay import private
 from torchprune.errors import CalibrationError, ShrinkError, TargetError
 from torchprune.masking.mask import Record, attach, obstacle, original_of
 from torchprune.masking.selection import (
@@ -136,33 +138,45 @@ def _passing(
 ) -> dict[str, list[Layer]]:
     """The blocks that would hand on their input if all in them that multiplies were zero, or all
     that their modules tell of, and what that is."""
-    found: dict[str, list[Layer]] = {}
-    known = {id(y.module) for y in layers_of(model)}
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def run(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if name in running:
-                return
-            running.add(name)
-            told = [y for y in inside[name] if id(y.module) in known]
-            for some in (inside[name], told):
-                if name not in found and some:
-                    zero = _zeros(block, some)
-                    made = torch.func.functional_call(block, zero, args, kwargs)
-                    one, two = _given(args, kwargs), _first(made)
-                    if one is not None and isinstance(two, Tensor) and torch.equal(one, two):
-                        found[name] = some
-            running.discard(name)
+        def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in calls:
+                calls[name] = _kept(args), dict(zip(kwargs, _kept(kwargs.values()), strict=True))
 
         return run
 
-    running: set[str] = set()
     with modes.calibration_mode(model), torch.no_grad(), ExitStack() as stack:
         for name, block in blocks.items():
-            handle = block.register_forward_hook(hook(name), with_kwargs=True)
+            handle = block.register_forward_pre_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         example.run(model)
+    found: dict[str, list[Layer]] = {}
+    known = {id(y.module) for y in layers_of(model)}
+    with modes.calibration_mode(model), torch.no_grad(), left_as_is(model):
+        for name, (args, kwargs) in calls.items():
+            told = [y for y in inside[name] if id(y.module) in known]
+            for some in (inside[name], told):
+                if name not in found and some and _hands_on(blocks[name], some, args, kwargs):
+                    found[name] = some
     return found
+
+
+def _kept(values: Iterable[Any]) -> tuple[Any, ...]:
+    """A call's arguments as they are now, whatever the model does with them later."""
+    return tuple(v.clone() if isinstance(v, Tensor) else private(v) for v in values)
+
+
+def _hands_on(
+    block: nn.Module, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether a block whose layers are zero gives what it gets. Only torch's own hooks see it."""
+    with modes.without_hooks(block):
+        zeros = _zeros(block, layers)
+        made = _first(torch.func.functional_call(block, zeros, _kept(args), kwargs))
+    given = _given(args, kwargs)
+    return given is not None and isinstance(made, Tensor) and torch.equal(given, made)
 
 
 def _zeros(block: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
@@ -182,7 +196,7 @@ def _skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for block in blocks:
-            handle = block.register_forward_hook(hook, with_kwargs=True)
+            handle = block.register_forward_hook(hook, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
         yield
 

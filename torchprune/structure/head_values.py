@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from torchprune.graph import views
@@ -60,9 +60,9 @@ class _Use:
     labels: Tensor
 
 
-def head_values(program: ExportedProgram) -> list[Channels]:
+def head_values(model: nn.Module, program: ExportedProgram) -> list[Channels]:
     """For every key-value head, the channels of its values, where they may change places."""
-    keys = sources_of(program)
+    keys = sources_of(model, program)
     found: list[Channels] = []
     for node in program.graph_module.graph.nodes:
         if (made := _product_alone(node, keys)) is None:

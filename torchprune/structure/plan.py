@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.errors import ShrinkError
+from torchprune.graph.capture import Call, as_calls
 from torchprune.graph.groups import Frozen, Group, Structure, read_groups, reasons_of
 from torchprune.graph.labels import axes_of
-from torchprune.graph.trace import as_batch, trace
+from torchprune.graph.trace import trace
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import every_layer, layers_of, repeated_blocks
+from torchprune.modes import calibration_mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,12 @@ class ShrinkPlan:
     notes: list[str] = field(default_factory=list)
     sizes: dict[str, dict[int, set[int]]] = field(default_factory=dict, repr=False)
     """Module -> sizes that its code asks for -> what becomes of them."""
-    example: Batch = field(default_factory=lambda: Batch((), {}), repr=False)
+    calls: list[Call] = field(default_factory=list, repr=False)
+
+    @property
+    def example(self) -> Batch:
+        """The first of the example inputs."""
+        return self.calls[0].batch if self.calls else Batch((), {})
 
     def __bool__(self) -> bool:
         """Whether there is anything to remove."""
@@ -100,7 +106,9 @@ class ShrinkPlan:
 
 
 @on_ordinary_tensors
-def plan_shrink(model: nn.Module, example_inputs: Any) -> ShrinkPlan:
+def plan_shrink(
+    model: nn.Module, example_inputs: Any, *, modes: Sequence[str] = ("eval",)
+) -> ShrinkPlan:
     """Find what masks, or weights that are zero anyway, allow to be removed physically.
 
     A unit (a head, a neuron, a channel) can go if nothing reads it: every weight that sums over it
@@ -109,16 +117,21 @@ def plan_shrink(model: nn.Module, example_inputs: Any) -> ShrinkPlan:
 
     Args:
         model: any module that `torch.export` can capture, with masks or without.
-        example_inputs: one call of it: a tensor, a tuple (positional) or a mapping (keywords).
-            Floating point operations are counted on it, and `shrink` compares outputs on it.
+        example_inputs: one call of it: a tensor, a tuple (positional) or a mapping (keywords); or
+            a list of several, where one does not take every branch. Floating point operations are
+            counted on the first, and `shrink` compares outputs on all.
+        modes: "eval", "train", or both: in which the examples must go on working. Parameters that
+            no example reads in either mode freeze what may belong to them; the notes say which.
 
     Raises:
         ShrinkError: the model cannot be exported; the message has the operator or line.
     """
-    example = as_batch(model, example_inputs)
-    structure = read_groups(model, trace(model, example))
+    calls = as_calls(model, example_inputs, modes)
+    traced = trace(model, calls, closed=True)
+    structure = read_groups(model, traced)
     slots = slots_of(model)
-    blocks, notes = _idle_blocks(model, example)
+    blocks, notes = _idle_blocks(model, calls)
+    notes += _unread_notes(traced.unread)
     removals = []
     for group in structure.groups:
         if all(_inside(m.key, blocks) for m in group.members):
@@ -140,7 +153,7 @@ def plan_shrink(model: nn.Module, example_inputs: Any) -> ShrinkPlan:
         flops=_flops(structure, removed, blocks),
         notes=notes,
         sizes=_sizes(structure, removed),
-        example=example,
+        calls=calls,
     )
 
 
@@ -159,7 +172,7 @@ def _unread(group: Group, slots: Mapping[str, Slot]) -> Tensor:
     made = torch.zeros(group.count, dtype=torch.bool)
     for member in group.members:
         values = _effective(slots[member.key])
-        if values.dim() < 2:
+        if values.dim() < 2 and not member.reads:
             continue
         others = [a for a in range(values.dim()) if a != member.axis]
         alive = (values != 0).cpu().any(dim=others) & (member.units >= 0)
@@ -238,20 +251,32 @@ def _sizes(structure: Structure, removed: Tensor) -> dict[str, dict[int, set[int
     return found
 
 
-def _idle_blocks(model: nn.Module, example: Batch) -> tuple[list[str], list[str]]:
+def _unread_notes(keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return []
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return [
+        f"no example reads {', '.join(keys[:4])}{more}: what may belong to them stays; give "
+        "examples that do, plan_shrink(model, [one, another])"
+    ]
+
+
+def _idle_blocks(model: nn.Module, calls: Sequence[Call]) -> tuple[list[str], list[str]]:
     """The repeated blocks whose weights are all zero and that hand on what they get; notes."""
     blocks = repeated_blocks(model)
     zero = {name: block for name, block in blocks.items() if _all_zero(block)}
     if not zero:
         return [], []
     same: dict[str, bool] = {}
-    with modes.calibration_mode(model), torch.no_grad():
+    with torch.no_grad():
         handles = [
             block.register_forward_hook(_comparing(name, same), with_kwargs=True)
             for name, block in zero.items()
         ]
         try:
-            example.run(model)
+            for call in calls:
+                with calibration_mode(model, training=call.training):
+                    call.batch.run(model)
         finally:
             for handle in handles:
                 handle.remove()

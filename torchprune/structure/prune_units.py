@@ -16,6 +16,7 @@ from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.lockstep import Calibration, Usage
 from torchprune.calibration.moments import Moments
 from torchprune.errors import CalibrationError, SpecError, TargetError
+from torchprune.graph.capture import Call
 from torchprune.graph.groups import Group, Member, read_groups
 from torchprune.graph.trace import trace
 from torchprune.masking.mask import Record, attach, mask_of, obstacle, original_of
@@ -112,7 +113,7 @@ def _choose(
     for what, selectors in (("targets", targets), ("ignore", ignore)):
         for selector in selectors:
             check_used(what, selector, model, layers)
-    structure = read_groups(model, trace(model, example))
+    structure = read_groups(model, trace(model, [Call(example)]))
     by_key = {layer.key: layer for layer in layers}
     ties = tied_to(model)
     choices = []

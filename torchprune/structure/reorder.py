@@ -21,8 +21,9 @@ from torchprune.calibration.batches import Batch
 from torchprune.calibration.lockstep import Calibration
 from torchprune.calibration.moments import Moments
 from torchprune.errors import SpecError
+from torchprune.graph.capture import Call, exported
 from torchprune.graph.groups import Structure, read_groups
-from torchprune.graph.trace import exported, trace_program
+from torchprune.graph.trace import trace_program
 from torchprune.masking.mask import masked_layers
 from torchprune.masking.plain_state import Slot, obstacle, slots_of
 from torchprune.masking.targets import Plan, Target
@@ -80,9 +81,9 @@ def permuted(
             f"{type(spec).__name__}: permute moves weights, and {held[0].name} carries a mask "
             "already; torchprune.densify(model) or fold(model) first"
         )
-    program = exported(model, batches[0])
+    program = exported(model, Call(batches[0]))
     structure = read_groups(model, trace_program(model, program))
-    found = [*neurons(structure, dict(model.named_modules())), *head_values(program)]
+    found = [*neurons(structure, dict(model.named_modules())), *head_values(model, program)]
     slots, reasons = slots_of(model), dict[str, str]()
     owners = _owners(slots)
     readers = {t.layer.key: t for t in plan.targets if isinstance(t.goal.pattern, NM)}

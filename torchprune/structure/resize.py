@@ -6,10 +6,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from torchprune.masking.mask import original_of
 from torchprune.masking.matrices import ConvNd, is_transposed_linear
+from torchprune.modes import eval_mode
 
 Attributes = dict[str, dict[str, int]]
 """Module path -> attribute -> value."""
@@ -31,20 +34,21 @@ _REPEATS = ("num_key_value_groups", "n_rep", "num_kv_groups", "num_queries_per_k
 def restate(module: nn.Module) -> None:
     """Let a module of torch say the sizes that its tensors have."""
     owner: Any = module
+    _recompute(module)
     if isinstance(module, nn.Linear):
-        owner.out_features, owner.in_features = original_of(module, "weight").shape
+        owner.out_features, owner.in_features = _shape(module)
     elif is_transposed_linear(module):
-        owner.nx, owner.nf = original_of(module, "weight").shape
+        owner.nx, owner.nf = _shape(module)
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-        inputs, outputs = original_of(module, "weight").shape[:2]
+        inputs, outputs = _shape(module)[:2]
         owner.in_channels, owner.out_channels = inputs, outputs * module.groups
     elif isinstance(module, ConvNd):
-        outputs, inputs = original_of(module, "weight").shape[:2]
+        outputs, inputs = _shape(module)[:2]
         if module.groups > 1:
             owner.groups = module.groups * outputs // module.out_channels
         owner.out_channels, owner.in_channels = outputs, inputs * module.groups
     elif isinstance(module, nn.Embedding):
-        owner.num_embeddings, owner.embedding_dim = original_of(module, "weight").shape
+        owner.num_embeddings, owner.embedding_dim = _shape(module)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         owner.num_features = _length(module, module.num_features)
     elif isinstance(module, nn.GroupNorm):
@@ -52,7 +56,22 @@ def restate(module: nn.Module) -> None:
         owner.num_groups = module.num_groups * channels // module.num_channels
         owner.num_channels = channels
     elif isinstance(module, nn.PReLU):
-        owner.num_parameters = len(original_of(module, "weight"))
+        owner.num_parameters = _shape(module)[0]
+
+
+def _recompute(module: nn.Module) -> None:
+    """Weights that a hook makes of others before each call (`torch.nn.utils.weight_norm`)."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            hook(module, ())
+
+
+def _shape(module: nn.Module) -> torch.Size:
+    """Of a weight as it is used, whatever parametrizations make it."""
+    if isinstance(weight := original_of(module, "weight"), Tensor):
+        return weight.shape
+    with torch.no_grad(), eval_mode(module):
+        return cast(Tensor, module.weight).shape
 
 
 def _length(module: nn.Module, otherwise: int) -> int:

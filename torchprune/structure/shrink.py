@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.errors import ShrinkError
 from torchprune.masking.mask import detach, masked_layers
@@ -34,22 +31,20 @@ from torchprune.structure.resize import (
     restate,
     set_attributes,
 )
+from torchprune.structure.same_outputs import TOLERANCE, Seen, difference, seen_of
 from torchprune.structure.size_record import Resized, keep_resized, resized_of
 from torchprune.structure.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference of outputs before and after, of the largest output: sums are reordered."""
 
 
 @on_ordinary_tensors
 def shrink(model: Model, plan: ShrinkPlan) -> Model:
     """Remove what the plan lists, in place: the same modules with smaller tensors, fewer blocks.
 
-    The law: outputs equal those of the masked model within rounding; on the plan's example inputs
-    they are compared before this returns, and where the model generates, a few tokens after them
-    with its key-value cache. Masks on what stays stay; a mask that keeps everything
+    The law: outputs equal those of the masked model within rounding; on the plan's examples, in
+    its modes, they are compared before this returns, and where the model generates, a few tokens
+    after the first with its key-value cache. Masks on what stays stay; a mask that keeps everything
     goes. A transformers configuration is updated where it can say the new sizes. Parameters are new
     objects: make optimizers after shrinking.
 
@@ -67,7 +62,7 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     check_fits(plan, slots)
     if not plan:
         return model
-    expected = _outputs(model, plan.example)
+    expected = seen_of(model, plan.calls)
     spoken = _spoken(model, plan.example)
     snapshot = Snapshot(model)
     try:
@@ -90,18 +85,13 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     return model
 
 
-def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
-    with modes.calibration_mode(model), torch.no_grad():
-        leaves = pytree.tree_leaves(example.run(model))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
 # -- tensors and blocks ----------------------------------------------------------------------------
 
 
 def _cut(slots: dict[str, Slot], plan: ShrinkPlan) -> None:
     """Replace every tensor that loses indices, its mask too; tied ones stay one tensor."""
     made: dict[int, Tensor] = {}
+    masks: set[int] = set()
     todo: dict[int, list[Any]] = {}
     for cut in plan.cuts:
         todo.setdefault(id(slots[cut.key].tensor), []).append(cut)
@@ -115,7 +105,8 @@ def _cut(slots: dict[str, Slot], plan: ShrinkPlan) -> None:
                 short = nn.Parameter(short, slot.tensor.requires_grad)
             made[id(slot.tensor)] = short
         _put(slot, made[id(slot.tensor)])
-        if slot.mask is not None:
+        if slot.mask is not None and id(slot.mask) not in masks:  # a module may have two names
+            masks.add(id(slot.mask))
             slot.mask.resize(partial(_shortened, cuts=cuts), made[id(slot.tensor)])
 
 
@@ -178,7 +169,7 @@ def _configure(model: nn.Module, removals: list[Removal]) -> tuple[dict[str, int
 
 
 def _fit(
-    model: nn.Module, plan: ShrinkPlan, expected: list[Tensor], shared_key: set[str]
+    model: nn.Module, plan: ShrinkPlan, expected: list[Seen], shared_key: set[str]
 ) -> Attributes:
     """Find the attributes by which the modules' code asks for the new sizes, and set them."""
     names = _renamed(model, plan.blocks)
@@ -187,7 +178,7 @@ def _fit(
     for attempt in _attempts(modules, plan, shared_key):
         inner = Snapshot(model)
         set_attributes(modules, attempt)
-        problem = _difference(model, plan.example, expected)
+        problem = difference(model, expected)
         if not problem:
             return {names[path]: values for path, values in attempt.items()}
         inner.restore()
@@ -216,7 +207,7 @@ def _check_generating(model: nn.Module, plan: ShrinkPlan, spoken: list[Tensor] |
         return
     try:
         found = generated(model, plan.example)
-        tolerance = _TOLERANCE.get(spoken[0].dtype, 1e-1)
+        tolerance = TOLERANCE.get(spoken[0].dtype, 1e-1)
         problem = "generates nothing" if found is None else differing(found, spoken, tolerance)
     except Exception as error:
         lines = str(error).strip().splitlines() or ["no reason given"]
@@ -256,27 +247,6 @@ def _attempts(
         if attempt not in seen:
             seen.append(attempt)
             yield attempt
-
-
-def _difference(model: nn.Module, example: Batch, expected: list[Tensor]) -> str:
-    """How the outputs differ from what is expected; empty if they do not."""
-    try:
-        found = _outputs(model, example)
-    except Exception as error:
-        lines = str(error).strip().splitlines() or ["no reason given"]
-        return f"fails with {type(error).__name__}: {lines[0]}"
-    if len(found) != len(expected):
-        return f"gives {len(found)} tensors, not {len(expected)}"
-    for got, want in zip(found, expected, strict=True):
-        if got.shape != want.shape:
-            return f"gives {tuple(got.shape)}, not {tuple(want.shape)}"
-        if not want.is_floating_point():
-            continue
-        largest = float(want.abs().max()) if want.numel() else 0.0
-        apart = float((got - want).abs().max()) if want.numel() else 0.0
-        if not apart <= _TOLERANCE.get(want.dtype, 1e-1) * largest + 1e-6:
-            return f"gives outputs that differ by {apart:.3g} where the largest is {largest:.3g}"
-    return ""
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from torchprune import modes
 from torchprune.calibration.batches import Batch
-from torchprune.graph.trace import as_batch
+from torchprune.graph.capture import as_batch
 from torchprune.structure.plan import plan_shrink
 from torchprune.structure.shrink import shrink
 

@@ -23,6 +23,9 @@ _DEEP = 6
 _MANY = 10_000
 """Lists and dicts longer than this are kept as they are, but not looked into."""
 
+_MACHINERY = frozenset(vars(nn.Module()))
+"""What every module has."""
+
 _OURS = ("torch", "torchprune", "builtins")
 
 
@@ -45,6 +48,24 @@ def left_as_is(model: nn.Module) -> Iterator[None]:
             one.restore()
         for space in spaces:
             space.restore()
+
+
+class Containers:
+    """The lists, dicts, sets and deques in a model's own attributes, to be given their entries back
+    after forward passes that were not run to their end.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept: dict[int, _Kept] = {}
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if name not in _MACHINERY and isinstance(value, dict | list | set | deque):
+                    _keep(value, self._kept, 1)
+
+    def restore(self) -> None:
+        """Take out what came, put back what went."""
+        for one in self._kept.values():
+            one.restore()
 
 
 class _Kept:

@@ -1,0 +1,105 @@
+"""A model's code captured as graphs: one for each way of calling it that is to go on working."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchprune import modes
+from torchprune.calibration.batches import Batch, read_batches
+from torchprune.calibration.left_as_is import left_as_is
+from torchprune.errors import ShrinkError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_MODES = ("eval", "train")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A way of calling a model: inputs, and whether it trains."""
+
+    batch: Batch
+    training: bool = False
+
+
+def as_batch(model: nn.Module, example_inputs: Any) -> Batch:
+    """Example inputs as one call: a tensor, a tuple (positional), a mapping (keywords)."""
+    return read_batches([example_inputs], model, 1).batches[0]
+
+
+def as_calls(
+    model: nn.Module, example_inputs: Any, modes_asked: Sequence[str] = ("eval",)
+) -> list[Call]:
+    """Example inputs in every mode; a list holds several examples.
+
+    Raises:
+        ShrinkError: no example, or no such mode.
+    """
+    asked = [modes_asked] if isinstance(modes_asked, str) else list(modes_asked)
+    if not asked or not set(asked) <= set(_MODES):
+        raise ShrinkError(f'modes must be some of "eval" and "train", got {modes_asked!r}')
+    examples = example_inputs if isinstance(example_inputs, list) else [example_inputs]
+    if not examples:
+        raise ShrinkError("there is no example input: give a tensor, a tuple or a mapping")
+    batches = [as_batch(model, example) for example in examples]
+    return [Call(batch, mode == "train") for mode in asked for batch in batches]
+
+
+def exported(model: nn.Module, call: Call) -> ExportedProgram:
+    """A model's graph, before anything is decomposed.
+
+    Raises:
+        ShrinkError: the model cannot be exported, with what torch says about it.
+    """
+    try:
+        with (
+            left_as_is(model),
+            modes.calibration_mode(model, training=call.training),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
+            # of what a forward keeps, which is taken back
+            warnings.filterwarnings("ignore", "The tensor attributes? ", UserWarning)
+            return torch.export.export(model, call.batch.args, call.batch.kwargs, strict=False)
+    except Exception as error:
+        where = _place_of(error)
+        raise ShrinkError(
+            f"torch.export cannot capture this {type(model).__name__}{where}: "
+            f"{type(error).__name__}: {_first_line(error)}. Structures are read off the exported "
+            "graph: make that line exportable (no branches on values, no data-dependent shapes), "
+            "or give other example inputs"
+        ) from error
+
+
+def _place_of(error: BaseException) -> str:
+    """The innermost line of the model's own code on the way to an error."""
+    walk = traceback.walk_tb(error.__traceback__)
+    lines = [(frame.f_code.co_filename, line) for frame, line in walk]
+    return place([line for line in lines if _of_the_model(line[0])])
+
+
+def place(lines: Sequence[tuple[str, object]]) -> str:
+    """The last of some lines of code, as it is named in a message."""
+    return f" at {Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
+
+
+def _of_the_model(file: str) -> bool:
+    """Whether code is the user's: of no folder of torch or of this package, wherever they lie."""
+    packages = (sys.modules.get(name) for name in ("torch", "torchprune", "torchprune.export"))
+    folders = [folder for package in packages if package for folder in package.__path__]
+    return not file.startswith("<") and not any(map(Path(file).is_relative_to, folders))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0].strip() if lines else "no reason given"

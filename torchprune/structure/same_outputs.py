@@ -1,0 +1,98 @@
+"""What a model gives before it is changed, and how it differs afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchprune import modes
+from torchprune.calibration.left_as_is import left_as_is
+from torchprune.graph.capture import Call
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference of outputs before and after, of the largest output: sums are reordered."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """The tensors that a call gave; `drawn` if they depend on random numbers, as with dropout."""
+
+    call: Call
+    tensors: list[Tensor]
+    drawn: bool
+
+
+def seen_of(model: nn.Module, calls: Sequence[Call]) -> list[Seen]:
+    """What a model gives for some calls. It is left as it was, statistics of batches included."""
+    found = []
+    for call in calls:
+        tensors = _outputs(model, call, 0)
+        drawn = call.training and not _equal(tensors, _outputs(model, call, 1))
+        found.append(Seen(call, tensors, drawn))
+    return found
+
+
+def difference(model: nn.Module, seen: Sequence[Seen]) -> str:
+    """How outputs differ from what was seen; empty if they do not. Of drawn ones only shapes."""
+    for one in seen:
+        if problem := _difference(model, one):
+            several = f" for example {seen.index(one) + 1}" if len(seen) > 1 else ""
+            return problem + (" in training" if one.call.training else "") + several
+    return ""
+
+
+def _difference(model: nn.Module, seen: Seen) -> str:
+    try:
+        found = _outputs(model, seen.call, 0)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        return f"fails with {type(error).__name__}: {lines[0]}"
+    if len(found) != len(seen.tensors):
+        return f"gives {len(found)} tensors, not {len(seen.tensors)}"
+    for got, want in zip(found, seen.tensors, strict=True):
+        if got.shape != want.shape:
+            return f"gives {tuple(got.shape)}, not {tuple(want.shape)}"
+        if seen.drawn or not want.is_floating_point():
+            continue
+        largest = float(want.abs().max()) if want.numel() else 0.0
+        apart = float((got - want).abs().max()) if want.numel() else 0.0
+        if not apart <= TOLERANCE.get(want.dtype, 1e-1) * largest + 1e-6:
+            return f"gives outputs that differ by {apart:.3g} where the largest is {largest:.3g}"
+    return ""
+
+
+def _outputs(model: nn.Module, call: Call, seed: int) -> list[Tensor]:
+    mode = modes.calibration_mode(model, training=call.training)
+    with left_as_is(model), mode, torch.no_grad():
+        if not call.training:
+            return _tensors(call.batch.run(model))
+        with torch.random.fork_rng(), _same_buffers(model):
+            torch.manual_seed(seed)
+            return [tensor.clone() for tensor in _tensors(call.batch.run(model))]
+
+
+def _tensors(made: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+
+
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """What training writes into buffers, as running means, is undone."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            buffer.copy_(values)

@@ -97,7 +97,7 @@ def test_other_logits_from_the_cache_are_refused(monkeypatch: pytest.MonkeyPatch
     plan = torchprune.plan_shrink(model, ids)
     before = described(model)
 
-    def one_place(model: nn.Module, blocks: Any) -> dict[str, int]:
+    def one_place(model: nn.Module, blocks: Any) -> Any:
         found = drop_blocks(model, blocks)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
@@ -133,7 +133,7 @@ class Owner(nn.Module):
 def test_places_and_lists_follow_by_what_they_are(gone: list[int]) -> None:
     model = Owner(6)
     kept = [i for i in range(6) if i not in gone]
-    assert drop_blocks(model, [f"parts.{i}" for i in gone]) == {"parts": 6}
+    assert drop_blocks(model, [f"parts.{i}" for i in gone]) == {"parts": (6, set(gone))}
     parts = [block[0] for block in model.parts]
     assert [p.whereabouts for p in parts] == list(range(len(kept)))
     assert [p.nth for p in parts] == list(range(1, len(kept) + 1))
@@ -147,8 +147,7 @@ def test_a_configuration_inside_another_follows() -> None:
     built = build("qwen3_5")
     model = built.model
     (name,) = [n for n, m in model.named_modules() if n.endswith("layers") and len(m) == 4]
-    lists = {name: (4, [f"{name}.0"])}
-    drop_blocks(model, [f"{name}.0"])
+    lists = drop_blocks(model, [f"{name}.0"])
     settings = native_settings(model, [], lists)
     inner = {key.rpartition(".")[2]: value for key, value in settings.items()}
     assert inner["num_hidden_layers"] == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def is_configured(model: nn.Module) -> bool:
 
 
 def native_settings(
-    model: nn.Module, removals: Sequence[Removal], lists: Mapping[str, tuple[int, Sequence[str]]]
+    model: nn.Module, removals: Sequence[Removal], lists: Mapping[str, tuple[int, Set[int]]]
 ) -> dict[str, Any]:
     """The settings by which the model's class makes tensors nearest to the sizes they have now.
 
@@ -40,7 +40,7 @@ def native_settings(
     Args:
         model: shrunk already, its configuration still the old one.
         removals: the groups that lost units since.
-        lists: lists of repeated blocks, their lengths before, and the names of what went.
+        lists: lists of repeated blocks, their lengths before, and the places of what went.
 
     Returns:
         name -> value of what changes.
@@ -67,15 +67,13 @@ def native_settings(
     return best
 
 
-def _counted(
-    config: Any, lists: Mapping[str, tuple[int, Sequence[str]]]
-) -> Iterator[tuple[str, int]]:
+def _counted(config: Any, lists: Mapping[str, tuple[int, Set[int]]]) -> Iterator[tuple[str, int]]:
     """Numbers that may count blocks from the first on, without those that went."""
     for name, value in _fields(config, nested=True):
         if type(value) is not int:
             continue
         for before, gone in lists.values():
-            fewer = sum(place < value for place in _places(gone))
+            fewer = sum(place < value for place in gone)
             if 0 < value <= before and fewer:
                 yield name, value - fewer
 
@@ -141,7 +139,7 @@ def _built(model: nn.Module, settings: dict[str, Any]) -> dict[str, tuple[int, .
 
 
 def _candidates(
-    model: nn.Module, removals: Sequence[Removal], lists: Mapping[str, tuple[int, Sequence[str]]]
+    model: nn.Module, removals: Sequence[Removal], lists: Mapping[str, tuple[int, Set[int]]]
 ) -> Iterator[dict[str, Any]]:
     """Settings worth trying, those that change most first."""
     config: Any = model.config
@@ -196,13 +194,12 @@ def _fields(config: Any, *, nested: bool, prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value
 
 
-def _left(value: Any, before: int, gone: Sequence[str]) -> Any:
+def _left(value: Any, before: int, places: Set[int]) -> Any:
     """What a list that says something of each block says without those that went, or None.
 
     Either it has an entry for each, or its entries are places of blocks in rising order, of which
     one is none any more.
     """
-    places = _places(gone)
     if len(value) == before:
         return type(value)(item for at, item in enumerate(value) if at not in places)
     rising = all(type(item) is int for item in value) and list(value) == sorted(set(value))
@@ -211,7 +208,3 @@ def _left(value: Any, before: int, gone: Sequence[str]) -> Any:
             at - sum(place < at for place in places) for at in value if at not in places
         )
     return None
-
-
-def _places(gone: Sequence[str]) -> set[int]:
-    return {int(name.rpartition(".")[2]) for name in gone}

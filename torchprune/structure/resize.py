@@ -134,28 +134,34 @@ def set_attributes(modules: Mapping[str, nn.Module], attributes: Attributes) -> 
             setattr(cast(Any, modules[path]), name, value)
 
 
-def drop_blocks(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
-    """Take blocks out of their lists and count the others anew. The lists' lengths before.
+def drop_blocks(model: nn.Module, blocks: Sequence[str]) -> dict[str, tuple[int, set[int]]]:
+    """Take blocks out of their lists and count the others anew. Names that are no numbers stay.
+
+    Returns:
+        for each list its length before, and the places of what went.
 
     What counts blocks follows, whatever it is called: numbers in their modules that are each
     block's own place, and lists beside them that have an entry for each.
     """
-    before: dict[str, int] = {}
+    before: dict[str, tuple[int, set[int]]] = {}
     gone: dict[str, set[str]] = {}
     for name in blocks:
         parent, _, last = name.rpartition(".")
         gone.setdefault(parent, set()).add(last)
     for parent, names in gone.items():
         held = model.get_submodule(parent)
-        before[parent] = len(held._modules)
+        places = {at for at, name in enumerate(held._modules) if name in names}
+        before[parent] = len(held._modules), places
         counters = _counters(held)
         kept = [
             (at, child) for at, (k, child) in enumerate(held._modules.items()) if k not in names
         ]
-        _shorten_lists(model.get_submodule(parent.rpartition(".")[0]), before[parent], kept)
+        _shorten_lists(model.get_submodule(parent.rpartition(".")[0]), len(held._modules), kept)
+        old = list(held._modules)
+        numbered = all(name.isdecimal() for name in old)
         held._modules.clear()
         for index, (place, child) in enumerate(kept):
-            held._modules[str(index)] = child
+            held._modules[str(index) if numbered else old[place]] = child
             for module in child.modules() if child is not None else ():
                 for attribute, value in list(vars(module).items()):
                     if type(value) is int and counters.get(attribute) == value - place:

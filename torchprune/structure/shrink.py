@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -67,15 +67,16 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     snapshot = Snapshot(model)
     try:
         shared_key = {path for path, m in model.named_modules() if key_heads(m) == 1}
+        before = dict(model.named_modules())
         recorded = _drop(model, plan.blocks)
         _cut(slots, plan)
         for module in model.modules():
             restate(module)
         settings, original = _configure(model, plan.removals)
-        attributes = _fit(model, plan, expected, shared_key)
+        attributes = _fit(model, plan, expected, shared_key, before)
         _check_generating(model, plan, spoken)
         record = Resized(recorded, attributes, settings, original)
-        _remember(model, record, plan.blocks)
+        _remember(model, record, before)
     except BaseException:
         snapshot.restore()
         raise
@@ -130,11 +131,7 @@ def _drop(model: nn.Module, blocks: list[str]) -> list[list[str]]:
     """Take blocks out. What to note of it: nothing, if the configuration says it."""
     if not blocks:
         return []
-    before = drop_blocks(model, blocks)
-    lists = {
-        name: (count, [b for b in blocks if b.rpartition(".")[0] == name])
-        for name, count in before.items()
-    }
+    lists = drop_blocks(model, blocks)
     if is_configured(model):
         apply_settings(model.config, native_settings(model, [], lists))
         if not has_its_tensors(model):
@@ -169,10 +166,14 @@ def _configure(model: nn.Module, removals: list[Removal]) -> tuple[dict[str, int
 
 
 def _fit(
-    model: nn.Module, plan: ShrinkPlan, expected: list[Seen], shared_key: set[str]
+    model: nn.Module,
+    plan: ShrinkPlan,
+    expected: list[Seen],
+    shared_key: set[str],
+    before: Mapping[str, nn.Module],
 ) -> Attributes:
     """Find the attributes by which the modules' code asks for the new sizes, and set them."""
-    names = _renamed(model, plan.blocks)
+    names = _renamed(model, before)
     modules = {old: model.get_submodule(new) for old, new in names.items()}
     problem = "no attribute fits"
     for attempt in _attempts(modules, plan, shared_key):
@@ -220,23 +221,10 @@ def _check_generating(model: nn.Module, plan: ShrinkPlan, spoken: list[Tensor] |
         )
 
 
-def _renamed(model: nn.Module, blocks: list[str]) -> dict[str, str]:
-    """The names of modules before blocks went -> their names now."""
-    return {_old_name(path, blocks): path for path, _ in model.named_modules()}
-
-
-def _old_name(path: str, blocks: list[str]) -> str:
-    parts = path.split(".")
-    for depth in range(1, len(parts)):
-        parent = ".".join(parts[:depth])
-        gone = {int(b.rpartition(".")[2]) for b in blocks if b.rpartition(".")[0] == parent}
-        if gone and parts[depth].isdecimal():
-            place, left = -1, int(parts[depth])
-            while left >= 0:
-                place += 1
-                left -= place not in gone
-            parts[depth] = str(place)
-    return ".".join(parts)
+def _renamed(model: nn.Module, before: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The names of modules before blocks went -> their names now; what is gone is absent."""
+    now = {id(module): path for path, module in model.named_modules()}
+    return {old: now[id(module)] for old, module in before.items() if id(module) in now}
 
 
 def _attempts(
@@ -252,11 +240,11 @@ def _attempts(
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def _remember(model: nn.Module, record: Resized, blocks: list[str]) -> None:
+def _remember(model: nn.Module, record: Resized, before: Mapping[str, nn.Module]) -> None:
     """Note on the model what its class and configuration do not say, for `torchprune.save`."""
     earlier = resized_of(model)
     if earlier is not None:
-        record = earlier.followed_by(record, _renamed(model, blocks))
+        record = earlier.followed_by(record, _renamed(model, before))
     if is_configured(model) and not record.settings and is_native(model):
         keep_resized(model, None)
     else:

@@ -108,7 +108,9 @@ def _check_blocks(model: nn.Module, names: Sequence[str]) -> None:
     modules = dict(model.named_modules())
     for name in names:
         parent = modules.get(name.rpartition(".")[0])
-        if name not in modules or not isinstance(parent, nn.ModuleList | nn.Sequential):
+        if name not in modules or not isinstance(
+            parent, nn.ModuleList | nn.Sequential | nn.ModuleDict
+        ):
             raise ShrinkError(f"the model has no block {name!r:.80} that could go")
 
 

@@ -70,7 +70,8 @@ def exported(model: nn.Module, call: Call) -> ExportedProgram:
         ):
             # of what a forward keeps, which is taken back
             warnings.filterwarnings("ignore", "The tensor attributes? ", UserWarning)
-            return torch.export.export(model, call.batch.args, call.batch.kwargs, strict=False)
+            program = torch.export.export(model, call.batch.args, call.batch.kwargs, strict=False)
+            return program.run_decompositions({}) if _writes_parts(program) else program
     except Exception as error:
         where = _place_of(error)
         raise ShrinkError(
@@ -79,6 +80,32 @@ def exported(model: nn.Module, call: Call) -> ExportedProgram:
             "graph: make that line exportable (no branches on values, no data-dependent shapes), "
             "or give other example inputs"
         ) from error
+
+
+def _writes_parts(program: ExportedProgram) -> bool:
+    """Whether code writes into a view of a tensor, or over one, so that others see it."""
+    for node in program.graph_module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            held = node.args[0] if node.args else None
+            if node.target.overloadpacket not in _WHOLE or _is_view(held):
+                return True
+    return False
+
+
+def _is_view(held: Any) -> bool:
+    schema = getattr(getattr(held, "target", None), "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+_WHOLE = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("relu_", "silu_", "elu_", "leaky_relu_", "hardtanh_", "hardswish_", "hardsigmoid_"),
+        *("add_", "sub_", "mul_", "div_", "clamp_", "masked_fill_", "dropout_"),
+    )
+}
+"""In-place operators on a whole tensor: the same to labels as what they are in place of."""
 
 
 def _place_of(error: BaseException) -> str:

@@ -37,6 +37,7 @@ class Context:
         shapes: of the node's results, as on the example inputs.
         module: the path of the module whose code runs it.
         products: filled by every contraction, for counting floating point operations.
+        example: the node's arguments with fake tensors, positional and by name; None if unknown.
     """
 
     labels: Labels
@@ -44,6 +45,7 @@ class Context:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     module: str = ""
     products: list[Product] = field(default_factory=list)
+    example: tuple[Any, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

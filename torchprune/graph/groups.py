@@ -132,8 +132,8 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
     for at, (axis, here) in enumerate(zip(traced.axes, own, strict=True)):
         free = here[~frozen[here]]
         if not len(free):
-            if axis.axis >= 2 and isinstance(modules.get(axis.key.rpartition(".")[0]), ConvNd):
-                continue  # a kernel's extent is nothing that anybody wants to remove
+            if axis.axis >= 2 and _is_kernel(axis.key, modules):
+                continue
             why = traced.resolved.reasons.get(int(here[0]), "a fixed size of the model's code")
             stays.append(Frozen(axis.key, axis.axis, why))
             continue
@@ -143,9 +143,15 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
                 units[mark] = _ordered(free[signature[free] == mark])
     groups: list[Group] = []
     names: list[Tensor] = []
+    idle: list[tuple[int, str]] = []
+    grouped: set[int] = set()
     for mark, some in units.items():
-        if len(some) < 2 or len(owners[mark]) < 2:  # an axis that nothing else touches is unused
+        if len(some) < 2 or len(owners[mark]) < 2:
+            together = "all its indices go together, so none can go alone"
+            why = together if len(some) < 2 else "no other tensor has to do with it"
+            idle += [(at, why) for at in owners[mark]]
             continue
+        grouped.update(owners[mark])
         lookup = torch.full((size,), -1)
         lookup[some] = torch.arange(len(some))
         members = []
@@ -156,7 +162,16 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
         kind = _kind(members, bool(traced.resolved.attended[some].any()), modules)
         groups.append(Group(_name(members), kind, len(some), tuple(members)))
         names.append(some)
+    for at, why in dict(idle).items():
+        axis = traced.axes[at]
+        if at not in grouped and not (axis.axis >= 2 and _is_kernel(axis.key, modules)):
+            stays.append(Frozen(axis.key, axis.axis, why))
     return Structure(groups, stays, traced, names)
+
+
+def _is_kernel(key: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether axes past the second are a convolution's: extents that nobody wants to remove."""
+    return isinstance(modules.get(key.rpartition(".")[0]), ConvNd)
 
 
 def _ordered(classes: Tensor) -> Tensor:

@@ -100,24 +100,55 @@ def _repeated(ctx: Context, value: Value, times: int) -> Value:
 
 
 def einsum(ctx: Context, equation: str, operands: Sequence[Value], **__: Any) -> Any:
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    names = inputs.split(",")
-    if len(names) != 2 or "." in equation or not output or len(set(output)) != len(output):
+    """Any number of operands, one after the other; an axis twice in one operand is not followed."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    names, output = _without_dots(inputs.split(","), output, operands)
+    if not arrow or any(len(set(letters)) < len(letters) for letters in [*names, output]):
         return unknown(ctx, *operands)
-    summed = [c for c in dict.fromkeys(inputs.replace(",", "")) if c not in output]
-    order = [*output, *summed]
-    both: list[Value] = []
+    done, held = names[0], operands[0]
+    for at in range(1, max(2, len(operands))):
+        later = "".join(names[at + 1 :]) + output
+        own, other = (names[at], operands[at]) if at < len(operands) else ("", None)
+        both = [c for c in dict.fromkeys(done + own) if c in later]
+        summed = [c for c in dict.fromkeys(done + own) if c not in later]
+        if at == len(operands) - 1 or other is None:
+            both = list(output)
+        order = [*both, *summed]
+        axes = range(len(both), len(order))
+        left = _laid(held, done, order)
+        if other is None:
+            kept = ctx.whole(left, axes)
+            held = squeezed(reduced_to_one(kept, kept.tags, list(axes)), list(axes))
+        elif summed:
+            held = contract(ctx, left, _laid(other, own, order), axes)
+        else:
+            held = met(ctx.labels, [left, _laid(other, own, order)], ctx.why)
+        done = "".join(both)
+    return held
+
+
+def _laid(value: Value, letters: str, order: Sequence[str]) -> Value:
+    """An operand with an axis for every letter in order, of size 1 where it has none."""
+    laid = value.permuted([letters.index(c) for c in order if c in letters])
+    for place, letter in enumerate(order):
+        if letter not in letters:
+            laid = laid.inserted(place)
+    return laid
+
+
+def _without_dots(
+    names: Sequence[str], output: str, operands: Sequence[Value]
+) -> tuple[list[str], str]:
+    """An equation with letters of their own for the axes that `...` stands for."""
+    spare = [chr(c) for c in range(0x3B1, 0x3CA)]
+    counts = [v.dim - len(n) + 3 for n, v in zip(names, operands, strict=True) if "..." in n]
+    most = max(counts, default=0)
+    dots = "".join(spare[:most])
+    made = []
     for letters, value in zip(names, operands, strict=True):
-        if len(set(letters)) != len(letters):
-            return unknown(ctx, *operands)
-        laid = value.permuted([letters.index(c) for c in order if c in letters])
-        for place, letter in enumerate(order):
-            if letter not in letters:
-                laid = laid.inserted(place)
-        both.append(laid)
-    if not summed:
-        return met(ctx.labels, both, ctx.why)
-    return contract(ctx, both[0], both[1], range(len(output), len(order)))
+        own = value.dim - len(letters) + 3
+        made.append(letters.replace("...", dots[most - own :] if own else ""))
+    return made, output.replace("...", dots)
 
 
 def convolution(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from torchprune.graph.context import Context
 from torchprune.graph.labels import axes_of
-from torchprune.graph.values import Value, met, reduced_to_one, squeezed
+from torchprune.graph.values import Value, indexed, met, reduced_to_one, squeezed
 
 
 def layer_norm(
@@ -107,6 +110,90 @@ def reduced(ctx: Context, x: Value, dim: Any = None, *_: Any, **__: Any) -> Any:
     if len(ctx.shape) < x.dim:
         out = squeezed(out, axes)
     return out if len(ctx.shapes) == 1 else tuple(out for _ in ctx.shapes)
+
+
+def along(default: int | None, place: int = 0, name: str = "dim") -> Any:
+    """The rule of operators that read one axis as a whole and each of the others index by index:
+    sorts, extremes, cumulations, look-ups.
+
+    Args:
+        default: the axis where none is given; None for all.
+        place: of the axis among the arguments after the tensor.
+    """
+
+    def rule(ctx: Context, x: Value, *args: Any, **named: Any) -> Any:
+        dim = named.get(name, args[place] if len(args) > place else default)
+        dims = range(x.dim) if dim is None else [dim] if isinstance(dim, int) else dim
+        axes = sorted({axis % x.dim for axis in dims})
+        parts = []
+        for value in (x, *(v for v in (*args, *named.values()) if isinstance(v, Value))):
+            if value.dim == x.dim:
+                kept = ctx.whole(value, axes)
+                parts.append(reduced_to_one(kept, kept.tags, axes))
+            else:
+                ctx.freeze(value)
+        out = met(ctx.labels, parts, ctx.why)
+        same = len(ctx.shape) == x.dim
+        out = replace(out, shape=ctx.shape) if same else squeezed(out, axes)
+        return out if len(ctx.shapes) == 1 else tuple(out for _ in ctx.shapes)
+
+    return rule
+
+
+def unfolded(ctx: Context, x: Value, dim: int, *_: Any) -> Value:
+    """Windows along an axis, as a new last one."""
+    return replace(ctx.whole(x, [dim]).inserted(x.dim), shape=ctx.shape)
+
+
+def diagonal(ctx: Context, x: Value, _: int = 0, one: int = 0, two: int = 1) -> Value:
+    """Two axes are read together, and what is read is the last."""
+    axes = [one % x.dim, two % x.dim]
+    kept = ctx.whole(x, axes)
+    return replace(
+        squeezed(reduced_to_one(kept, kept.tags, axes), axes).inserted(-1), shape=ctx.shape
+    )
+
+
+def patches(ctx: Context, x: Value, *_: Any) -> Value:
+    """`unfold` of images: every channel as many times as a patch has places."""
+    kept = ctx.whole(x, range(x.dim - 2, x.dim))
+    flat = squeezed(reduced_to_one(kept, kept.tags, [x.dim - 2, x.dim - 1]), [x.dim - 1])
+    axis = x.dim - 3
+    index = torch.arange(x.shape[axis]).repeat_interleave(ctx.shape[axis] // x.shape[axis])
+    return replace(indexed(flat, axis, index), shape=ctx.shape)
+
+
+def from_patches(ctx: Context, x: Value, *_: Any) -> Value:
+    """`fold`: the places of a patch are one channel."""
+    axis = x.dim - 2
+    kept = ctx.whole(x, [x.dim - 1])
+    tags = []
+    for tag in kept.tags:
+        if axes_of(tag) == (axis,):
+            grid = tag.reshape(ctx.shape[axis], -1)
+            ctx.labels.united(grid, [1])
+            tags.append(grid[:, :1].reshape(*tag.shape[:axis], -1, 1, 1))
+        else:
+            ctx.labels.freeze(tag, ctx.why)
+    return Value(ctx.shape, tuple(tags), x.weight)
+
+
+def sampled(ctx: Context, x: Value, grid: Value, *_: Any) -> Value:
+    """Positions are chosen by the grid, for all channels alike."""
+    ctx.freeze(grid)
+    return replace(ctx.whole(x, range(2, x.dim)), shape=ctx.shape)
+
+
+def unpooled(ctx: Context, x: Value, indices: Value, *_: Any) -> Value:
+    """Every channel's values at every channel's own places."""
+    return replace(
+        ctx.whole(met(ctx.labels, [x, indices], ctx.why), range(x.dim - 2, x.dim)), shape=ctx.shape
+    )
+
+
+def bucketed(ctx: Context, x: Value, boundaries: Value, *_: Any, **__: Any) -> Value:
+    ctx.freeze(boundaries)
+    return x
 
 
 def normed(ctx: Context, x: Value, _: Any = None, dim: Any = None, *__: Any, **___: Any) -> Any:

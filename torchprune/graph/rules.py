@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from torchprune.graph import products, reductions, views
 from torchprune.graph.context import Context, unknown
+from torchprune.graph.derived import parts_of
 from torchprune.graph.values import Value, filled, met
 
 Rule = Callable[..., Any]
@@ -93,7 +98,45 @@ _OPERATORS: dict[Rule, list[Any]] = {
         "upsample_bilinear2d",
         "upsample_bicubic2d",
         "upsample_linear1d",
+        "upsample_trilinear3d",
+        "_upsample_nearest_exact1d",
+        "_upsample_nearest_exact2d",
+        "_upsample_nearest_exact3d",
+        "_upsample_bilinear2d_aa",
+        "_upsample_bicubic2d_aa",
+        "adaptive_max_pool3d",
+        "max_pool3d_with_indices",
+        "_adaptive_avg_pool3d",
     ),
+    reductions.sampled: _named("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"),
+    reductions.unpooled: _named("max_unpool2d"),
+    reductions.unfolded: _named("unfold"),
+    reductions.diagonal: _named("diagonal"),
+    reductions.patches: _named("im2col"),
+    reductions.from_patches: _named("col2im"),
+    reductions.bucketed: _named("bucketize", "searchsorted"),
+    reductions.along(-1): _named(
+        "sort", "argsort", "mode", "cummax", "cummin", "cumprod", "_fft_r2c", "_fft_c2r", "_fft_c2c"
+    ),
+    reductions.along(0): _named(
+        "msort",
+        "gather",
+        "index_select",
+        "index_add",
+        "index_copy",
+        "index_fill",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+    ),
+    reductions.along(None): _named("median", "nanmedian"),
+    reductions.along(None, 1): _named("quantile", "nanquantile"),
+    reductions.along(-1, 1): _named("topk", "kthvalue", "linalg_cross", "take_along_dim"),
+    views.written: _named("slice_scatter"),
+    views.written_at: _named("select_scatter"),
+    views.overwritten: _named("copy"),
+    views.put: _named("index_put"),
+    views.parted_complex: _named("view_as_real"),
     views.viewed: _named(
         "view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"
     ),
@@ -133,12 +176,38 @@ _OPERATORS: dict[Rule, list[Any]] = {
     views.padded: _named("constant_pad_nd", "pad"),
     views.kept_along: _named("roll", "flip"),
     views.looked_up: _named("index"),
-    pointwise: _named("where", "masked_fill", "masked_fill_", "add_", "mul_", "sub_", "div_"),
+    pointwise: _named(
+        "where",
+        "masked_fill",
+        "masked_fill_",
+        "add_",
+        "mul_",
+        "sub_",
+        "div_",
+        "hardswish_",
+        "hardsigmoid_",
+        "complex",
+        "real",
+        "imag",
+    ),
 }
 _RULES = {packet: rule for rule, packets in _OPERATORS.items() for packet in packets}
 
 
-_FILLED = _named("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like")
+_FILLED = _named(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+)
 """They make one value over and over, in whatever size the code asks for."""
 
 
@@ -154,14 +223,55 @@ def follow(ctx: Context, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         weight = all(v.weight for v in values)
         plain = tuple(Value(shape, weight=weight) for shape in ctx.shapes)
         return plain if len(plain) != 1 else plain[0]
+    rule = rule_for(target)
+    if rule is unknown and ctx.example is not None:
+        parts = parts_of(target, *ctx.example)
+        if parts is not None:
+            return _by_parts(ctx, parts, values)
     try:
-        made = rule_for(target)(ctx, *args, **kwargs)
+        made = rule(ctx, *args, **kwargs)
     except (TypeError, ValueError, IndexError, RuntimeError):  # a form that its rule lacks
         return unknown(ctx, *args, *kwargs.values())
     found = made if isinstance(made, tuple) else (made,)
     if [value.shape for value in found] != ctx.shapes:
         return unknown(ctx, *args, *kwargs.values())
     return made
+
+
+def _by_parts(ctx: Context, parts: GraphModule, given: list[Value]) -> Any:
+    """An operator followed through the simpler ones that it is made of."""
+    env: dict[Node, Any] = {}
+    rest = iter(given)
+    for node in parts.graph.nodes:
+        shapes = [tuple(t.shape) for t in tensors_in(node.meta.get("val"))]
+        if node.op == "placeholder":
+            env[node] = next(rest)
+        elif node.op == "get_attr":  # a constant of the operator's own
+            env[node] = Value(tuple(getattr(parts, str(node.target)).shape), weight=True)
+        elif node.op == "output":
+            return _as_tuple(torch.fx.map_arg(node.args[0], env.get))
+        elif node.target is operator.getitem:
+            held = env[node.args[0]]
+            env[node] = held[node.args[1]] if isinstance(held, tuple) else held
+        else:
+            example = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+            inner = replace(ctx, shapes=shapes, example=example)
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), env.get)
+            env[node] = follow(inner, node.target, args, kwargs)
+    raise AssertionError("a graph without an output")
+
+
+def _as_tuple(made: Any) -> Any:
+    return tuple(made) if isinstance(made, list | tuple) else made
+
+
+def tensors_in(val: Any) -> Iterator[Tensor]:
+    """The tensors that a node gives."""
+    if isinstance(val, Tensor):
+        yield val
+    elif isinstance(val, list | tuple):
+        for item in val:
+            yield from tensors_in(item)
 
 
 def _values(nested: Any) -> list[Value]:

@@ -20,7 +20,7 @@ from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, exported, place
 from torchprune.graph.context import Context, Product
 from torchprune.graph.labels import Labels, Resolved, axes_of
-from torchprune.graph.rules import follow
+from torchprune.graph.rules import follow, tensors_in
 from torchprune.graph.values import Value, filled
 from torchprune.masking.mask import mask_of
 from torchprune.masking.plain_state import slots_of, ties_of
@@ -118,6 +118,7 @@ class _Walk:
         """Every node of a graph; the products of the first graph are counted."""
         env: dict[Node, Any] = {}
         sources = sources_of(self.model, program)
+        shown = set(program.graph_signature.user_outputs)
         closed = {
             f"{path}.{name}" if path else name
             for path, module in self.model.named_modules()
@@ -136,7 +137,8 @@ class _Walk:
             elif node.op == "get_attr":
                 env[node] = None
             elif node.op == "output":
-                for value in _values(torch.fx.map_arg(node.args, env.get)):
+                given = [n for n in node.all_input_nodes if n.name in shown]
+                for value in _values([env.get(n) for n in given]):
                     for tag in value.tags:
                         self.labels.freeze(tag, "it is an output of the model")
             else:
@@ -206,10 +208,11 @@ class _Walk:
             env[node] = held[cast(int, node.args[1])] if isinstance(held, tuple) else held
             return
         kwargs = cast(dict[str, Any], torch.fx.map_arg(node.kwargs, env.get))
-        shapes = [tuple(int(s) for s in t.shape) for t in _tensors(node.meta.get("val"))]
+        shapes = [tuple(int(s) for s in t.shape) for t in tensors_in(node.meta.get("val"))]
         module = _module_of(node)
         products = self.products if self.counting else []
-        context = Context(self.labels, _why(node), shapes, module, products)
+        example = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        context = Context(self.labels, _why(node), shapes, module, products, example)
         made = follow(context, node.target, args, kwargs)
         env[node] = made
         for value in _values(made):
@@ -240,14 +243,6 @@ def sources_of(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
-
-
-def _tensors(val: Any) -> Iterator[Tensor]:
-    if isinstance(val, Tensor):
-        yield val
-    elif isinstance(val, list | tuple):
-        for item in val:
-            yield from _tensors(item)
 
 
 def _values(nested: Any) -> Iterator[Value]:

@@ -15,6 +15,7 @@ from torchprune.graph.values import (
     expanded,
     indexed,
     joined,
+    met,
     parted,
     reshaped,
     selected,
@@ -126,6 +127,71 @@ def concatenated(ctx: Context, parts: Sequence[Value], dim: int = 0) -> Value:
 def stacked(ctx: Context, parts: Sequence[Value], dim: int = 0) -> Value:
     axis = dim % (parts[0].dim + 1)
     return joined(ctx.labels, [v.inserted(axis) for v in parts], axis, ctx.why)
+
+
+def written(
+    ctx: Context,
+    x: Value,
+    source: Value,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Any:
+    """A tensor with a slice of one axis replaced."""
+    axis, size = dim % x.dim, x.shape[dim]
+    places = list(range(size))[slice(start, end, step)]
+    parts, last, used = list[Value](), 0, 0
+    for first, count in _runs(places):
+        if first > last:
+            parts.append(indexed(x, axis, torch.arange(last, first)))
+        parts.append(indexed(source, axis, torch.arange(used, used + count)))
+        last, used = first + count, used + count
+    if last < size:
+        parts.append(indexed(x, axis, torch.arange(last, size)))
+    return joined(ctx.labels, parts, axis, ctx.why)
+
+
+def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Places as runs of neighbours: (first, how many)."""
+    runs: list[tuple[int, int]] = []
+    for place in places:
+        if runs and sum(runs[-1]) == place:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((place, 1))
+    return runs
+
+
+def written_at(ctx: Context, x: Value, source: Value, dim: int, index: int) -> Any:
+    """A tensor with one index of one axis replaced."""
+    at = index % x.shape[dim]
+    return written(ctx, x, source.inserted(dim % x.dim), dim, at, at + 1)
+
+
+def overwritten(ctx: Context, x: Value, source: Value, *_: Any) -> Value:
+    """The values of another tensor in the shape of this one."""
+    return met(ctx.labels, [x, expanded(ctx.labels, source, x.shape)], ctx.why)
+
+
+def put(ctx: Context, x: Value, indices: Sequence[Value | None], source: Value, *_: Any) -> Any:
+    """`x[:, index] = source` with one index: that axis is read as a whole."""
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].dim != 1:
+        return unknown(ctx, x, source, [index for _, index in given])
+    axis, index = given[0]
+    ctx.freeze(index)
+    kept = ctx.whole(x, [axis], keep=True)
+    own = source.widened(x.dim) if source.dim < x.dim else source
+    if own.shape[axis] > 1:
+        own = ctx.whole(own, [axis])
+        own = replace(own, shape=tuple(1 if a == axis else n for a, n in enumerate(own.shape)))
+    return met(ctx.labels, [kept, own], ctx.why)
+
+
+def parted_complex(ctx: Context, x: Value) -> Value:
+    """Real and imaginary parts on a new last axis."""
+    return replace(x.inserted(x.dim), shape=ctx.shape)
 
 
 def padded(ctx: Context, x: Value, pad: Sequence[int], *_: Any, **__: Any) -> Value:

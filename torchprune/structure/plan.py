@@ -21,6 +21,7 @@ from torchprune.masking.packing import masked
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import every_layer, layers_of, repeated_blocks
 from torchprune.modes import calibration_mode
+from torchprune.structure.constants import Fold, find_constants
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,8 @@ class ShrinkPlan:
     sizes: dict[str, dict[int, set[int]]] = field(default_factory=dict, repr=False)
     """Module -> sizes that its code asks for -> what becomes of them."""
     calls: list[Call] = field(default_factory=list, repr=False)
+    folds: list[Fold] = field(default_factory=list, repr=False)
+    """What biases gain from constant units that go."""
 
     @property
     def example(self) -> Batch:
@@ -112,8 +115,9 @@ def plan_shrink(
     """Find what masks, or weights that are zero anyway, allow to be removed physically.
 
     A unit (a head, a neuron, a channel) can go if nothing reads it: every weight that sums over it
-    is zero there, by a mask or by value; or if all its weights are zero. A repeated block can go if
-    all its weights are zero and it hands on its input. Nothing is changed.
+    is zero there, by a mask or by value; or if it is constant whatever the input, as where a filter
+    and its bias are zero. A constant that is not zero goes into the biases of what reads it. A
+    repeated block can go if all its weights are zero and it hands on its input. Nothing is changed.
 
     Args:
         model: any module that `torch.export` can capture, with masks or without.
@@ -133,10 +137,11 @@ def plan_shrink(
     blocks, notes = _idle_blocks(model, calls)
     notes += _unread_notes(traced.unread)
     removals = []
-    for group in structure.groups:
-        if all(_inside(m.key, blocks) for m in group.members):
-            continue
-        gone = _unread(group, slots)
+    groups = [g for g in structure.groups if not all(_inside(m.key, blocks) for m in g.members)]
+    constants = find_constants(model, groups, slots, calls)
+    notes += constants.notes
+    for group in groups:
+        gone = _unread(group, slots) | constants.gone.get(id(group), torch.tensor(False))
         if gone.all():
             gone[0] = False
             notes.append(f"{group.name}: all {group.kind} are zero; one stays, as one must")
@@ -154,6 +159,7 @@ def plan_shrink(
         notes=notes,
         sizes=_sizes(structure, removed),
         calls=calls,
+        folds=constants.folds,
     )
 
 

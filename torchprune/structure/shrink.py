@@ -21,6 +21,7 @@ from torchprune.structure.config import (
     is_native,
     native_settings,
 )
+from torchprune.structure.constants import folded
 from torchprune.structure.generating import differing, generated
 from torchprune.structure.plan import Removal, ShrinkPlan, check_fits
 from torchprune.structure.resize import (
@@ -96,12 +97,14 @@ def _cut(slots: dict[str, Slot], plan: ShrinkPlan) -> None:
     todo: dict[int, list[Any]] = {}
     for cut in plan.cuts:
         todo.setdefault(id(slots[cut.key].tensor), []).append(cut)
+    gains = {id(slots[fold.key].tensor): fold for fold in plan.folds}
     for slot in slots.values():
-        cuts = todo.get(id(slot.tensor))
-        if not cuts:
+        cuts, fold = todo.get(id(slot.tensor), []), gains.get(id(slot.tensor))
+        if not cuts and fold is None:
             continue
         if id(slot.tensor) not in made:
-            short = _shortened(slot.tensor.detach(), cuts)
+            whole = slot.tensor.detach()
+            short = _shortened(whole if fold is None else folded(whole, fold), cuts)
             if isinstance(slot.tensor, nn.Parameter):
                 short = nn.Parameter(short, slot.tensor.requires_grad)
             made[id(slot.tensor)] = short

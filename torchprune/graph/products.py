@@ -185,15 +185,15 @@ def _convolved(
     channels = x.dim - space - 1
     inputs = Value(x.shape[: channels + 1], _flat(x.tags, space), x.weight)
     filters = Value(weight.shape[:2], _flat(weight.tags, space), weight.weight)
-    if swapped:
-        filters = filters.permuted([1, 0])
+    filters = filters.permuted([1, 0]) if swapped else filters
     positions = (x.shape if swapped else ctx.shape)[channels + 1 :]
     whole = _extent(positions) * _extent(weight.shape[2:])
     before = len(ctx.products)
     if groups == 1:
         out = contract(ctx, inputs.inserted(-2), filters)
-    elif filters.shape[1] == 1 and groups == inputs.shape[-1]:
-        out = _depthwise(ctx, inputs, filters)
+    elif weight.shape[1] == 1 and groups == inputs.shape[-1]:
+        own = Value((weight.shape[0],), _first_axis(weight, space), weight.weight)
+        out = _depthwise(ctx, inputs, own)
     else:
         out = _grouped(ctx, inputs, weight, groups, swapped=swapped)
     ctx.products[before:] = [_scaled(p, whole) for p in ctx.products[before:]]
@@ -202,44 +202,47 @@ def _convolved(
     return Value(ctx.shape, tags, out.weight)
 
 
+def _first_axis(weight: Value, space: int) -> tuple[Tensor, ...]:
+    """A depthwise weight's tags without its other axes, all of size 1."""
+    return tuple(tag.reshape(-1) for tag in _flat(weight.tags, space) if tag.shape[0] > 1)
+
+
 def _depthwise(ctx: Context, x: Value, filters: Value) -> Value:
     """Every input channel has its own filters."""
     times = filters.shape[0] // x.shape[-1]
     index = torch.arange(x.shape[-1]).repeat_interleave(times)
-    own = Value((filters.shape[0],), tuple(t.squeeze(1) for t in filters.tags), filters.weight)
-    out = met(ctx.labels, [indexed(x, -1, index), own], ctx.why)
+    out = met(ctx.labels, [indexed(x, -1, index), filters], ctx.why)
     ctx.products.append(Product(out.shape, out.tags, ctx.module))
     return out
 
 
 def _grouped(ctx: Context, x: Value, weight: Value, groups: int, *, swapped: bool) -> Value:
-    """A group of input channels, and the filters that read it, go together or not at all."""
-    inner = 1 if not swapped else 0
+    """A group of input channels, and the filters that read it, go together or not at all.
+
+    A weight has its channels on the first axis, of outputs (of inputs, if swapped), and those of
+    one group on the second, which stay as many.
+    """
     shared = Value(weight.shape[:2], _flat(weight.tags, weight.dim - 2), weight.weight)
-    channels = x.shape[-1]
+    channels, count = x.shape[-1], ctx.shape[x.dim - 1]
     if (tag := x.on(x.dim - 1)) is not None and len(axes_of(tag)) > 1:
         ctx.freeze(x, weight)
-        return Value((*x.shape[:-1], ctx.shape[x.dim - 1]))
-    count = ctx.shape[x.dim - 1]
-    per_in, per_out = channels // groups, count // groups
-    read = torch.zeros(channels, dtype=torch.long) if tag is None else tag.reshape(-1)
-    if swapped:
-        # Filters are laid out by input channel; output channels repeat in every group.
-        ctx.freeze(shared, x)
         return Value((*x.shape[:-1], count))
-    rows = shared.on(0)
-    made = torch.zeros(count, dtype=torch.long) if rows is None else rows.reshape(-1)
-    if (cols := shared.on(inner)) is not None:
-        ctx.labels.freeze(cols, ctx.why)
-    reads, makes = read.view(groups, per_in), made.view(groups, per_out)
-    reads = ctx.labels.united(reads, [1])
-    makes = ctx.labels.united(makes, [1])
+    read = torch.zeros(channels, dtype=torch.long) if tag is None else tag.reshape(-1)
+    first, second = shared.on(0), shared.on(1)
+    if second is not None:
+        ctx.labels.freeze(second, ctx.why)
+    size = weight.shape[0]
+    rows = torch.zeros(size, dtype=torch.long) if first is None else first.reshape(-1)
+    reads = ctx.labels.united(read.view(groups, -1), [1])
+    makes = ctx.labels.united(rows.view(groups, -1), [1])
     ctx.labels.join(reads, makes)
     if tag is None:
         return Value((*x.shape[:-1], count))
-    shape = (*x.shape[:-1], count, per_in)
-    ctx.products.append(Product(shape, (_last(made, x.dim + 1, -2),), ctx.module))
-    return Value((*x.shape[:-1], count), (_last(made, x.dim, -1),))
+    if swapped:  # a group's outputs are no axis of the weight: they stand for their group
+        rows = makes.expand(groups, count // groups).reshape(-1)
+    shape = (*x.shape[:-1], count, channels // groups)
+    ctx.products.append(Product(shape, (_last(rows, x.dim + 1, -2),), ctx.module))
+    return Value((*x.shape[:-1], count), (_last(rows, x.dim, -1),))
 
 
 def _last(tag: Tensor, dim: int, axis: int) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from tqdm import tqdm
 
 from torchprune import modes
@@ -21,12 +22,14 @@ from torchprune.graph.groups import Group, Member, read_groups
 from torchprune.graph.trace import trace
 from torchprune.masking.mask import Record, attach, mask_of, obstacle, original_of
 from torchprune.masking.matrices import view_of
+from torchprune.masking.reading import Reading
 from torchprune.masking.scales import is_coded
 from torchprune.masking.selection import (
     Layer,
     as_selectors,
     check_used,
     layers_of,
+    maskable_of,
     matches,
     repeated_blocks,
     tied_to,
@@ -108,7 +111,8 @@ def prune_structures(
 def _choose(
     model: nn.Module, spec: StructuredSpec, example: Batch, run: RunRecord
 ) -> list[_Choice]:
-    layers = list(layers_of(model))
+    spread = (y for y in maskable_of(model) if isinstance(y.module, _ConvTransposeNd))
+    layers = [*layers_of(model), *(y for y in spread if y.tensor == "weight")]
     targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
     for what, selectors in (("targets", targets), ("ignore", ignore)):
         for selector in selectors:
@@ -153,8 +157,9 @@ def _coded(layer: Layer) -> str | None:
 
 
 def _target(layer: Layer) -> Target:
-    shape = original_of(layer.module, layer.tensor).shape
-    return Target(layer, Goal(Unstructured(), 0.0), view_of(layer.module, shape))
+    view = view_of(layer.module, original_of(layer.module, layer.tensor).shape)
+    reading = Reading(view) if isinstance(layer.module, _ConvTransposeNd) else None
+    return Target(layer, Goal(Unstructured(), 0.0), view, reading=reading)
 
 
 def _columns(target: Target, member: Member) -> Tensor:
@@ -365,7 +370,9 @@ class _Runner:
         fits = target.mask is None or _is_whole(target.view.to_matrix(target.mask.mask))
         if not fits:
             done.notes.append("it has a mask of other zeros: not refitted")
-        biased = isinstance(getattr(target.layer.module, "bias", None), nn.Parameter)
+        module = target.layer.module
+        biased = isinstance(getattr(module, "bias", None), nn.Parameter)
+        biased &= not isinstance(module, _ConvTransposeNd)  # its rows are one for each tap
         found = [
             refit(weight, moments, keep, self.spec.damping, group=group, bias=biased, fit=fits)
             for group, weight in enumerate(weights)

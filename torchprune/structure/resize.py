@@ -41,6 +41,8 @@ def restate(module: nn.Module) -> None:
         owner.nx, owner.nf = _shape(module)
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):
         inputs, outputs = _shape(module)[:2]
+        if module.groups > 1:
+            owner.groups = module.groups * inputs // module.in_channels
         owner.in_channels, owner.out_channels = inputs, outputs * module.groups
     elif isinstance(module, ConvNd):
         outputs, inputs = _shape(module)[:2]

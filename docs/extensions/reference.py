@@ -1,0 +1,116 @@
+"""The reference: every public name with its signature and docstring, by the room it lives in.
+
+A page `api/PACKAGE.md` is a sentence or two, and gets the names of the package's `__all__` here. A
+name that comes out without an entry, for want of a docstring, fails the build.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+
+LOG = logging.getLogger(__name__)
+FOLDER = "api/"
+BREAK = "\n\n"
+ROOMS = [
+    "sparsify",
+    "methods",
+    "specs",
+    "masking",
+    "structure",
+    "training",
+    "calibration",
+    "reports",
+    "study",
+    "checkpoint",
+    "lowering",
+]
+"""Those of the first package in the order in which a user meets them; others come after."""
+
+
+def room_of(thing: Any, package: str) -> str:
+    """The module below the package that a name comes from; the package, if that says nothing."""
+    home = str(getattr(thing, "__module__", package))
+    return home.removeprefix(f"{package}.").split(".")[0] if home != package else ""
+
+
+def by_room(package: ModuleType) -> dict[str, list[str]]:
+    """Names of `__all__` by room; of all packages but the first in one group."""
+    groups: dict[str, list[str]] = {}
+    for name in package.__all__:
+        flat = "." in package.__name__
+        room = "" if flat else room_of(getattr(package, name), package.__name__)
+        groups.setdefault(room, []).append(name)
+    order = {room: i for i, room in enumerate(ROOMS)}
+    return dict(sorted(groups.items(), key=lambda item: (order.get(item[0], 99), item[0])))
+
+
+def entry(package: str, name: str) -> str:
+    """The directive that shows a name."""
+    thing = getattr(sys.modules[package], name)
+    if inspect.isclass(thing):
+        error = issubclass(thing, BaseException)
+        options = "   :members:\n   :show-inheritance:\n"
+        return f".. auto{'exception' if error else 'class'}:: {package}.{name}\n{options}\n"
+    kind = "function" if callable(thing) else "data"
+    return f".. auto{kind}:: {package}.{name}\n\n"
+
+
+def described(package: str) -> str:
+    """Markdown that shows all names of a package."""
+    told = ""
+    for room, names in by_room(importlib.import_module(package)).items():
+        if room:
+            says = inspect.getdoc(importlib.import_module(f"{package}.{room}")) or ""
+            told += f"\n## {room.capitalize()}\n\n{says.partition(BREAK)[0]}\n"
+        told += "\n```{eval-rst}\n" + "".join(entry(package, name) for name in names) + "```\n"
+    return told
+
+
+def add_names(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Give a page of a package its names."""
+    package = docname.removeprefix(FOLDER)
+    if docname.startswith(FOLDER) and package in app.config.public_packages:
+        source[0] += described(package)
+
+
+def name_missing(_: Sphinx, env: BuildEnvironment) -> None:
+    """Warn of public names that no page shows."""
+    shown = set(env.domains.python_domain.objects)
+    for package in env.config.public_packages:
+        for name in importlib.import_module(package).__all__:
+            if f"{package}.{name}" not in shown:
+                LOG.warning(
+                    "%s.%s is public and the reference does not show it: it needs a docstring, "
+                    "and %s a page docs/%s%s.md",
+                    *(package, name, package, FOLDER, package),
+                )
+
+
+def keep_bars(*event: Any) -> None:
+    """Let |W| in a docstring be what it is, not a name that stands for other text."""
+    lines: list[str] = event[-1]
+    lines[:] = [_bars(line) for line in lines]
+
+
+def _bars(line: str) -> str:
+    code = line.startswith((" " * 4, ">>>"))
+    parts = [line] if code else re.split(r"(`[^`]*`)", line)
+    return "".join(p if code or p.startswith("`") else p.replace("|", r"\|") for p in parts)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Connect all of it."""
+    app.add_config_value("public_packages", [], "env", list)
+    app.connect("source-read", add_names)
+    app.connect("autodoc-process-docstring", keep_bars)
+    app.connect("env-check-consistency", name_missing)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,7 +14,7 @@ html_title = "torchprune"
 language = "en"
 
 root_doc = "README"
-exclude_patterns = ["extensions", "_static"]
+exclude_patterns = ["extensions", "figures", "_static"]
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",

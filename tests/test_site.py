@@ -107,7 +107,15 @@ def test_all_links_of_the_site_lead_somewhere(pages: dict[Path, Page]) -> None:
 
 def test_a_link_that_leads_nowhere_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "there.txt").write_text("", "utf-8")
-    links = ["#here", "there.txt", "https://a.org/b#c", "#gone", "there.txt#x", "no.html", "https://a"]
+    links = [
+        "#here",
+        "there.txt",
+        "https://a.org/b#c",
+        "#gone",
+        "there.txt#x",
+        "no.html",
+        "https://a",
+    ]
     text = '<p id="here">' + "".join(f'<a href="{link}">x</a>' for link in links)
     path = tmp_path / "page.html"
     assert [found.split()[1] for found in broken({path: Page(text)})] == links[3:]

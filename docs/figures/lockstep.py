@@ -15,7 +15,9 @@ DOCS = Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT = 760, 330
 LANES = [76, 116, 156]
 LEFT, COLUMN, LAYERS = 84, 222, 3
-TITLE = "Calibration in lockstep: batches stop at each layer, it is pruned, and all go on through it"
+TITLE = (
+    "Calibration in lockstep: batches stop at each layer, it is pruned, and all go on through it"
+)
 STYLE = """
   .paper { fill: #ffffff } .ink { fill: #1f2328 } .pale { fill: #59636e }
   .line { stroke: #59636e; stroke-width: 1.5; fill: none } .tip { fill: #59636e }

@@ -1,7 +1,7 @@
 """Masks in graphs: passes over an exported program, and a backend for torch.compile.
 
-python examples/compiler_passes.py           # compiles with inductor, which needs a C++ compiler
-python examples/compiler_passes.py --tiny    # without inductor, seconds
+python examples/compiler_passes.py         # compiles with inductor: needs a C++ compiler
+python examples/compiler_passes.py --tiny  # without inductor, seconds
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def picture() -> str:
     for number in range(1, LAYERS + 1):
         body += layer(number)
     said = (
-        "Every layer computes once per batch, and sees inputs that passed all earlier layers as pruned.",
+        "Every layer computes once per batch, on inputs that passed all earlier layers as pruned.",
         "A forward is a coroutine, so this needs nothing of the model but that it runs.",
     )
     for i, words in enumerate(said):

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         dense = model(**batch)
     spec = SparseGPTSpec(0.7, ignore=["image.0"], overrides={"numbers.*": "2:4"})
-    torchprune.sparsify(model, spec, loader)
+    torchprune.sparsify(model, spec, loader, keep_dense=True)  # to be able to go back
     print(torchprune.report(model))
     with torch.no_grad():
         off = (model(**batch) - dense).square().mean() / dense.square().mean()

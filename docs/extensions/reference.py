@@ -6,6 +6,7 @@ name that comes out without an entry, for want of a docstring, fails the build.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -19,7 +20,9 @@ from sphinx.util import logging
 
 LOG = logging.getLogger(__name__)
 FOLDER = "api/"
-BREAK = "\n\n"
+INNER = "method, scopes, needs, needs_mean, label, chooses_weights"
+"""What methods tell the library about themselves."""
+
 ROOMS = [
     "sparsify",
     "methods",
@@ -53,26 +56,62 @@ def by_room(package: ModuleType) -> dict[str, list[str]]:
     return dict(sorted(groups.items(), key=lambda item: (order.get(item[0], 99), item[0])))
 
 
-def entry(package: str, name: str) -> str:
-    """The directive that shows a name."""
-    thing = getattr(sys.modules[package], name)
+def bases_of(package: ModuleType, names: list[str]) -> list[type]:
+    """Classes whose options those named share, and which are not public themselves."""
+    public = {getattr(package, name) for name in package.__all__ if _is_class(package, name)}
+    found: dict[type, None] = {}
+    for name in names:
+        thing = getattr(package, name)
+        for base in thing.__mro__[1:] if inspect.isclass(thing) else ():
+            ours = base.__module__.startswith("torchprune.") and dataclasses.is_dataclass(base)
+            if ours and dataclasses.fields(base) and base not in public:
+                found[base] = None
+    return list(found)
+
+
+def _is_class(package: ModuleType, name: str) -> bool:
+    return inspect.isclass(getattr(package, name))
+
+
+def entry(home: str, name: str) -> str:
+    """The directive that shows a name of a module."""
+    thing = getattr(sys.modules[home], name)
     if inspect.isclass(thing):
         error = issubclass(thing, BaseException)
-        options = "   :members:\n   :show-inheritance:\n"
-        return f".. auto{'exception' if error else 'class'}:: {package}.{name}\n{options}\n"
+        options = f"   :members:\n   :exclude-members: {INNER}\n   :show-inheritance:\n"
+        return f".. auto{'exception' if error else 'class'}:: {home}.{name}\n{options}\n"
     kind = "function" if callable(thing) else "data"
-    return f".. auto{kind}:: {package}.{name}\n\n"
+    return f".. auto{kind}:: {home}.{name}\n\n"
 
 
-def described(package: str) -> str:
+def described(name: str) -> str:
     """Markdown that shows all names of a package."""
-    told = ""
-    for room, names in by_room(importlib.import_module(package)).items():
+    package, told = importlib.import_module(name), ""
+    for room, names in by_room(package).items():
         if room:
-            says = inspect.getdoc(importlib.import_module(f"{package}.{room}")) or ""
-            told += f"\n## {room.capitalize()}\n\n{says.partition(BREAK)[0]}\n"
-        told += "\n```{eval-rst}\n" + "".join(entry(package, name) for name in names) + "```\n"
+            says = inspect.getdoc(importlib.import_module(f"{name}.{room}")) or ""
+            told += f"\n## {room.capitalize()}\n\n{re.split(r'[;.](?= |$)', says)[0]}.\n"
+        bases = [entry(base.__module__, base.__name__) for base in bases_of(package, names)]
+        entries = [*bases, *(entry(name, one) for one in names)]
+        told += "\n```{eval-rst}\n" + "".join(entries) + "```\n"
     return told
+
+
+def show_options(*event: Any) -> tuple[str, str | None] | None:
+    """Let a spec that takes `**options` and checks them say which ones there are."""
+    _, kind, _, thing, _, signature, _ = event
+    if kind != "class" or "**" not in (signature or "") or not dataclasses.is_dataclass(thing):
+        return None
+    fields = [one for one in dataclasses.fields(thing) if one.init]
+    return f"({', '.join(map(_option, fields))})", None
+
+
+def _option(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"{field.name}={field.default!r}"
+    if field.default_factory is not dataclasses.MISSING:
+        return f"{field.name}={field.default_factory()!r}"
+    return field.name
 
 
 def add_names(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -112,5 +151,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("public_packages", [], "env", list)
     app.connect("source-read", add_names)
     app.connect("autodoc-process-docstring", keep_bars)
+    app.connect("autodoc-process-signature", show_options)
     app.connect("env-check-consistency", name_missing)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

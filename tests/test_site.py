@@ -165,8 +165,13 @@ FAULTY = {
 }
 PLANTED = '''"""A package with a name that says nothing, and a docstring that is wrong."""
 
-__all__ = ["silent", "told", "wrong"]
+from dataclasses import dataclass
 
+__all__ = ["Sizes", "silent", "told", "wrong"]
+
+@dataclass
+class Sizes:
+    wide: int = 1
 def silent() -> None: ...
 def told() -> None:
     """Says what it does."""
@@ -193,7 +198,8 @@ def test_what_is_wrong_fails_the_build(tmp_path: Path) -> None:
         r"one\.md:5: .*'no'",
         r"one\.md:5: .*no\.svg",
         r"lost\.md: .*in no navigation: link it from a README\.md of docs",
-        r"planted\.silent is public and the reference does not show it",
+        r"planted\.silent is public and the reference does not tell of it",
+        r"planted\.Sizes is public and the reference does not tell of it",
         r"planted\.wrong.* start-string without end-string",
     ):
         assert any(re.search(fault, line) for line in warned), f"{fault}\n{said}"

@@ -1,7 +1,7 @@
 """The reference: every public name with its signature and docstring, by the room it lives in.
 
 A page `api/PACKAGE.md` is a sentence or two, and gets the names of the package's `__all__` here. A
-name that comes out without an entry, for want of a docstring, fails the build.
+name without an entry or without a docstring of its own fails the build.
 """
 
 from __future__ import annotations
@@ -122,13 +122,16 @@ def add_names(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def name_missing(_: Sphinx, env: BuildEnvironment) -> None:
-    """Warn of public names that no page shows."""
+    """Warn of public names that no page shows, or that say nothing of themselves."""
     shown = set(env.domains.python_domain.objects)
     for package in env.config.public_packages:
-        for name in importlib.import_module(package).__all__:
-            if f"{package}.{name}" not in shown:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            says = getattr(module, name).__doc__ or ""
+            generated = says.startswith(f"{name}(")  # what a dataclass without a docstring gets
+            if f"{package}.{name}" not in shown or not says or generated:
                 LOG.warning(
-                    "%s.%s is public and the reference does not show it: it needs a docstring, "
+                    "%s.%s is public and the reference does not tell of it: it needs a docstring, "
                     "and %s a page docs/%s%s.md",
                     *(package, name, package, FOLDER, package),
                 )

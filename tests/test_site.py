@@ -143,7 +143,7 @@ def test_every_public_name_has_its_entry(pages: dict[Path, Page]) -> None:
 
 def test_every_page_is_in_the_navigation_and_can_be_searched(site: Path) -> None:
     index = (site / "index.html").read_text("utf-8")
-    tree = index[index.index('class="sidebar-tree"') : index.index("<main")]
+    tree = index[index.index('class="sidebar-tree"') : index.index('class="main"')]
     search = (site / "searchindex.js").read_text("utf-8")
     for path in DOCS.rglob("*.md"):
         name = path.relative_to(DOCS).with_suffix("").as_posix()

@@ -144,9 +144,10 @@ def keep_bars(*event: Any) -> None:
 
 
 def _bars(line: str) -> str:
-    code = line.startswith((" " * 4, ">>>"))
-    parts = [line] if code else re.split(r"(`[^`]*`)", line)
-    return "".join(p if code or p.startswith("`") else p.replace("|", r"\|") for p in parts)
+    if line.lstrip().startswith((">>>", "... ")):
+        return line
+    parts = re.split(r"(`[^`]*`)", line)
+    return "".join(part if part.startswith("`") else part.replace("|", r"\|") for part in parts)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all families lint bench clean spaceless
+.PHONY: help setup demo test test-all families lint bench site clean spaceless
 
 help:
 	@echo 'make demo     prune a real model, compare, save, reload, generate: about five minutes (FULL=1: all, twenty)'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-all the same with every model of the sweeps that make test samples'
 	@echo 'make families the laws for every family of transformers: about five minutes'
 	@echo 'make lint     ruff and mypy'
+	@echo 'make site     the documentation, in build/site; a warning is an error'
 	@echo 'make bench    time and memory against a peer (BENCH="--quick": its options)'
 	@echo 'make clean    remove all that was installed and made'
 
@@ -58,6 +59,11 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) benchmarks/methods/prune.py $(BENCH)
+
+# -E: all pages anew, since a page can be outdated by a docstring or another page's heading.
+site: $(READY)
+	$(RUN) -m sphinx -b html -E -W --keep-going -q -d build/doctrees docs build/site
+	@echo 'open build/site/index.html'
 
 clean:
 	rm -rf $(VENV) .venv-peer .cache artifacts build dist *.egg-info

@@ -14,9 +14,10 @@ import copy
 import math
 from collections.abc import Sequence
 
+import small_llama
 import smollm2
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import torchprune
 from torchprune import SparseGPTSpec
@@ -25,24 +26,8 @@ from torchprune.training import KL
 
 def tiny() -> tuple[LlamaForCausalLM, torch.Tensor, torch.Tensor]:
     """A random model, and windows (windows, 32) that it wrote: to learn from, and to judge by."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        vocab_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        **sizes,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)  # so that it has opinions
-    model.train(False)
-    starts = torch.randint(64, (48, 1))
-    windows = model.generate(starts, do_sample=True, max_length=32, min_length=32, pad_token_id=0)
+    model = small_llama.make()
+    windows = small_llama.written_by(model, 48)
     return model, windows[:40], windows[40:]
 
 

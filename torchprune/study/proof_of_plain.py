@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchprune.checkpoint.checked_files import plain_file, read_json
 from torchprune.checkpoint.skeleton import CONFIG
-from torchprune.errors import CheckpointError
+from torchprune.errors import CheckpointError, InputError
 from torchprune.masking.packing import zeros_in
 from torchprune.masking.plain_state import slots_of
 from torchprune.study.artifact import NOTE, PlainArtifact, key_of, read_artifact
@@ -165,6 +165,8 @@ class PlainProof:
         self.at = law
         try:
             yield
+        except InputError:
+            raise
         except Exception as error:
             what = f"{type(error).__name__}: {error!s:.300}"
             self.checks.append(broken(law, self.name, "what can be computed", what))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchprune.checkpoint.encoding import Decoded
 from torchprune.checkpoint.manifest import Manifest, read_manifest
 from torchprune.checkpoint.save_load import converter_of
-from torchprune.errors import CheckpointError
+from torchprune.errors import CheckpointError, InputError
 from torchprune.masking.mask import masked_layers
 from torchprune.masking.plain_state import slots_of
 from torchprune.study.artifact import loaded
@@ -258,6 +258,8 @@ class SavedProof:
         self.at = law
         try:
             yield
+        except InputError:
+            raise
         except Exception as error:
             what = f"{type(error).__name__}: {error!s:.300}"
             self.checks.append(broken(law, self.name, "what can be computed", what))

@@ -1,4 +1,4 @@
-"""The law of reload: stock transformers, in a process that knows nothing else, computes the same."""
+"""The law of reload: stock transformers, in a process of its own, computes the same bits."""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ class CountLaws:
                 layer.key,
                 f"{most} {pattern.n} of every {pattern.m} weights kept along the input axis",
                 f"{int(kept[matrix, row, group])} kept in {_matrix(layer, matrix)}row {row}, "
-                f"columns {start} to {start + pattern.m - 1}; {int(wrong.sum()):,} of {wrong.numel():,} "
-                "groups are wrong",
+                f"columns {start} to {start + pattern.m - 1}; {int(wrong.sum()):,} of "
+                f"{wrong.numel():,} groups are wrong",
             )
 
     def _tiles(self, layer: StoredLayer, zero: Tensor, demand: Demand, pattern: Block) -> Tensor:

@@ -182,8 +182,8 @@ class TensorLaws:
     def results(self) -> list[Check]:
         """What came of support; of seals and the manifest others tell."""
         said = (
-            "pruned weights +0.0 to the bit, kept ones finite, no NaN in any parameter, as many values "
-            "as bits"
+            "pruned weights +0.0 to the bit, kept ones finite, no NaN in any parameter, as many "
+            "values as bits"
         )
         if not self.tensors:
             return [unchecked("support", "there are no tensors")]

@@ -107,6 +107,8 @@ def _guarded(steps: Steps) -> list[Check]:
     """The checks; an error that nobody foresaw breaks the law at which it was met."""
     try:
         steps.run()
+    except InputError:  # what the caller named besides, such as the dense model
+        raise
     except TorchpruneError as error:
         steps.checks.append(broken(steps.at, steps.name, "what can be read", error))
     except Exception as error:  # the files are anybody's: whatever they provoke is told

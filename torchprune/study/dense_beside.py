@@ -42,19 +42,21 @@ def check_dense(
     slots = slots_of(dense)
     found, count, weights, changed = Breaches(), 0, 0, 0
     for layer in layers:
-        if layer.record.updates_weights:
-            changed += 1
-            continue
         if layer.key not in slots:
             found.add(layer.key, "a tensor of the dense model", "none")
             continue
-        count += 1
-        weights += int(torch.count_nonzero(layer.keep))
         was = _cast(slots[layer.key].tensor, layer.value)
+        if layer.dense is not None:
+            count += 1
+            if wrong := differing(layer.dense, was):
+                found.add(layer.key, "stored dense weights as the model's", f"{wrong:,} differ")
+        if not keeps_values(layer.record, runs):
+            changed += 1
+            continue
+        count += layer.dense is None
+        weights += int(torch.count_nonzero(layer.keep))
         if wrong := differing(layer.value, was, layer.keep):
             found.add(layer.key, "kept weights bit-equal to the dense model's", f"{wrong:,} differ")
-        if layer.dense is not None and (wrong := differing(layer.dense, was)):
-            found.add(layer.key, "stored dense weights as the dense model's", f"{wrong:,} differ")
     if not changes_others(runs) and not changed:
         for key, value in others.items():
             if key not in slots:
@@ -63,7 +65,7 @@ def check_dense(
                 found.add(key, "unpruned, as in the dense model", f"{wrong:,} differ")
     if not count and not found.count:
         return unchecked("dense", "every pruned layer is of a method that changes kept weights")
-    said = "kept weights of methods that only mask bit-equal to the dense model's"
+    said = "kept weights of methods that only mask, and stored dense values, the dense model's"
     if changed:
         said += f"; {changed} layers are of methods that change them"
     return found.judge("dense", said, layers=count, kept=weights)
@@ -80,6 +82,12 @@ def why_not(runs: Sequence[RunRecord], resized: bool) -> str | None:
         if getattr(run.spec, "permute", False):
             return "permute put channels in another order"
     return None
+
+
+def keeps_values(record: Record, runs: Sequence[RunRecord]) -> bool:
+    """Whether what a mask keeps has the dense values: no run, not an earlier one either, changed
+    them."""
+    return not record.updates_weights and not (len(runs) > 1 and changes_others(runs))
 
 
 def changes_others(runs: Sequence[RunRecord]) -> bool:

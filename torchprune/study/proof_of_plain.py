@@ -149,6 +149,10 @@ class PlainProof:
         if self.dense is None:
             self.checks.append(unchecked("dense", "no dense model was given"))
             return
+        if not records:
+            why = "nothing records whether kept weights were changed"
+            self.checks.append(unchecked("dense", why))
+            return
         dense = self.dense if isinstance(self.dense, nn.Module) else self.dense()
         self.dense = None
         others = {

@@ -224,10 +224,10 @@ def _first(wrong: Tensor, value: Tensor) -> str:
 
 
 def check_reversal(layers: Iterator[tuple[str, Decoded, bool]], found: Breaches) -> tuple[int, int]:
-    """Kept weights of methods that only mask equal the stored dense ones.
+    """Stored dense values are finite, and where only masks came they are what is kept.
 
     Args:
-        layers: name, what was read, and whether the method changed kept weights.
+        layers: name, what was read, and whether any run changed kept weights.
 
     Returns:
         how many layers and weights have dense values stored.

@@ -25,15 +25,13 @@ def seeded_inputs(model: nn.Module, rows: int = ROWS, length: int = LENGTH) -> d
         return {}
     generator = torch.Generator().manual_seed(SEED)
     if name == "input_ids":
-        return _tokens(config, model, rows, length, generator)
+        return _tokens(config, rows, length, generator)
     if name == "pixel_values":
         return _images(config, model, rows, generator)
     return {}
 
 
-def _tokens(
-    config: Any, model: nn.Module, rows: int, length: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+def _tokens(config: Any, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     size = getattr(config.get_text_config(), "vocab_size", 0)
     if not isinstance(size, int) or size < 2:
         return {}

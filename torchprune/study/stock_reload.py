@@ -55,8 +55,8 @@ def check_reload(
             architectures = json.loads((where / "config.json").read_text("utf-8"))["architectures"]
             known = architectures[0]
         save_file({k: v.contiguous() for k, v in inputs.items()}, job / "inputs.safetensors")
-        asked = {"directory": str(where.resolve()), "class": known}
-        asked |= {"threads": torch.get_num_threads()}  # type: ignore[dict-item]
+        threads = torch.get_num_threads()
+        asked = {"directory": str(where.resolve()), "class": known, "threads": threads}
         (job / "job.json").write_text(json.dumps(asked), "utf-8")
         if why := _run(job):
             return broken("reload", "stock transformers", f"a {known} that loads and runs", why)

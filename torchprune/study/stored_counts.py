@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class CountLaws:
             self._patterned += 1
             zero, unit = self._tiles(layer, zero, demand, pattern), f"{pattern} tiles"
         if self.at_least or not layer.sure:  # more may be zero, and groups may be unknown
-            demand = Demand(**{**vars(demand), "exact": False})
+            demand = replace(demand, exact=False)
         self._counted += 1
         self._numbers(layer, zero, demand, unit)
 

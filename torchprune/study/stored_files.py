@@ -161,7 +161,10 @@ class TensorLaws:
         if entry.checksum is not None:
             self.seals.sums += 1
             try:
-                sealed.verify(key) if isinstance(sealed, WeightsFile) else sealed.decode(key)
+                if isinstance(sealed, WeightsFile):
+                    sealed.verify(key)
+                else:
+                    sealed.decode(key)
             except CheckpointError as error:
                 self.seals.found.add(key, "the checksum that was written", error)
         self._judge(key, entry, read, plain)

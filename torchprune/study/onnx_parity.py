@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,9 @@ def _outputs(
     model: nn.Module, session: Any, found: Breaches, *, quantized: bool
 ) -> tuple[float, str]:
     """The largest relative difference, and what to say of it."""
-    from torchprune.export.call import prepare
-    from torchprune.export.onnx_model import allowed_of
-    from torchprune.export.written import compare
-
+    prepare = import_module("torchprune.export.call").prepare
+    allowed_of = import_module("torchprune.export.onnx_model").allowed_of
+    compare = import_module("torchprune.export.written").compare
     taken = {i.name: (i.shape, i.type) for i in session.get_inputs()}
     kinds = [_DTYPES[o.type] for o in session.get_outputs() if o.type in _DTYPES]
     if not kinds:
@@ -115,7 +115,8 @@ def _outputs(
 
 def _example(model: nn.Module, taken: Mapping[str, Any], cached: bool) -> dict[str, Tensor]:
     """Keyword inputs in the graph's order, in sizes that it takes."""
-    shape = next((s for n, (s, _) in taken.items() if n in ("input_ids", "pixel_values")), [])
+    known = [shape for n, (shape, _) in taken.items() if n in ("input_ids", "pixel_values")]
+    shape: list[Any] = known[0] if known else []
     rows = shape[0] if shape and isinstance(shape[0], int) else ROWS
     length = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else LENGTH
     inputs = seeded_inputs(model, rows, length)

@@ -128,10 +128,10 @@ def compare_weight(one: GraphWeight, key: str, weight: Tensor, found: Breaches) 
     """Note where a graph's weight differs from the folded one; products may hold it turned."""
     value = one.value
     if value.dtype in (torch.int8, torch.uint8):
-        fits = [w for w in _ways(weight) if w.shape == value.shape]
-        revived = [int(((w == 0) & (value != 0)).sum()) for w in fits]
-        if value.dtype == torch.int8 and revived and min(revived):
-            found.add(key, "code 0 at pruned weights in the graph", f"{min(revived):,} others")
+        ways = [w for w in _ways(weight) if w.shape == value.shape]
+        others = [int(((w == 0) & (value != 0)).sum()) for w in ways]
+        if value.dtype == torch.int8 and others and min(others):
+            found.add(key, "code 0 at pruned weights in the graph", f"{min(others):,} others")
         return
     fits = [w.to(value.dtype) for w in _ways(weight) if w.shape == value.shape]
     if not fits:

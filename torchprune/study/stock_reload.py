@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def check_reload(
 
 
 def _export(model: Any, where: Path) -> None:
-    from torchprune.export.hf import to_hf
-
-    to_hf(model, where)
+    import_module("torchprune.export.hf").to_hf(model, where)
 
 
 def _run(job: Path) -> str | None:

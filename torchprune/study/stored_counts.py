@@ -113,7 +113,8 @@ class CountLaws:
                 f"{_matrix(layer, matrix)}row {row * pattern.rows}, column {col * pattern.cols}; "
                 f"{int(torn.sum()):,} of {torn.numel():,} tiles are torn",
             )
-        return zeros == size
+        whole: Tensor = zeros == size
+        return whole
 
     def _numbers(self, layer: StoredLayer, zero: Tensor, demand: Demand, unit: str) -> None:
         groups, rows, cols = zero.shape

@@ -89,8 +89,7 @@ def check_round_trip(model: nn.Module, home: Path, manifest: Manifest, convert: 
                 if same_file:
                     continue
                 a, b = old.decode(key), new.decode(key)
-                masks = (a.mask is None) != (b.mask is None)
-                if masks or (a.mask is not None and not torch.equal(a.mask, b.mask)):
+                if not _same_mask(a.mask, b.mask):
                     found.add(key, "the same mask saved again", "another one")
                     continue
                 if a.mask is not None:
@@ -106,6 +105,12 @@ def check_round_trip(model: nn.Module, home: Path, manifest: Manifest, convert: 
     if same_file:
         said += ", the weights file byte for byte"
     return found.judge("round trip", said, tensors=len(mine), values=size)
+
+
+def _same_mask(one: Tensor | None, two: Tensor | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return torch.equal(one, two)
 
 
 def _acting(read: Decoded) -> Decoded:

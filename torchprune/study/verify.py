@@ -142,10 +142,11 @@ def _joined(one: Check | None, two: Check) -> Check:
 def _quietly() -> Iterator[None]:
     """Without the bars and remarks of transformers: what is wrong the proof says."""
     try:
-        from transformers.utils import logging
+        from transformers.utils import logging as told
     except ImportError:
         yield
         return
+    logging: Any = told
     bars, loud = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)

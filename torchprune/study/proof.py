@@ -120,6 +120,8 @@ class Proof:
         if self.broken:
             return f"broken: {', '.join(self.broken)} ({self.directory})"
         held = sum(check.state == "holds" for check in self.checks)
+        if not held:
+            return f"nothing proved: no law that was asked says anything of {self.directory}"
         laws = f"{held} law{'s' * (held != 1)}"
         return f"proved: {laws} over {self.weights:,} weights in {self.layers:,} layers"
 

@@ -210,7 +210,10 @@ def check_densify(model: nn.Module, found: Breaches) -> int:
     Returns:
         how many layers came back.
     """
-    kept = {layer.key: mask.dense for layer, mask in masked_layers(model)}
+    kept = {
+        layer.key: None if mask.dense is None else mask.dense.clone()  # densify gives it away
+        for layer, mask in masked_layers(model)
+    }
     acting = {layer.key: (layer.value, layer.keep) for layer in of_model(model)}
     densify(model)
     slots = slots_of(model)

@@ -237,6 +237,14 @@ class PlainFiles:
             as_words(value).masked_scatter_(places, as_words(hidden))
         return Decoded(value, mask, self._masks.read(f"{key}.dense") if entry.dense else None)
 
+    def plain_value(self, key: str) -> Tensor:
+        """What stock transformers reads of a tensor that is not tied, whatever its mask says.
+
+        Raises:
+            CheckpointError: it is absent, or of another dtype or shape.
+        """
+        return self._value(key, self._entries[key])[1]
+
     def _value(self, key: str, entry: Entry) -> tuple[Path, Tensor]:
         """Where a tensor's plain values are, and these, contiguous and its own."""
         for name in self._twins[key]:  # of tied tensors transformers writes one
@@ -290,7 +298,7 @@ def opened(
             yield file
             return
         plain: dict[str, tuple[Path, Any]] = {}
-        for path in _plain_files(home, manifest.variant):
+        for path in plain_files(home, manifest.variant):
             header_of(path)
             try:
                 part = stack.enter_context(safe_open(str(path), framework="pt", device="cpu"))
@@ -300,8 +308,12 @@ def opened(
         yield PlainFiles(manifest, file, plain, convert)
 
 
-def _plain_files(home: Path, variant: str | None) -> list[Path]:
-    """The weights files of a checkpoint of transformers, as it looks for them."""
+def plain_files(home: Path, variant: str | None) -> list[Path]:
+    """The weights files of a checkpoint of transformers, as it looks for them.
+
+    Raises:
+        CheckpointError: one is absent, or the index is malformed.
+    """
     more = "" if variant is None else f".{variant}"
     single, index = f"model{more}.safetensors", f"model.safetensors.index{more}.json"
     if (home / single).exists() or not (home / index).exists():

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchprune.checkpoint.beside import PlainFiles, opened
+from torchprune.checkpoint.beside import Convert, PlainFiles, opened
 from torchprune.checkpoint.checked_files import MAX_JSON, plain_file
 from torchprune.checkpoint.checksums import checksum
 from torchprune.checkpoint.encoding import Decoded, WeightsFile, encode, write_blobs
@@ -341,6 +341,20 @@ def _skeleton(home: Path, manifest: Manifest, verify: bool) -> Skeleton:
         adjust=lambda model: _resize(model, manifest),
         settings={} if manifest.resized is None else dict(manifest.resized.original),
     )
+
+
+def converter_of(home: Path, manifest: Manifest) -> Convert:
+    """What makes the model's tensors of those in the plain checkpoint of a directory, where that
+    names or cuts them otherwise; it raises CheckpointError if it cannot."""
+
+    def convert(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        if manifest.config is None:
+            raise CheckpointError(f"no class of transformers is called {manifest.architecture!r}")
+        skeleton = _skeleton(home, manifest, verify=False)
+        skeleton.on_meta()
+        return skeleton.converted(tensors, dtype)
+
+    return convert
 
 
 def _settings_file(home: Path, manifest: Manifest, name: str, verify: bool) -> Path:

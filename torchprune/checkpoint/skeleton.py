@@ -162,6 +162,23 @@ class Skeleton:
             config = self._class.config_class.from_dict(dict(self._data))
             return converted_by(self._class, config, tensors, dtype)
 
+    def read_plain(self, directory: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """The model as stock `from_pretrained` reads it, and what that says of missing, unexpected
+        and mismatched tensors. Call it as `with_buffers`.
+
+        Raises:
+            CheckpointError: transformers cannot.
+        """
+        with self._explained():
+            model, found = self._class.from_pretrained(
+                str(directory),
+                config=self._class.config_class.from_dict(dict(self._data)),
+                dtype="auto",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        return model.eval(), dict(found)
+
     def _build(self) -> nn.Module:
         with self._explained(), torch.random.fork_rng(devices=[]), _budgeted(self._budget):
             model: nn.Module = self._class(self._class.config_class.from_dict(dict(self._data)))

@@ -28,6 +28,7 @@ from torchprune.cli.console import (
 from torchprune.cli.documents import read_documents
 from torchprune.cli.export import export
 from torchprune.cli.prune import prune
+from torchprune.cli.verify_artifact import verify
 from torchprune.errors import InputError
 
 app = typer.Typer(
@@ -170,6 +171,7 @@ def inspect(
 
 
 app.command()(export)
+app.command()(verify)
 
 
 def main() -> None:

@@ -225,3 +225,42 @@ def test_operators_of_ones_own_freeze() -> None:
     net, x = made(pointwise(odd))
     stays: dict[Any, str] = {(f.key, f.axis): f.why for f in structure_of(net, x).frozen}
     assert "torchprune_tests.odd" in stays["first.weight", 0]
+
+
+def test_pooled_neurons_are_no_heads() -> None:
+    net, x = made((0, 16, lambda t: t.new_ones(2, 3, 5).softmax(-1) @ t))
+    groups = structure_of(net, x).groups
+    (group,) = [g for g in groups if any(m.key == "first.weight" for m in g.members)]
+    assert (group.kind, group.count) == ("neurons", 16)
+
+
+class Attention(nn.Module):
+    def __init__(self, how: str, keys: int = 4) -> None:
+        super().__init__()
+        self.how, self.keys = how, keys
+        self.q, self.k, self.v = nn.Linear(3, 32), nn.Linear(3, 8 * keys), nn.Linear(3, 8 * keys)
+        self.o = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, -1, 8).transpose(1, 2)
+        k, v = (y(x).view(b, t, -1, 8).transpose(1, 2) for y in (self.k, self.v))
+        if self.how == "einsum":
+            scores = torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1)
+            out = torch.einsum("bhqk,bhkd->bhqd", scores, v)
+        elif self.how == "matmul":
+            out = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.keys != 4)
+        return self.o(out.transpose(1, 2).reshape(b, t, -1))
+
+
+@pytest.mark.parametrize(
+    ("how", "keys"),
+    [("einsum", 4), ("matmul", 4), ("sdpa", 4), ("sdpa", 2), ("matmul", 1), ("sdpa", 1)],
+)
+def test_heads_are_what_products_keep_apart(how: str, keys: int) -> None:
+    net = Attention(how, keys).eval()
+    groups = structure_of(net, torch.randn(2, 5, 3)).groups
+    (group,) = [g for g in groups if any(m.key == "o.weight" and m.axis == 1 for m in g.members)]
+    assert (group.kind, group.count) == ("heads", 4 if keys == 1 else keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,19 @@ from torchprune.graph.values import (
 )
 
 
-def contract(ctx: Context, x: Value, y: Value, axes: Sequence[int] = (-1,)) -> Value:
-    """The sum over some axes of a pointwise product."""
+def contract(
+    ctx: Context,
+    x: Value,
+    y: Value,
+    axes: Sequence[int] = (-1,),
+    apart: Collection[int] = (),
+) -> Value:
+    """The sum over some axes of a pointwise product.
+
+    Args:
+        apart: the axes along which there are products apart from each other. Where both factors
+            are activations, what lies on them are heads.
+    """
     product = met(ctx.labels, [x, y], ctx.why)
     ctx.products.append(Product(product.shape, product.tags, ctx.module))
     dim = product.dim
@@ -38,7 +49,7 @@ def contract(ctx: Context, x: Value, y: Value, axes: Sequence[int] = (-1,)) -> V
                 ctx.labels.freeze(tag, ctx.why)
             continue
         tags.append(ctx.labels.united(tag, summed))
-        if not weighed:
+        if not weighed and {*axes_of(tag)} & {axis % dim for axis in apart}:
             ctx.labels.attend(tags[-1])
     return squeezed(reduced_to_one(product, tags, summed), summed)
 
@@ -56,7 +67,13 @@ def matmul(ctx: Context, x: Value, y: Value) -> Value:
         return contract(ctx, x, y)
     if x.dim == 1:
         return contract(ctx, x, turned(y))
-    return contract(ctx, x.inserted(-2), turned(y).inserted(-3))
+    return _rows_by_columns(ctx, x, turned(y))
+
+
+def _rows_by_columns(ctx: Context, x: Value, y: Value) -> Value:
+    """Every row of x times every row of y, for all leading axes apart."""
+    dim = max(x.dim, y.dim) + 1
+    return contract(ctx, x.inserted(-2), y.inserted(-3), apart=range(dim - 3))
 
 
 def _plus(ctx: Context, value: Value, bias: Value | None) -> Value:
@@ -78,11 +95,11 @@ def attention(
     """Scores of queries and keys, a softmax that keeps heads apart, a sum of values."""
     if enable_gqa:
         key, value = (_repeated(ctx, v, query.shape[-3] // v.shape[-3]) for v in (key, value))
-    scores = contract(ctx, query.inserted(-2), key.inserted(-3))
+    scores = _rows_by_columns(ctx, query, key)
     if attn_mask is not None:
         scores = met(ctx.labels, [scores, attn_mask], ctx.why)
     scores = ctx.whole(scores, [-1])
-    return contract(ctx, scores.inserted(-2), turned(value).inserted(-3))
+    return _rows_by_columns(ctx, scores, turned(value))
 
 
 def routed(ctx: Context, x: Value, weights: Value, *_: Any, **__: Any) -> Value:
@@ -120,7 +137,8 @@ def einsum(ctx: Context, equation: str, operands: Sequence[Value], **__: Any) ->
             kept = ctx.whole(left, axes)
             held = squeezed(reduced_to_one(kept, kept.tags, list(axes)), list(axes))
         elif summed:
-            held = contract(ctx, left, _laid(other, own, order), axes)
+            apart = [a for a, c in enumerate(both) if c in done and c in own]
+            held = contract(ctx, left, _laid(other, own, order), axes, apart)
         else:
             held = met(ctx.labels, [left, _laid(other, own, order)], ctx.why)
         done = "".join(both)

@@ -77,7 +77,9 @@ def test_drawn_permutations_never_say_that_chance_is_impossible():
     assert sign_flips([1.0 + i / 100 for i in range(60)], 0, draws=99) == 1 / 100
 
 
-@pytest.mark.parametrize(("gained", "lost", "size"), [(0, 0, 30), (3, 8, 40), (0, 5, 20), (9, 2, 11)])
+@pytest.mark.parametrize(
+    ("gained", "lost", "size"), [(0, 0, 30), (3, 8, 40), (0, 5, 20), (9, 2, 11)]
+)
 def test_tangos_interval_ends_where_the_likeliest_model_is_refused(gained, lost, size):
     """The likelihood maximised over a grid in place of the closed form."""
     low, high = tango_interval(gained, lost, size, 0.95)
@@ -116,7 +118,11 @@ def test_holm_is_the_closed_test():
         ps = [draw.random() ** 3 for _ in range(4)]
         sets = [s for s in product((0, 1), repeat=4) if any(s)]
         closed = [
-            max(min(1, sum(s) * min(p for p, k in zip(ps, s, strict=True) if k)) for s in sets if s[i])
+            max(
+                min(1, sum(s) * min(p for p, k in zip(ps, s, strict=True) if k))
+                for s in sets
+                if s[i]
+            )
             for i in range(4)
         ]
         assert holm(ps) == pytest.approx(closed)

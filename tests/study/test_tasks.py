@@ -183,7 +183,10 @@ class Plain(nn.Module):
 def test_a_plain_module_writes_what_generate_writes(words):
     model = make()
     model.config.max_position_embeddings = 2048  # a plain module's context is not known
-    prompts = [(" ".join(WORDS[i : i + 2 + i % 3]), {"until": ["w7", "."], "max_gen_toks": 5}) for i in range(9)]
+    prompts = [
+        (" ".join(WORDS[i : i + 2 + i % 3]), {"until": ["w7", "."], "max_gen_toks": 5})
+        for i in range(9)
+    ]
     with torch.no_grad():
         expected = LanguageModel(model, words, batch_size=4).written(prompts)
         assert LanguageModel(Plain(model), words, batch_size=2).written(prompts) == expected
@@ -277,7 +280,7 @@ def test_scores_are_those_of_lm_evals_own_model(words, fewshot):
     tasks = load_tasks(ALL, [TASKS])
     for task in tasks.values():
         prepare(task, fewshot, 0)
-    with quiet(), drawn_by(0), pytest.warns() if False else quiet():
+    with quiet(), drawn_by(0):
         lm = HFLM(pretrained=model, tokenizer=words, batch_size=4, device="cpu")
         its = its_evaluate(lm, {"tasks": tasks}, bootstrap_iters=0)
     found = asked(model, words, num_fewshot=fewshot)
@@ -285,7 +288,9 @@ def test_scores_are_those_of_lm_evals_own_model(words, fewshot):
         expected = its["results"][s.task][f"{s.metric},none"]
         assert s.value == pytest.approx(expected, rel=1e-5), (s.task, s.metric)
     writing = [s["filtered_resps"][0] for s in its["samples"]["tiny_writing"]]
-    prompts = [(r["question"], {"until": ["w7"], "max_gen_toks": 4}) for r in rows_of("writing.jsonl")]
+    prompts = [
+        (r["question"], {"until": ["w7"], "max_gen_toks": 4}) for r in rows_of("writing.jsonl")
+    ]
     if fewshot is None:
         with torch.no_grad():
             assert LanguageModel(model, words).written(prompts) == writing
@@ -353,7 +358,9 @@ def test_a_limit_and_shots(words):
     assert few.totals == whole.totals[:7]
     assert few.ids == whole.ids[:7]
     shots = [asked(model, words, "tiny_last_word", num_fewshot=0).scores[0].totals]
-    shots += [asked(model, words, "tiny_next_word", num_fewshot=2, seed=s).scores for s in (0, 0, 1)]
+    shots += [
+        asked(model, words, "tiny_next_word", num_fewshot=2, seed=s).scores for s in (0, 0, 1)
+    ]
     assert shots[1] == shots[2]
 
 
@@ -391,7 +398,9 @@ def test_sampled_texts_are_drawn_by_the_seed(words, tmp_path):
 
 def test_unknown_tasks_and_files(words, tmp_path):
     model = make()
-    with pytest.raises(EvaluationError, match=r"no task 'tiny_writin'; did you mean 'tiny_writing'"):
+    with pytest.raises(
+        EvaluationError, match=r"no task 'tiny_writin'; did you mean 'tiny_writing'"
+    ):
         asked(model, words, "tiny_writin")
     with pytest.raises(EvaluationError, match=r"did you mean 'hellaswag.*give its path"):
         asked(model, words, "hellaswagg", task_path=None)

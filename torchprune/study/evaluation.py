@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,12 +38,14 @@ class Perplexity:
         windows, seqlen: how many windows were read, and the tokens in each.
         tokens: how many tokens were predicted: windows * (seqlen - 1).
         window_nats: the sum of each window's cross-entropies, () where it was not kept.
+        window_ids: a digest of each window's tokens, likewise.
     """
 
     nats_per_token: float
     windows: int
     seqlen: int
     window_nats: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    window_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -141,7 +144,11 @@ def perplexity(
             bar.update(len(batch))
             so_far = Perplexity(total / (len(nats) * (seqlen - 1)), len(nats), seqlen)
             bar.set_postfix(perplexity=f"{so_far.perplexity:.4g}")
-    return replace(so_far, window_nats=tuple(nats))
+    return replace(so_far, window_nats=tuple(nats), window_ids=tuple(map(_digest, windows)))
+
+
+def _digest(window: Tensor) -> str:
+    return hashlib.sha256(window.cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def default_seqlen(model: nn.Module) -> int:

@@ -115,7 +115,8 @@ def _texts(model: nn.Module, tokenizer: Any, ids: Tensor, request: Request) -> l
     def done(rows: Tensor) -> Tensor:
         """(batch,), of rows with what was written so far."""
         ended = [
-            last in row[start:].tolist() or any(stop and stop in text_of(row) for stop in request.stops)
+            last in row[start:].tolist()
+            or any(stop and stop in text_of(row) for stop in request.stops)
             for row in rows
         ]
         return torch.tensor(ended, device=rows.device)

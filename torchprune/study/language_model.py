@@ -82,6 +82,7 @@ class LanguageModel:
             sums[owner] += nats
         return sums
 
+    @torch.no_grad()
     def written(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """What the model writes after each prompt, until one of the stops of its options."""
         requests = [Request.of(self.encoded(text), options) for text, options in prompts]
@@ -159,6 +160,7 @@ class LanguageModel:
                 bar.update(len(batch))
         return found
 
+    @torch.no_grad()
     def _logits(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         longest = max(map(len, rows))
         padded = [[*row, *[row[-1]] * (longest - len(row))] for row in rows]

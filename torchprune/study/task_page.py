@@ -35,7 +35,9 @@ def page_of(found: Evaluation) -> Page:
         lead=_lead(compared, sure),
         sections=[
             Section("Scores", _charts(found), "Bars reach 1.96 standard errors to both sides."),
-            Section("Differences" if compared else "Table", [_grid(found)], " ".join(found.notes())),
+            Section(
+                "Differences" if compared else "Table", [_grid(found)], " ".join(found.notes())
+            ),
         ],
         facts=facts,
         warnings=_warnings(found),

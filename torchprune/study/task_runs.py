@@ -269,7 +269,7 @@ def _of_perplexity(name: str, found: Perplexity) -> Scores:
         "perplexity",
         nats,
         (float(found.seqlen - 1),) * len(nats),
-        tuple(f"{place}:{found.seqlen}" for place in range(len(nats))),
+        tuple(f"{place}:{name}" for place, name in enumerate(found.window_ids)),
         "exp",
         None if nats else float(found),
         higher_is_better=False,
@@ -281,7 +281,9 @@ def _of_numbers(name: str, metric: str, found: Any) -> Scores:
     if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping):
         numbers = tuple(_number(name, value) for value in values)
         if not numbers or not all(map(math.isfinite, numbers)):
-            raise EvaluationError(f"{name}: {metric} must be finite numbers by example, got {found!r:.80}")
+            raise EvaluationError(
+                f"{name}: {metric} must be finite numbers by example, got {found!r:.80}"
+            )
         ids = tuple(map(str, range(len(numbers))))
         return Scores(name, metric, numbers, (1.0,) * len(numbers), ids)
     return Scores(name, metric, figure=_number(name, values))

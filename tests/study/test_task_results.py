@@ -65,6 +65,13 @@ def test_no_difference_says_what_would_have_shown():
     )
 
 
+def test_a_handful_of_examples_can_show_nothing():
+    (row,) = compared([1.0, 0.0, 1.0], [1.0, 1.0, 0.0]).rows
+    assert row.verdict == ("no difference that these 3 examples could show (too few to show any)")
+    (row,) = compared([2.5], [1.5]).rows
+    assert row.verdict.endswith("(too few to show any)")
+
+
 def test_several_tests_are_corrected():
     own, dense = draws(1, 0.62), draws(2, 0.72)
 
@@ -75,7 +82,7 @@ def test_several_tests_are_corrected():
     found = evaluate(Known(*own), {"t": both}, against=Known(*dense), progress=False)
     ps = [row.p for row in found.rows]
     assert [row.adjusted for row in found.rows] == holm(ps)
-    assert max(ps) < 1
+    assert min(row.adjusted for row in found.rows) == pytest.approx(3 * min(ps))
     alone = compared(own, dense)
     assert found.rows[0].shows > alone.rows[0].shows
     assert "3 tests were made together" in str(found)

@@ -157,9 +157,9 @@ def evaluate(
 
         transformers = import_transformers(bars)
         if names:
-            from torchprune.study.harness_tasks import import_harness
+            from torchprune.study.harness_tasks import check_names
 
-            import_harness()
+            check_names(names, [task_path] if task_path else [])
         where = device_of(device)
         net = load_model(transformers, model, dtype.to_torch(), where)
         known = load_tokenizer(transformers, tokenizer or model, required=True)

@@ -67,6 +67,22 @@ def load_tasks(names: Sequence[str | Path], directories: Sequence[Path] = ()) ->
     return found
 
 
+def check_names(names: Sequence[str], directories: Sequence[Path] = ()) -> None:
+    """That there are such tasks, without reading their data.
+
+    Raises:
+        EvaluationError: one is unknown.
+        MissingExtraError: lm_eval is absent.
+    """
+    import_harness()
+    with quiet():
+        local = _manager([_checked(folder) for folder in directories])
+        for name in names:
+            path = Path(name).expanduser()
+            if name not in local.task_index and not path.is_dir() and path.suffix not in _YAML:
+                _kind_of(name, local)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without lm_eval's own log lines and bars, and those of datasets, for a while."""
@@ -156,6 +172,13 @@ def _shipped(name: str, local: Any) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
+    kind, folder = _kind_of(name, local)
+    if kind == "task":
+        return TaskManager(include_path=[str(folder)], include_defaults=False)
+    return TaskManager()
+
+
+def _kind_of(name: str, local: Any) -> tuple[str, Path]:
     kinds = shipped_names()
     if name not in kinds:
         known = [*local.task_index, *kinds]
@@ -163,10 +186,7 @@ def _shipped(name: str, local: Any) -> Any:
             f"there is no task {name!r}{did_you_mean(name, known)}; a task of your own is a YAML "
             "file: give its path, or the directory it is in as the task path"
         )
-    kind, folder = kinds[name]
-    if kind == "task":
-        return TaskManager(include_path=[str(folder)], include_defaults=False)
-    return TaskManager()
+    return kinds[name]
 
 
 @cache

@@ -46,10 +46,16 @@ def verdict(
         word = _direction(up, higher_is_better)
         low, high = (_amount(end, binary, sign="+") for end in (test.low, test.high))
         return f"{word} by {_amount(abs(test.difference), binary, unit=True)} ({low} to {high})"
-    would = "" if math.isnan(test.shows) else f" (would show ≥ {_least(test.shows, binary)})"
+    would = _would_show(test.shows, binary)
     if not changed:
         return f"the same on all {n:,} examples{would if binary else ''}"
     return f"no difference that these {n:,} examples could show{would}"
+
+
+def _would_show(shows: float, binary: bool) -> str:
+    if math.isnan(shows) or (binary and shows > 1):
+        return " (too few to show any)"
+    return f" (would show ≥ {_least(shows, binary)})"
 
 
 def _direction(up: bool, higher_is_better: bool | None) -> str:

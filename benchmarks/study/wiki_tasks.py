@@ -1,6 +1,6 @@
 """Tasks made of held-out Wikipedia: SmolLM2-135M dense, and half pruned by two methods.
 
-    python benchmarks/study/evaluate.py [--questions 150] [--texts 20] [--output DIR]
+    python benchmarks/study/wiki_tasks.py [--questions 150] [--texts 20] [--output DIR]
 
 Three tasks of lm_eval are written as YAML and JSON lines into a temporary directory: the right last
 word of a sentence among four of its article, the right next sentence (its first words) among four

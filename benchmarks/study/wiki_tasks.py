@@ -5,7 +5,7 @@
 Three tasks of lm_eval are written as YAML and JSON lines into a temporary directory: the right last
 word of a sentence among four of its article, the right next sentence (its first words) among four
 of its article, and the likelihood of paragraphs. Each pruned model is compared with the dense one
-on the same examples.
+on the same examples. What is in DIR already is not measured again.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def main() -> None:
         for label, spec in SPECS.items():
             model = smollm2.load_model()
             torchprune.sparsify(model, spec, batches if spec.needs_data else None, progress=False)
-            found = torchprune.evaluate(model, names, against=dense, **common)
-            found.save(options.output / f"{label.split()[0].lower()}.json")
+            kept = options.output / f"{label.split()[0].lower()}.json"
+            found = torchprune.evaluate(model, names, against=dense, path=kept, **common)
             print(f"\n{label}\n\n{found.to_markdown()}", flush=True)
         print(f"\n{time.process_time() - seconds:.0f} s of processor time, {torch.__version__}")
 

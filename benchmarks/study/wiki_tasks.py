@@ -27,6 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import smollm2
 
 CHOICES = 4
+EACH = 4
+"""Questions of a kind that an article gives."""
+
 SPECS = {"magnitude 50 %": MagnitudeSpec(sparsity=0.5), "Wanda 50 %": WandaSpec(sparsity=0.5)}
 
 CHOOSING = """\
@@ -87,25 +90,27 @@ def main() -> None:
 
 
 def write_tasks(folder: Path, articles: list[str], questions: int, texts: int) -> list[str]:
-    """The tasks' names; a question an article, whose sentences are the wrong answers too."""
+    """The tasks' names; some questions an article, whose sentences are the wrong answers too."""
     draw = random.Random(0)
     words, nexts, paragraphs = [], [], []
     for article in articles:
         sentences = [s for s in sentences_of(article) if 8 <= len(s.split()) <= 24]
-        if len(sentences) < 12:
+        if len(sentences) < 3 * EACH:
             continue
-        *start, last = draw.choice(sentences).split()
-        others = sorted({s.split()[-1] for s in sentences} - {last})
-        if len(others) >= CHOICES - 1:
-            words.append(question(" ".join(start), last, draw.sample(others, CHOICES - 1), draw))
-        place = draw.randrange(len(sentences) - 1)
-        far = [s for i, s in enumerate(sentences) if i not in (place, place + 1)]
-        right, *wrong = (
-            " ".join(s.split()[:7]) for s in (sentences[place + 1], *draw.sample(far, CHOICES - 1))
-        )
-        if right not in wrong:
-            nexts.append(question(sentences[place], right, wrong, draw))
-        paragraphs.append({"text": ". ".join(sentences[place : place + 4])})
+        lasts = sorted({s.split()[-1] for s in sentences})
+        for sentence in draw.sample(sentences, EACH):
+            *start, last = sentence.split()
+            others = draw.sample([word for word in lasts if word != last], CHOICES - 1)
+            words.append(question(" ".join(start), last, others, draw))
+        for place in draw.sample(range(len(sentences) - 1), EACH):
+            far = [s for i, s in enumerate(sentences) if i not in (place, place + 1)]
+            answers = (sentences[place + 1], *draw.sample(far, CHOICES - 1))
+            right, *wrong = (" ".join(s.split()[:7]) for s in answers)
+            if right not in wrong:
+                nexts.append(question(sentences[place], right, wrong, draw))
+        paragraphs.append({"text": ". ".join(sentences[:4])})
+    draw.shuffle(words)
+    draw.shuffle(nexts)
     tasks = {"last_word": words[:questions], "next_sentence": nexts[:questions]}
     for name, rows in tasks.items():
         (folder / f"{name}.yaml").write_text(CHOOSING.format(name=name), "utf-8")

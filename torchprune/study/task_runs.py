@@ -176,14 +176,15 @@ def _runs(
             label = name or getattr(task, "__name__", type(task).__name__)
             runs.append(_Run(label, None, task, described(task)))
             continue
-        from torchprune.study.harness import ids_of, prepare
+        from torchprune.study.harness import drawn_by, ids_of, prepare
         from torchprune.study.harness_tasks import load_tasks
 
         if tokenizer is None:
             raise EvaluationError(
                 f"the task {str(task)!r} is asked in text: evaluate(..., tokenizer=...)"
             )
-        loaded = load_tasks([task], folders)
+        with drawn_by(seed):
+            loaded = load_tasks([task], folders)
         for found, value in loaded.items():
             prepare(value, num_fewshot, seed)
             label = found if not name else name if len(loaded) == 1 else f"{name} {found}"

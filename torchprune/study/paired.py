@@ -124,7 +124,7 @@ def mcnemar(gained: int, lost: int) -> float:
     """
     changed = gained + lost
     tail = sum(math.comb(changed, i) for i in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    return min(1.0, 2 * tail / (1 << changed))
 
 
 def tango_interval(gained: int, lost: int, size: int, confidence: float) -> tuple[float, float]:

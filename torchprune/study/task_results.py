@@ -79,6 +79,7 @@ class ScoreRow:
     Attributes:
         stderr: of the value over examples; NaN where there are none.
         n: examples.
+        binary: whether all scores are right or wrong, and the metric a share.
         dense, difference: the dense model's value, and the value less it; None without one.
         low, high: the interval of confidence of the difference.
         p, adjusted: of no difference, by itself and corrected for all rows (Holm).
@@ -91,15 +92,15 @@ class ScoreRow:
     value: float
     stderr: float
     n: int
-    dense: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    adjusted: float | None
-    shows: float | None
-    verdict: str
     binary: bool
+    dense: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    adjusted: float | None = None
+    shows: float | None = None
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,7 @@ def _row(
     own: Scores, dense: Scores | None, tested: tuple[PairedTest, float] | None, level: float
 ) -> ScoreRow:
     binary = own.binary and (dense is None or dense.binary)
-    common = {
+    common: dict[str, Any] = {
         "task": own.task,
         "metric": own.metric,
         "value": own.value,
@@ -342,10 +343,9 @@ def _row(
     }
     if dense is None or tested is None:
         why = "" if dense is None else "not tested: no score of each example"
-        nothing = dict.fromkeys(("low", "high", "p", "adjusted", "shows"))
         other = None if dense is None else dense.value
         gap = None if other is None else own.value - other
-        return ScoreRow(**common, **nothing, dense=other, difference=gap, verdict=why)
+        return ScoreRow(**common, dense=other, difference=gap, verdict=why)
     test, adjusted = tested
     return ScoreRow(
         **common,
@@ -397,7 +397,7 @@ def _read_scores(found: Any) -> Scores:
         totals,
         weights,
         ids,
-        link,  # type: ignore[arg-type]  # one of them, as seen above
+        link,
         None if item["figure"] is None else _number(item["figure"]),
         None if better is None else _as(bool, better),
         _as(str, item["task_id"]),

@@ -16,7 +16,8 @@ from torchprune.errors import InputError
 from torchprune.reports.pieces import Bars, Grid
 from torchprune.study.evaluation import EvaluationError
 from torchprune.study.paired import holm
-from torchprune.study.task_results import Evaluation, Scores
+from torchprune.study.score_rows import Scores
+from torchprune.study.task_results import Evaluation
 from torchprune.study.verdicts import in_unit
 
 

@@ -16,7 +16,7 @@ from torchprune.study.evaluation import EvaluationError, evaluating
 from torchprune.study.harness_tasks import import_harness, quiet
 from torchprune.study.language_model import LanguageModel
 from torchprune.study.paired import Link
-from torchprune.study.task_results import Scores
+from torchprune.study.score_rows import Scores
 
 _MEANS = ("mean", "nanmean")
 _RATES: dict[str, Link] = {

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torchprune.errors import MissingExtraError
 from torchprune.reports.pieces import Bar, Bars, Fact, Grid, Page, Section
+from torchprune.reports.tables import Column
 from torchprune.study.evaluation import EvaluationError
+from torchprune.study.score_rows import ScoreRow, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from torchprune.study.task_results import Evaluation, ScoreRow
 
 BAR = 1.96
 """Standard errors to each side of a bar: 95 %."""
 
 
-def page_of(found: Evaluation) -> Page:
+class Shown(Protocol):
+    """What is shown of an evaluation."""
+
+    @property
+    def rows(self) -> list[ScoreRow]: ...
+    @property
+    def dense_scores(self) -> Sequence[Scores] | None: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def level(self) -> float: ...
+    @property
+    def command(self) -> str: ...
+    def columns(self) -> list[Column]: ...
+    def cells(self) -> list[list[str]]: ...
+    def notes(self) -> list[str]: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def page_of(found: Shown) -> Page:
     """Headline, a chart for each metric, and the table."""
     compared = [row for row in found.rows if row.adjusted is not None]
     sure = [row for row in compared if (row.adjusted or 0.0) < found.level]
@@ -59,7 +79,7 @@ def _lead(compared: list[ScoreRow], sure: list[ScoreRow]) -> str:
     return f"Beside the dense model the pruned one differs on {named}{rest}."
 
 
-def _charts(found: Evaluation) -> list[Bars]:
+def _charts(found: Shown) -> list[Bars]:
     charts = []
     for metric in dict.fromkeys(row.metric for row in found.rows):
         rows = [row for row in found.rows if row.metric == metric]
@@ -81,7 +101,7 @@ def _bar(name: str, value: float, stderr: float, kind: str) -> Bar:
     return Bar(name, value, value - BAR * stderr, value + BAR * stderr, kind)
 
 
-def _grid(found: Evaluation) -> Grid:
+def _grid(found: Shown) -> Grid:
     raw: list[list[float | str | None]] = []
     for row in found.rows:
         head: list[float | str | None] = [row.task, row.metric, row.n]
@@ -93,7 +113,7 @@ def _grid(found: Evaluation) -> Grid:
     return Grid("Every metric", found.columns(), found.cells(), raw)
 
 
-def _warnings(found: Evaluation) -> list[str]:
+def _warnings(found: Shown) -> list[str]:
     said = []
     if limit := found.settings.get("limit"):
         said.append(f"Only the first {limit} examples of each task were read.")
@@ -106,7 +126,7 @@ def _warnings(found: Evaluation) -> list[str]:
     return said
 
 
-def figure_of(found: Evaluation, path: str | os.PathLike[str] | None) -> Figure:
+def figure_of(found: Shown, path: str | os.PathLike[str] | None) -> Figure:
     """Differences from the dense model, each in half widths of its interval, for metrics have
     different units: an interval that leaves out the line at 0 excludes no difference.
     """

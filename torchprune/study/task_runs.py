@@ -18,7 +18,8 @@ from torchprune.errors import InputError, did_you_mean
 from torchprune.specs.functions import described
 from torchprune.study.evaluation import EvaluationError, Perplexity, evaluating
 from torchprune.study.language_model import LanguageModel
-from torchprune.study.task_results import Evaluation, Scores
+from torchprune.study.score_rows import Scores
+from torchprune.study.task_results import Evaluation
 
 Task = str | os.PathLike[str] | Callable[[nn.Module], Any]
 Tasks = Task | Sequence[Task] | Mapping[str, Task]

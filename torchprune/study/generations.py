@@ -135,7 +135,7 @@ def _by_generate(
 ) -> Tensor:
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    class Done(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
+    class Done(StoppingCriteria):
         def __call__(self, rows: Tensor, _: Any, **__: Any) -> Tensor:
             return done(rows)
 

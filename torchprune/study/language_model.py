@@ -146,8 +146,8 @@ class LanguageModel:
         """Each distinct row is read once, however many answers end on it; long ones first."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for place, (before, after) in enumerate(pairs):
-            row = (before + after)[-(self.context + 1) : -1]
-            rows.setdefault(tuple(row), []).append(place)
+            read = (before + after)[-(self.context + 1) : -1]
+            rows.setdefault(tuple(read), []).append(place)
         order = sorted(rows, key=lambda row: (-len(row), row))
         found: list[Scored] = [(0.0, False)] * len(pairs)
         with self._bar(len(order), "row") as bar:

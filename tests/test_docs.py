@@ -11,6 +11,7 @@ import json
 import pkgutil
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -67,6 +68,7 @@ def stand_ins(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     for name in ("wikipedia_articles", "news_articles"):
         monkeypatch.setattr(smollm2, name, lambda *_: ARTICLES * 20)
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tests" / "study" / "tasks", tmp_path / "tasks")
     for name in ("notes.txt", "held-out.txt"):
         (tmp_path / name).write_text("\n\n".join(ARTICLES * 20), "utf-8")
     return monkeypatch

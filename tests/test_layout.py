@@ -26,8 +26,7 @@ ARROWS = {
     "__init__": "training study sparsify checkpoint structure methods reports lowering"
     " lowering.kernels calibration masking specs errors process",
     "testing": "sparsify structure graph methods calibration masking specs modes errors",
-    "study": "sparsify export checkpoint structure methods reports lowering calibration masking"
-    " specs modes errors",
+    "study": "training sparsify export checkpoint structure methods reports lowering calibration masking specs modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
     " errors",
     "sparsify": "allocation structure passes methods reports calibration masking specs modes"
@@ -96,6 +95,7 @@ PUBLIC = [
     "apply_masks",
     "compare",
     "densify",
+    "evaluate",
     "find_ticket",
     "fold",
     "lift",

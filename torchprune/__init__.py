@@ -38,6 +38,7 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.study.compare import compare
     from torchprune.study.evaluation import perplexity
     from torchprune.study.results import Comparison
+    from torchprune.study.task_runs import evaluate
     from torchprune.training.iterate import prune_iteratively
     from torchprune.training.peft_lessons import teach_peft as _teach_peft
     from torchprune.training.pruner import Pruner
@@ -78,6 +79,7 @@ __all__ = [
     "apply_masks",
     "compare",
     "densify",
+    "evaluate",
     "find_ticket",
     "fold",
     "lift",

@@ -2,7 +2,7 @@
 
 Results go to standard output; progress, and errors as one line, go to standard error. torch,
 transformers and datasets are imported only when a command needs them, so that help and complaints
-come at once. `prune` and `export` are in the files of their names.
+come at once. `prune`, `eval` and `export` are in files of their own.
 """
 
 from __future__ import annotations
@@ -12,20 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import torchprune
-from torchprune.cli.console import (
-    ColumnOption,
-    DebugOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    QuietOption,
-    bars_wanted,
-    one_line,
-    typer,
-)
-from torchprune.cli.documents import read_documents
+from torchprune.cli.console import DebugOption, JsonOption, one_line, typer
+from torchprune.cli.eval_model import evaluate
 from torchprune.cli.export import export
 from torchprune.cli.prune import prune
 from torchprune.cli.verify_artifact import verify
@@ -71,76 +59,7 @@ def _root(
 app.command()(prune)
 
 
-@app.command(name="eval")
-def evaluate(
-    model: ModelOption,
-    text: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="A text file, a .jsonl file, or a dataset as NAME:CONFIG:SPLIT.",
-            show_default=False,
-        ),
-    ],
-    seqlen: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Tokens per window. Default: the model's context, at most 2048.",
-            show_default=False,
-        ),
-    ] = None,
-    windows: Annotated[
-        int | None,
-        typer.Option(min=1, help="Read only so many windows. Default: all.", show_default=False),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
-    column: ColumnOption = "text",
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where the tokenizer is, if not with the model.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Measure the perplexity of a pruned or a dense model.
-
-    The text's documents are joined by blank lines, tokenised once and cut into windows without
-    overlap; the tail is dropped. Compare only figures of the same text and --seqlen.
-
-    [bold]Examples[/bold]
-
-      torchprune eval smol-2of4 --text held-out.txt
-
-      torchprune eval ./model --text Salesforce/wikitext:wikitext-2-raw-v1:test
-    """
-    with one_line(debug):
-        bars = bars_wanted(quiet or as_json)
-        documents = read_documents(text, column, progress=bars)
-
-        from torchprune.calibration.text import tokenise
-        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
-        from torchprune.study.evaluation import default_seqlen, perplexity
-
-        transformers = import_transformers(bars)
-        net = load_model(transformers, model, dtype.to_torch(), device_of(device))
-        known = load_tokenizer(transformers, tokenizer or model, required=True)
-        ids = tokenise(known, documents)
-        if windows is not None:
-            ids = ids[: windows * (seqlen or default_seqlen(net))]
-        result = perplexity(net, ids, seqlen=seqlen, batch_size=batch_size, progress=bars)
-        if as_json:
-            figures = ("perplexity", "nats_per_token", "bits_per_token", "windows", "seqlen")
-            typer.echo(json.dumps({k: getattr(result, k) for k in (*figures, "tokens")}))
-        else:
-            typer.echo(str(result))
+app.command(name="eval")(evaluate)
 
 
 @app.command()

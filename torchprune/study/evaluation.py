@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from torchprune.calibration.text import LONGEST, context_of
 from torchprune.errors import TorchpruneError
 from torchprune.modes import eval_mode, without_caches
+from torchprune.study.paired import stderr_of
 
 ACCEPTED_TOKENS = (
     "tokens must be the token ids of one text: a whole-number tensor (n,) or (1, n), or a list of "
@@ -35,11 +37,15 @@ class Perplexity:
         nats_per_token: mean cross-entropy of the predicted tokens, natural logarithm.
         windows, seqlen: how many windows were read, and the tokens in each.
         tokens: how many tokens were predicted: windows * (seqlen - 1).
+        window_nats: the sum of each window's cross-entropies, () where it was not kept.
+        window_ids: a digest of each window's tokens, likewise.
     """
 
     nats_per_token: float
     windows: int
     seqlen: int
+    window_nats: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    window_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -57,12 +63,19 @@ class Perplexity:
         except OverflowError:
             return math.inf
 
+    @property
+    def stderr(self) -> float:
+        """The perplexity's standard error over windows; NaN with fewer than two of them."""
+        weights = [float(self.seqlen - 1)] * len(self.window_nats)
+        return stderr_of(self.window_nats, weights, "exp") if self.window_nats else math.nan
+
     def __float__(self) -> float:
         return self.perplexity
 
     def __str__(self) -> str:
+        error = "" if math.isnan(self.stderr) else f" ± {self.stderr:.2g}"
         return (
-            f"perplexity {self.perplexity:.4g} ({self.bits_per_token:.4f} bits/token over "
+            f"perplexity {self.perplexity:.4g}{error} ({self.bits_per_token:.4f} bits/token over "
             f"{self.tokens:,} tokens in {self.windows:,} windows of {self.seqlen:,})"
         )
 
@@ -116,7 +129,7 @@ def perplexity(
     windows = ids[: count * seqlen].view(count, seqlen)
     _check_vocabulary(model, windows)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total, done = 0.0, 0
+    total, nats = 0.0, list[float]()
     with (
         evaluating(model),
         tqdm(total=count, desc="perplexity", unit="window", disable=not progress) as bar,
@@ -127,11 +140,15 @@ def perplexity(
                 if not math.isfinite(loss):
                     raise EvaluationError(f"the loss of window {i} is {loss}")
                 total += loss
-            done += len(batch)
+                nats.append(loss)
             bar.update(len(batch))
-            so_far = Perplexity(total / (done * (seqlen - 1)), done, seqlen)
+            so_far = Perplexity(total / (len(nats) * (seqlen - 1)), len(nats), seqlen)
             bar.set_postfix(perplexity=f"{so_far.perplexity:.4g}")
-    return so_far
+    return replace(so_far, window_nats=tuple(nats), window_ids=tuple(map(_digest, windows)))
+
+
+def _digest(window: Tensor) -> str:
+    return hashlib.sha256(window.cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def default_seqlen(model: nn.Module) -> int:
@@ -148,14 +165,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _losses(model: nn.Module, windows: Tensor) -> Tensor:
     """(windows, seqlen - 1) float32 cross-entropies of each next token."""
-    logits = _logits(model(windows), windows)[:, :-1].float()
+    logits = logits_of(model(windows), windows)[:, :-1].float()
     targets = windows[:, 1:]
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
         targets.shape
     )
 
 
-def _logits(output: Any, windows: Tensor) -> Tensor:
+def logits_of(output: Any, windows: Tensor) -> Tensor:
+    """A model's logits (batch, length, vocabulary) for ids (batch, length).
+
+    Raises:
+        EvaluationError: the output is something else.
+    """
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         raise EvaluationError(

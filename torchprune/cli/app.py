@@ -27,6 +27,7 @@ from torchprune.cli.console import (
 )
 from torchprune.cli.documents import read_documents
 from torchprune.cli.export import export
+from torchprune.cli.profiling import profile
 from torchprune.cli.prune import prune
 from torchprune.errors import InputError
 
@@ -170,6 +171,7 @@ def inspect(
 
 
 app.command()(export)
+app.command()(profile)
 
 
 def main() -> None:

@@ -207,7 +207,9 @@ FORMS: dict[str, Form] = {
         Form("eager", "masks folded into plain modules", False, _eager),
         Form("compile", "folded, by torch.compile", False, _compiled),
         Form("bitmask", 'lower(model, "bitmask")', True, _bitmask(None)),
-        Form("bitmask_int8", 'lower(model, "bitmask", dtype=torch.int8)', True, _bitmask(torch.int8)),
+        Form(
+            "bitmask_int8", 'lower(model, "bitmask", dtype=torch.int8)', True, _bitmask(torch.int8)
+        ),
         Form("int8", "torchao, weights in int8", False, _torchao("Int8WeightOnlyConfig")),
         Form(
             "int8_dynamic",
@@ -258,7 +260,9 @@ def _written(
 ) -> tuple[Any, str]:
     """A file for another runtime, from the room below that is imported when it is needed."""
     if device_of(model).type != "cpu":
-        raise NotHereError(f"these runtimes are measured on the CPU, the model is on {device_of(model)}")
+        raise NotHereError(
+            f"these runtimes are measured on the CPU, the model is on {device_of(model)}"
+        )
     folded, note = plain(model), ""
     kinds = {p.dtype for p in folded.parameters() if p.is_floating_point()}
     if kinds != {torch.float32}:

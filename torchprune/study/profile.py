@@ -113,9 +113,12 @@ def profile(
     chosen = chosen_forms(forms)
     beside = [] if against is None else chosen_forms(against_forms)
     _check(model, against, seconds, threads)
-    with _quiet_state(threads), tqdm(
-        desc="profiling", unit="step", disable=not progress, bar_format="{desc}: {postfix}"
-    ) as bar:
+    with (
+        _quiet_state(threads),
+        tqdm(
+            desc="profiling", unit="step", disable=not progress, bar_format="{desc}: {postfix}"
+        ) as bar,
+    ):
         bench = _Bench(model, against, Pace(seconds), clock, seed, bar)
         bench.batches = row_batches(model, inputs, None if rows is None else _as_rows(rows))
         bench.prepare(chosen, beside)
@@ -305,9 +308,7 @@ class _Bench:
                 if module is not None and self._runs_at(name, rows)
             }
             pace = self.pace if per_layer else replace(self.pace, seconds=self.pace.seconds / 4)
-            found = watch_layers(
-                runs, pace, clock=self.clock, settle=self.settle, seed=self.seed
-            )
+            found = watch_layers(runs, pace, clock=self.clock, settle=self.settle, seed=self.seed)
             if shares := found[self.base].inside:
                 self.inside.append(Inside(rows, latency_of(shares).median))
             if per_layer:
@@ -332,7 +333,9 @@ class _Bench:
     def look_ahead(self) -> None:
         """What other kernels would bring."""
         if self.device.type != "cpu":
-            self.notes.append(f"no kernels of other forms were timed: they are the CPU's, not {self.device}'s")
+            self.notes.append(
+                f"no kernels of other forms were timed: they are the CPU's, not {self.device}'s"
+            )
             return
         names = layers_to_change(self.folded)
         base = self.ready[self.base].module

@@ -23,7 +23,7 @@ from torchprune.reports.pieces import (
     Spot,
 )
 from torchprune.reports.tables import Column
-from torchprune.study.profile_results import Profile
+from torchprune.study.profile_results import Profile, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,12 +35,12 @@ def page_of(profile: Profile) -> Page:
     """Headline figures, what the numbers say, the table, figures by rows, layers, the machine."""
     said = [v for v in profile.verdicts if v.kind in _HELPFUL]
     sections = [
-        Section("What the numbers say", [Prose(v.text[:1].upper() + v.text[1:] + ".") for v in said]),
+        Section("What the numbers say", [_sentence(v) for v in said]),
         Section("Speed", [*_by_rows(profile), *_speedups(profile)], _protocol(profile)),
         Section("All numbers", [_grid(profile), *_flops(profile)]),
     ]
     if ahead := [v for v in profile.verdicts if v.kind in ("prospect", "nothing")]:
-        prose = [Prose(v.text[:1].upper() + v.text[1:] + ".") for v in ahead]
+        prose = [_sentence(v) for v in ahead]
         told = "Kernels timed here on the shapes of these layers, added up; measured, not promised."
         sections.append(Section("What would bring more", [*prose, *_prospects(profile)], told))
     if profile.layers:
@@ -59,6 +59,10 @@ def page_of(profile: Profile) -> Page:
         ],
         data=profile.to_dict(),
     )
+
+
+def _sentence(verdict: Verdict) -> Prose:
+    return Prose(f"{verdict.text[:1].upper()}{verdict.text[1:]}.")
 
 
 def _lead(profile: Profile) -> str:

@@ -1,9 +1,8 @@
-"""What `profile` found: a cell for each contender and number of rows, and what follows from them."""
+"""What `profile` found: a cell for each contender and number of rows, and what follows."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -288,7 +287,7 @@ class Profile:
         return page_of(self)
 
     def figure(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Latency against rows, a line for each contender, bars from the 10th to the 90th percentile.
+        """Latency against rows, a line for each contender, bars from 10th to 90th percentile.
 
         Args:
             path: where to save it, as .png, .svg or .pdf.
@@ -302,7 +301,7 @@ class Profile:
         """
         from torchprune.study.profile_page import draw_lines
 
-        _check_suffix(path, SUFFIXES)
+        check_suffix(path, SUFFIXES)
         return draw_lines(self, path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -313,7 +312,7 @@ class Profile:
         """
         from torchprune.reports.page import save_page
 
-        _check_suffix(path, (".html", ".json", ".md", *SUFFIXES))
+        check_suffix(path)
         suffix = Path(path).suffix.lower()
         if suffix == ".html":
             save_page(self.page(), path)
@@ -325,11 +324,14 @@ class Profile:
             self.figure(path)
 
 
-def _check_suffix(path: str | os.PathLike[str] | None, known: Sequence[str]) -> None:
+def check_suffix(
+    path: str | os.PathLike[str] | None,
+    known: Sequence[str] = (".html", ".json", ".md", *SUFFIXES),
+) -> None:
+    """See that a profile can be written under a name.
+
+    Raises:
+        ProfileError: it has another suffix.
+    """
     if path is not None and Path(path).suffix.lower() not in known:
         raise ProfileError(f"{os.fspath(path)}: a profile is saved as one of {', '.join(known)}")
-
-
-def finite(value: float) -> bool:
-    """Whether it is a number to divide by: above zero, and no inf or nan."""
-    return math.isfinite(value) and value > 0

@@ -49,7 +49,7 @@ def row_batches(model: nn.Module, inputs: Any, rows: Sequence[int] | None) -> Ro
         if absent := [n for n in wanted if n not in inputs]:
             raise ProfileError(
                 f"inputs has batches of {', '.join(map(str, sorted(inputs)))} rows, and none of "
-                f"{', '.join(map(str, absent))}; leave rows= out, or give an example to make them of"
+                f"{', '.join(map(str, absent))}; leave rows= out, or give one example"
             )
         made = {n: _read(model, inputs[n]) for n in wanted}
         return RowBatches("token" if _tokens_at(model, made[wanted[0]]) else "row", made, {})
@@ -75,7 +75,9 @@ def checked_rows(rows: Any, usual: Sequence[int]) -> list[int]:
     """
     some = list(usual if rows is None else [rows] if type(rows) is int else rows)
     if not some or any(type(n) is not int or n < 1 for n in some):
-        raise ProfileError(f"rows must be whole numbers of 1 and more, such as (1, 8), got {rows!r}")
+        raise ProfileError(
+            f"rows must be whole numbers of 1 and more, such as (1, 8), got {rows!r}"
+        )
     return sorted(set(some))
 
 
@@ -116,9 +118,7 @@ def _of_tokens(model: nn.Module, batch: Batch, at: int | str, n: int) -> Batch:
     made = flat[torch.arange(n, device=flat.device) % len(flat)].view(-1, length)
     if at == 0:
         return Batch((made,), dict(batch.kwargs))
-    kwargs = {
-        k: made if k == "input_ids" else _like(k, v, made) for k, v in batch.kwargs.items()
-    }
+    kwargs = {k: made if k == "input_ids" else _like(k, v, made) for k, v in batch.kwargs.items()}
     return Batch((), kwargs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from torchprune.study.profile_results import Cell, Contender, Prospect, Profile, Verdict
+from torchprune.study.profile_results import Cell, Contender, Profile, Prospect, Verdict
 from torchprune.study.spreads import Ratio
 
 ALIKE = 0.03
@@ -34,7 +34,7 @@ def standing(ratio: Ratio) -> str:
         return "faster"
     if ratio.low > 1 and ratio.value > 1 + ALIKE:
         return "slower"
-    if 1 - ALIKE <= ratio.low and ratio.high <= 1 + ALIKE:
+    if ratio.low >= 1 - ALIKE and ratio.high <= 1 + ALIKE:
         return "same"
     return "unclear"
 

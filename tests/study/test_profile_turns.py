@@ -6,6 +6,7 @@ import gc
 import random
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 from hypothesis import given
@@ -49,13 +50,13 @@ def test_every_block_of_orders_gives_each_every_place_once(count, seed):
 def test_all_have_as_many_rounds_and_the_true_time():
     time = Time()
     runs = {"slow": time.worker("slow", lambda: 0.3), "quick": time.worker("quick", lambda: 0.02)}
-    found = take_turns(runs, Pace(seconds=1.6, warm_up=3), clock=time)
-    assert {len(times) for times in found.seconds.values()} == {10}  # 3.2 s for both, 0.32 a round
+    found = take_turns(runs, Pace(seconds=1.55, warm_up=3), clock=time)
+    assert {len(times) for times in found.seconds.values()} == {10}  # 3.1 s for both, 0.32 a round
     assert found.seconds["slow"] == pytest.approx([0.3] * 10)
     assert found.seconds["quick"] == pytest.approx([0.02] * 10)
-    warm = time.said[:8]
-    assert Counter(warm) == {"slow": 4, "quick": 4}  # three, and one to see how long it takes
-    assert time.said[8:12] != time.said[10:14]  # orders change
+    warm, turns = time.said[:12], time.said[12:]
+    assert Counter(warm) == {"slow": 6, "quick": 6}  # three, and three to see how long they take
+    assert turns[0:4] != turns[2:6]  # orders change
 
 
 def test_short_calls_are_repeated_and_the_first_of_a_turn_is_not_timed():
@@ -70,7 +71,7 @@ def test_short_calls_are_repeated_and_the_first_of_a_turn_is_not_timed():
     )
     assert found.repeats == {"short": 10}
     assert found.seconds["short"] == pytest.approx([0.001] * 3)
-    assert calls[0] == 2 + 1 + 3 * (1 + 10)
+    assert calls[0] == 2 + 3 + 3 * (1 + 10)
 
 
 def test_a_first_cold_call_does_not_count():
@@ -89,6 +90,18 @@ def test_a_first_cold_call_does_not_count():
     assert found.seconds == {n: pytest.approx([0.001] * 4) for n in "ab"}
 
 
+def test_a_call_from_which_the_processor_was_taken_does_not_count():
+    """Neither in a turn, nor when it is found out how many calls make one."""
+    time, calls = Time(), count()
+
+    def seconds() -> float:
+        return 0.1 if next(calls) % 5 == 2 else 0.002
+
+    found = take_turns({"a": time.worker("a", seconds)}, Pace(seconds=1e-9), clock=time)
+    assert found.repeats == {"a": 5}
+    assert found.seconds["a"] == pytest.approx([0.002] * 5)
+
+
 def test_least_and_most_bound_the_rounds():
     time = Time()
     runs = {"a": time.worker("a", lambda: 1.0)}
@@ -97,7 +110,7 @@ def test_least_and_most_bound_the_rounds():
 
 
 def test_who_raises_drops_out_and_the_others_go_on():
-    time, left = Time(), iter(range(6))
+    time, left = Time(), iter(range(7))
 
     def breaks() -> float:
         if next(left, None) is None:
@@ -204,6 +217,7 @@ def test_a_sum_with_parts_exchanged():
     found = changed_sum(whole, {"a": (4, new, old), "b": (2, [3.0] * 5, [2.0] * 5)})
     assert (found.low, found.value, found.high) == pytest.approx(((10 - 3 + 2) / 10,) * 3)
     assert changed_sum(whole, {}).value == 1.0
+    assert changed_sum(whole, {"a": (99, new, old)}).value == 0.0
 
 
 # -- layers ----------------------------------------------------------------------------------------

@@ -113,6 +113,12 @@ def test_growth_is_none_at_the_fewest_rows_and_one_in_proportion():
     assert growth_to(found, 64) == pytest.approx(1)
 
 
+def test_what_cannot_be_faster_is_put_down_to_the_machine():
+    found = made({"eager": {1: exact(0.5)}})
+    (text,) = texts(found, "faster", "eager")
+    assert text.endswith("take this for what disturbs the measurement here")
+
+
 def test_what_a_form_brings_without_zeros_is_said_to_be_its_own():
     found = made({"int8": {1: exact(0.5)}})
     (text,) = texts(found, "faster", "int8")

@@ -52,7 +52,7 @@ def _allocations(run: Callable[[], object]) -> list[int]:
 
     with _kineto_silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as kept:
         result = run()
-    events = kept.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = kept.profiler.kineto_results.events()
     del result  # what a call gives counts: it was there when the call ended
     some = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     return [size for _, size in sorted(some, key=lambda pair: pair[0])]

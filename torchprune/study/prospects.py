@@ -44,24 +44,28 @@ class Kernel:
     """A way to compute a layer's product.
 
     Attributes:
-        pack: a dense weight -> what is to be read, and the product with it.
+        pack: a dense weight -> the tensors to be read.
+        product: an input (rows, inputs), these tensors and the number of inputs -> the output.
     """
 
     name: str
-    pack: Callable[[Tensor], tuple[list[Tensor], Callable[[Tensor], object]]]
+    pack: Callable[[Tensor], list[Tensor]]
+    product: Callable[[Tensor, list[Tensor], int], Tensor]
 
 
 def kernels_for_cpu() -> list[Kernel]:
     """The dense product of torch, and what may be faster."""
     return [
-        Kernel(DENSE, _dense),
-        Kernel("bitmask 50 %", _bitmask(lambda w: _random_mask(w, 0.5))),
-        Kernel("bitmask 70 %", _bitmask(lambda w: _random_mask(w, 0.7))),
-        Kernel("bitmask 80 %", _bitmask(lambda w: _random_mask(w, 0.8))),
-        Kernel("bitmask 2:4", _bitmask(_two_of_four)),
-        Kernel("bitmask int8 0 %", _bitmask(torch.ones_like, in_int8=True)),
-        Kernel("bitmask int8 50 %", _bitmask(lambda w: _random_mask(w, 0.5), in_int8=True)),
-        Kernel("half of the outputs removed", lambda w: _dense(w[: max(1, len(w) // 2)].clone())),
+        Kernel(DENSE, lambda w: [w], _dense),
+        Kernel("bitmask 50 %", lambda w: _packed(w * _random_mask(w, 0.5)), _by_bits),
+        Kernel("bitmask 70 %", lambda w: _packed(w * _random_mask(w, 0.7)), _by_bits),
+        Kernel("bitmask 80 %", lambda w: _packed(w * _random_mask(w, 0.8)), _by_bits),
+        Kernel("bitmask 2:4", lambda w: _packed(w * _two_of_four(w)), _by_bits),
+        Kernel("bitmask int8 0 %", lambda w: _packed(*_in_int8(w)), _by_bits),
+        Kernel(
+            "bitmask int8 50 %", lambda w: _packed(*_in_int8(w * _random_mask(w, 0.5))), _by_bits
+        ),
+        Kernel("half of the outputs removed", lambda w: [w[: max(1, len(w) // 2)].clone()], _dense),
     ]
 
 
@@ -155,43 +159,45 @@ def _contenders(
     runs: dict[str, Callable[[], object]] = {}
     sizes = {}
     for kernel in kernels:
-        made = [kernel.pack(weight if k == 0 else weight.clone()) for k in range(sets)]
-        runs[kernel.name] = _rotating([product for _, product in made], x)
-        sizes[kernel.name] = bytes_of(made[0][0])
+        parts = kernel.pack(weight)
+        some = [parts, *([part.clone() for part in parts] for _ in range(sets - 1))]
+        runs[kernel.name] = _rotating(kernel, some, x)
+        sizes[kernel.name] = bytes_of(parts)
     return runs, sizes
 
 
-def _rotating(products: Sequence[Callable[[Tensor], object]], x: Tensor) -> Callable[[], object]:
+def _rotating(kernel: Kernel, sets: Sequence[list[Tensor]], x: Tensor) -> Callable[[], object]:
     turn = count()
 
     def run() -> object:
         with torch.no_grad():
-            return products[next(turn) % len(products)](x)
+            return kernel.product(x, sets[next(turn) % len(sets)], x.shape[1])
 
     return run
 
 
-def _dense(weight: Tensor) -> tuple[list[Tensor], Callable[[Tensor], object]]:
-    return [weight], lambda x: F.linear(x, weight)
+def _dense(x: Tensor, parts: list[Tensor], _: int) -> Tensor:
+    return F.linear(x, parts[0])
 
 
-def _bitmask(
-    mask: Callable[[Tensor], Tensor], in_int8: bool = False
-) -> Callable[[Tensor], tuple[list[Tensor], Callable[[Tensor], object]]]:
-    def pack(weight: Tensor) -> tuple[list[Tensor], Callable[[Tensor], object]]:
-        sparse, scales = weight * mask(weight), None
-        if in_int8:
-            scales = sparse.float().abs().amax(1).clamp_min(1e-12) / 127
-            sparse = (sparse.float() / scales[:, None]).round().to(torch.int8)
-        packed = Bitmask.pack(sparse, scales)
-        parts = (packed.bits, packed.values, packed.starts, packed.scales)
+def _by_bits(x: Tensor, parts: list[Tensor], cols: int) -> Tensor:
+    bits, values, starts, *scales = parts
+    found: Tensor = torch.ops.torchprune.bitmask_linear(
+        x, bits, values, starts, scales[0] if scales else None, None, cols
+    )
+    return found
 
-        def product(x: Tensor) -> object:
-            return torch.ops.torchprune.bitmask_linear(x, *parts, None, packed.cols)
 
-        return [part for part in parts if part is not None], product
+def _packed(weight: Tensor, scales: Tensor | None = None) -> list[Tensor]:
+    packed = Bitmask.pack(weight, scales)
+    parts = (packed.bits, packed.values, packed.starts, packed.scales)
+    return [part for part in parts if part is not None]
 
-    return pack
+
+def _in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounded, with a scale a row."""
+    scales = weight.float().abs().amax(1).clamp_min(1e-12) / 127
+    return (weight.float() / scales[:, None]).round().to(torch.int8), scales
 
 
 def _random_mask(weight: Tensor, share: float) -> Tensor:

@@ -81,7 +81,7 @@ def changed_sum(
     """What a whole would take beside what it takes, were its parts exchanged.
 
     (median(whole) + sum of count * (median(new) - median(old))) / median(whole), with the
-    bootstrap's interval; each part was measured in rounds of its own.
+    bootstrap's interval; each part was measured in rounds of its own. Below 0 nothing goes.
 
     Args:
         parts: name -> how often it is in the whole, seconds of the new, seconds of the old.
@@ -96,7 +96,7 @@ def changed_sum(
         value += count * float(exact[0] - exact[1])
         some = _medians(pairs[:, draws(pairs.shape[1], seed=k)])
         sums += count * (some[0] - some[1])
-    return _interval(value / float(median), sums / drawn)
+    return _interval(max(0.0, value / float(median)), (sums / drawn).clamp_min(0.0))
 
 
 def draws(rounds: int, seed: int = 0) -> Tensor:

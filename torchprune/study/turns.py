@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 
 from torchprune.calibration.documents import first_line
 
@@ -22,8 +23,9 @@ class Pace:
         seconds: for each contender, all its rounds together.
         least, most: rounds, whatever the time.
         warm_up: calls of each that nobody counts.
-        short: seconds; a turn of shorter calls is as many of them as take so long, after one that
-            is not timed, for it finds the caches as the contender before left them.
+        short: seconds; a turn of shorter calls is as many of them as take so long, of which the
+            median counts, after one that is not timed, for it finds the caches as the contender
+            before left them.
     """
 
     seconds: float = 1.0
@@ -113,10 +115,7 @@ def _warm(run: Run, pace: Pace, clock: Callable[[], float], settle: Run) -> int:
     for _ in range(max(1, pace.warm_up)):
         run()
     settle()
-    start = clock()
-    run()
-    settle()
-    took = clock() - start
+    took = min(_seconds(run, clock, settle) for _ in range(3))  # others may have had the processor
     if took >= pace.short:
         return 1
     return min(1000, math.ceil(pace.short / max(took, 1e-7)))
@@ -126,11 +125,14 @@ def _turn(run: Run, repeats: int, pace: Pace, clock: Callable[[], float], settle
     if repeats > 1:
         run()
     settle()
+    return median(_seconds(run, clock, settle) for _ in range(repeats))
+
+
+def _seconds(run: Run, clock: Callable[[], float], settle: Run) -> float:
     start = clock()
-    for _ in range(repeats):
-        run()
+    run()
     settle()
-    return (clock() - start) / repeats
+    return max(clock() - start, 1e-12)  # a time to divide by, on any clock
 
 
 @contextmanager

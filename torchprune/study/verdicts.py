@@ -88,6 +88,11 @@ def _why(profile: Profile, contender: Contender, kind: str, cell: Cell) -> str:
     """What is known of the cause: bytes read, and whether time grows with rows."""
     base = profile.contender(profile.base)
     if not contender.skips_zeros:
+        if contender.form in ("masked", "eager") and kind == "faster":
+            return (
+                "it computes what the dense model computes, so take this for what disturbs the "
+                "measurement here"
+            )
         if kind == "faster" and contender.name.partition(" ")[0] != "dense":
             return "that is the form's doing; it multiplies zeros like any number" + _same_in_dense(
                 profile, contender, cell

@@ -143,7 +143,7 @@ def _speedups(profile: Profile) -> list[Piece]:
 def _grid(profile: Profile) -> Grid:
     columns, rows = profile.table()
     raw: list[list[float | str | None]] = []
-    for cell in profile.cells:
+    for cell in profile.lines:
         y, ratio = cell.latency, cell.ratio
         held = profile.contender(cell.contender).held
         raw.append(

@@ -203,6 +203,13 @@ class Profile:
 
     # -- as text -----------------------------------------------------------------------------------
 
+    @property
+    def lines(self) -> list[Cell]:
+        """The cells of the table: all but those of contenders that are missing, which have one."""
+        absent = {one.name for one in self.contenders if one.missing}
+        once = {c.contender: c for c in reversed(self.cells) if c.contender in absent}
+        return [c for c in self.cells if c.contender not in absent] + [*reversed(once.values())]
+
     def table(self) -> tuple[list[Column], list[Cells]]:
         """Columns, and a line for each contender and number of rows."""
         columns = [
@@ -212,7 +219,7 @@ class Profile:
             *(Column(head, right=True) for head in (f"{self.unit}s/s", "peak MiB", "weights MB")),
             Column("note", fold=True),
         ]
-        return columns, [self._line(cell) for cell in self.cells]
+        return columns, [self._line(cell) for cell in self.lines]
 
     def __str__(self) -> str:
         columns, rows = self.table()
@@ -236,7 +243,8 @@ class Profile:
         held = "" if one.held is None else f"{one.held / 1e6:.1f}"
         note = "; ".join(filter(None, (cell.missing, one.note)))
         if cell.latency is None:
-            return [cell.contender, f"{cell.rows}", "", "", "", "", "", held, note]
+            rows = "" if one.missing else f"{cell.rows}"
+            return [cell.contender, rows, "", "", "", "", "", held, note]
         low, high = cell.latency.low * 1e3, cell.latency.high * 1e3
         return [
             cell.contender,

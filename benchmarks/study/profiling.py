@@ -1,6 +1,6 @@
 """The profile of SmolLM2-135M, half of it pruned, beside what the other benchmarks measured.
 
-    python benchmarks/study/profile.py [--pattern unstructured|2:4] [--rows 1,8,64] [--seconds 2]
+    python benchmarks/study/profiling.py [--pattern unstructured|2:4] [--rows 1,8,64] [--seconds 2]
         [--forms eager,bitmask,bitmask_int8] [--dtype float32] [--wall] [--output FILE.json]
 
 Times are processor time of one thread, which other work disturbs least; `--wall` takes the clock on

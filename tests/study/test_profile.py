@@ -18,7 +18,7 @@ from torchprune.study.forms import FORMS, copied
 from torchprune.study.peak_memory import highest, peak_of
 from torchprune.study.products import flops_of, held_bytes, read_bytes
 from torchprune.study.profile import profile
-from torchprune.study.profile_results import ProfileError
+from torchprune.study.profile_records import ProfileError
 from torchprune.study.prospects import kernels_for_cpu, layers_to_change, shapes_of
 from torchprune.study.row_batches import row_batches
 

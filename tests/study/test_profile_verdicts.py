@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchprune.study.profile_results import (
+from torchprune.study.profile_records import (
     Cell,
     Contender,
     FlopCount,
     Inside,
-    Profile,
     ProfileError,
     Prospect,
 )
+from torchprune.study.profile_results import Profile
 from torchprune.study.spreads import Latency, Ratio
 from torchprune.study.verdicts import ALIKE, growth_to, judged, standing, times_as
 

@@ -29,16 +29,16 @@ from torchprune.study.layer_turns import watch_layers
 from torchprune.study.machine_facts import machine_facts
 from torchprune.study.peak_memory import HOW, peak_of
 from torchprune.study.products import flops_of, products_of
-from torchprune.study.profile_results import (
+from torchprune.study.profile_records import (
     Cell,
     Contender,
     FlopCount,
     Inside,
     LayerTime,
-    Profile,
     ProfileError,
     Prospect,
 )
+from torchprune.study.profile_results import Profile
 from torchprune.study.prospects import layers_to_change, prospects_at, shapes_of
 from torchprune.study.row_batches import RowBatches, row_batches
 from torchprune.study.spreads import latency_of, ratio_of

@@ -23,7 +23,7 @@ from torchprune.reports.pieces import (
     Spot,
 )
 from torchprune.reports.tables import Column
-from torchprune.study.profile_results import Profile, Verdict
+from torchprune.study.profile_records import Measured, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _HELPFUL = ("faster", "slower", "same", "unclear", "bound", "zeros", "memory")
 
 
-def page_of(profile: Profile) -> Page:
+def page_of(profile: Measured) -> Page:
     """Headline figures, what the numbers say, the table, figures by rows, layers, the machine."""
     said = [v for v in profile.verdicts if v.kind in _HELPFUL]
     sections = [
@@ -65,7 +65,7 @@ def _sentence(verdict: Verdict) -> Prose:
     return Prose(f"{verdict.text[:1].upper()}{verdict.text[1:]}.")
 
 
-def _lead(profile: Profile) -> str:
+def _lead(profile: Measured) -> str:
     best = _best(profile)
     if best is None:
         return f"No form of this {profile.model} is faster than {profile.base}."
@@ -76,7 +76,7 @@ def _lead(profile: Profile) -> str:
     )
 
 
-def _best(profile: Profile) -> tuple[str, int, float] | None:
+def _best(profile: Measured) -> tuple[str, int, float] | None:
     """The contender, rows and ratio that gain most among those known to gain."""
     fast = {(v.contender, v.rows) for v in profile.verdicts if v.kind == "faster"}
     cells = [
@@ -87,7 +87,7 @@ def _best(profile: Profile) -> tuple[str, int, float] | None:
     return min(cells, key=lambda cell: cell[2]) if cells else None
 
 
-def _facts(profile: Profile) -> list[Fact]:
+def _facts(profile: Measured) -> list[Fact]:
     found = [Fact("parameters", f"{profile.parameters:,}", f"{profile.zeros:,} are zero")]
     if counted := [f for f in profile.flops if f.total]:
         share = max(f.by_zeros / f.total for f in counted)
@@ -102,7 +102,7 @@ def _facts(profile: Profile) -> list[Fact]:
     return found
 
 
-def _protocol(profile: Profile) -> str:
+def _protocol(profile: Measured) -> str:
     rounds = [c.latency.rounds for c in profile.cells if c.latency is not None]
     return (
         f"Medians of {min(rounds)} to {max(rounds)} rounds in which all forms took turns; bars are "
@@ -112,7 +112,7 @@ def _protocol(profile: Profile) -> str:
     )
 
 
-def _by_rows(profile: Profile) -> list[Piece]:
+def _by_rows(profile: Measured) -> list[Piece]:
     lines = []
     for one in profile.contenders:
         spots = [
@@ -126,7 +126,7 @@ def _by_rows(profile: Profile) -> list[Piece]:
     return [Lines("Time of a call", label, "ms", lines, logarithmic=True)] if lines else []
 
 
-def _speedups(profile: Profile) -> list[Piece]:
+def _speedups(profile: Measured) -> list[Piece]:
     found: list[Piece] = []
     for rows in profile.rows:
         bars = [
@@ -140,7 +140,7 @@ def _speedups(profile: Profile) -> list[Piece]:
     return found
 
 
-def _grid(profile: Profile) -> Grid:
+def _grid(profile: Measured) -> Grid:
     columns, rows = profile.table()
     raw: list[list[float | str | None]] = []
     for cell in profile.lines:
@@ -162,7 +162,7 @@ def _grid(profile: Profile) -> Grid:
     return Grid("Every form at every number of rows", columns, rows, raw)
 
 
-def _flops(profile: Profile) -> list[Piece]:
+def _flops(profile: Measured) -> list[Piece]:
     if not profile.flops:
         return []
     columns = [Column(f"{profile.unit}s", right=True)]
@@ -174,7 +174,7 @@ def _flops(profile: Profile) -> list[Piece]:
     return [Grid("Arithmetic of a call", columns, rows)]
 
 
-def _prospects(profile: Profile) -> list[Piece]:
+def _prospects(profile: Measured) -> list[Piece]:
     found: list[Piece] = []
     for rows in sorted({p.rows for p in profile.prospects}):
         bars = [
@@ -187,7 +187,7 @@ def _prospects(profile: Profile) -> list[Piece]:
     return found
 
 
-def _layers(profile: Profile) -> list[Piece]:
+def _layers(profile: Measured) -> list[Piece]:
     """A heat map for each number of rows, layers by contenders."""
     found: list[Piece] = []
     for rows in sorted({y.rows for y in profile.layers}):
@@ -201,7 +201,7 @@ def _layers(profile: Profile) -> list[Piece]:
     return found
 
 
-def draw_lines(profile: Profile, path: str | os.PathLike[str] | None) -> Figure:
+def draw_lines(profile: Measured, path: str | os.PathLike[str] | None) -> Figure:
     """Latency against rows, on logarithmic axes; see `Profile.figure`."""
     try:
         from matplotlib.figure import Figure
@@ -232,6 +232,6 @@ def draw_lines(profile: Profile, path: str | os.PathLike[str] | None) -> Figure:
     return figure
 
 
-def _marker(profile: Profile, name: str, markers: Sequence[str] = "osXPD^v<>*hp") -> str:
+def _marker(profile: Measured, name: str, markers: Sequence[str] = "osXPD^v<>*hp") -> str:
     names = [c.name for c in profile.contenders]
     return markers[names.index(name) % len(markers)]

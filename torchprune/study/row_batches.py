@@ -14,7 +14,7 @@ from torchprune.calibration.batches import Batch, read_batches
 from torchprune.calibration.nested import mapped
 from torchprune.calibration.text import context_of
 from torchprune.errors import CalibrationError
-from torchprune.study.profile_results import ProfileError
+from torchprune.study.profile_records import ProfileError
 
 _LIKE_TOKENS = ("attention_mask", "token_type_ids")
 

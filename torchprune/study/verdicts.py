@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from torchprune.study.profile_results import Cell, Contender, Profile, Prospect, Verdict
+from torchprune.study.profile_records import Cell, Contender, Measured, Prospect, Verdict
 from torchprune.study.spreads import Ratio
+
+T = TypeVar("T", bound=Measured)
 
 ALIKE = 0.03
 """A difference of less than this is none that anybody would notice."""
@@ -14,7 +17,7 @@ ALIKE = 0.03
 _KINDS = ("faster", "slower", "same", "unclear")
 
 
-def judged(profile: Profile) -> Profile:
+def judged(profile: T) -> T:
     """The profile with its verdicts."""
     found = [
         *_of_cells(profile),
@@ -56,7 +59,7 @@ def times_as(ratio: Ratio) -> str:
 # -- contenders ------------------------------------------------------------------------------------
 
 
-def _of_cells(profile: Profile) -> Iterator[Verdict]:
+def _of_cells(profile: Measured) -> Iterator[Verdict]:
     for contender in profile.contenders:
         cells = [c for c in profile.cells if c.contender == contender.name and c.ratio is not None]
         for kind in _KINDS:
@@ -67,7 +70,7 @@ def _of_cells(profile: Profile) -> Iterator[Verdict]:
                 yield from (_of_cell(profile, contender, kind, cell) for cell in some)
 
 
-def _alike(profile: Profile, contender: Contender, kind: str, cells: Sequence[Cell]) -> Verdict:
+def _alike(profile: Measured, contender: Contender, kind: str, cells: Sequence[Cell]) -> Verdict:
     each = ", ".join(f"{c.ratio} at {c.rows}" for c in cells)
     said = "is as fast as" if kind == "same" else "cannot be told from"
     text = f"{contender.name} {said} {profile.base} in time: {each} {profile.unit}s"
@@ -76,7 +79,7 @@ def _alike(profile: Profile, contender: Contender, kind: str, cells: Sequence[Ce
     return Verdict(kind, text, contender.name, cells[0].rows if len(cells) == 1 else 0)
 
 
-def _of_cell(profile: Profile, contender: Contender, kind: str, cell: Cell) -> Verdict:
+def _of_cell(profile: Measured, contender: Contender, kind: str, cell: Cell) -> Verdict:
     assert cell.ratio is not None
     text = f"at {_rows(profile, cell.rows)} {contender.name} is {times_as(cell.ratio)}"
     if why := _why(profile, contender, kind, cell):
@@ -84,7 +87,7 @@ def _of_cell(profile: Profile, contender: Contender, kind: str, cell: Cell) -> V
     return Verdict(kind, text, contender.name, cell.rows)
 
 
-def _why(profile: Profile, contender: Contender, kind: str, cell: Cell) -> str:
+def _why(profile: Measured, contender: Contender, kind: str, cell: Cell) -> str:
     """What is known of the cause: bytes read, and whether time grows with rows."""
     base = profile.contender(profile.base)
     if not contender.skips_zeros:
@@ -111,7 +114,7 @@ def _why(profile: Profile, contender: Contender, kind: str, cell: Cell) -> str:
     return "fewer bytes do not pay for expanding them here"
 
 
-def _same_in_dense(profile: Profile, contender: Contender, cell: Cell) -> str:
+def _same_in_dense(profile: Measured, contender: Contender, cell: Cell) -> str:
     """What the dense model gets of the same form, where that was measured."""
     for other in profile.cells:
         if (other.contender, other.rows) == (f"dense {contender.form}", cell.rows) and other.ratio:
@@ -119,7 +122,7 @@ def _same_in_dense(profile: Profile, contender: Contender, cell: Cell) -> str:
     return ""
 
 
-def growth_to(profile: Profile, rows: int) -> float | None:
+def growth_to(profile: Measured, rows: int) -> float | None:
     """How the base's time grows from the next fewer rows: 0 is not at all, 1 in proportion."""
     known = [c for c in profile.cells if c.contender == profile.base and c.latency is not None]
     before = [c for c in known if c.rows < rows]
@@ -134,7 +137,7 @@ def growth_to(profile: Profile, rows: int) -> float | None:
 # -- the model -------------------------------------------------------------------------------------
 
 
-def _of_zeros(profile: Profile) -> Iterator[Verdict]:
+def _of_zeros(profile: Measured) -> Iterator[Verdict]:
     """Where zeros are multiplied and bring nothing."""
     counted = [f for f in profile.flops if f.total]
     if not counted or not any(f.by_zeros for f in counted):
@@ -155,7 +158,7 @@ def _of_zeros(profile: Profile) -> Iterator[Verdict]:
     yield Verdict("zeros", text)
 
 
-def _of_bounds(profile: Profile) -> Iterator[Verdict]:
+def _of_bounds(profile: Measured) -> Iterator[Verdict]:
     """How fast it could be at best, were the layers free."""
     for inside in profile.inside:
         if inside.share < 0.75:
@@ -169,7 +172,7 @@ def _of_bounds(profile: Profile) -> Iterator[Verdict]:
             )
 
 
-def _of_memory(profile: Profile) -> Iterator[Verdict]:
+def _of_memory(profile: Measured) -> Iterator[Verdict]:
     base = profile.contender(profile.base)
     for one in profile.contenders:
         if one.held and base.held and one.held < (1 - ALIKE) * base.held:
@@ -180,7 +183,7 @@ def _of_memory(profile: Profile) -> Iterator[Verdict]:
             )
 
 
-def _of_prospects(profile: Profile) -> Iterator[Verdict]:
+def _of_prospects(profile: Measured) -> Iterator[Verdict]:
     """What would bring something, where, by kernels measured here."""
     for rows in profile.rows:
         here = [p for p in profile.prospects if p.rows == rows]
@@ -212,5 +215,5 @@ def _told(prospect: Prospect) -> str:
     return f"{prospect.ratio} {prospect.kernel}"
 
 
-def _rows(profile: Profile, rows: int) -> str:
+def _rows(profile: Measured, rows: int) -> str:
     return f"{rows} {profile.unit}{'s' * (rows != 1)}"

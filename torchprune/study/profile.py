@@ -25,10 +25,10 @@ from torchprune.study.forms import (
     made_ready,
     plain,
 )
+from torchprune.study.layer_costs import flops_of, products_of
 from torchprune.study.layer_turns import watch_layers
 from torchprune.study.machine_facts import machine_facts
 from torchprune.study.peak_memory import HOW, peak_of
-from torchprune.study.products import flops_of, products_of
 from torchprune.study.profile_records import (
     Cell,
     Contender,

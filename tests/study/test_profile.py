@@ -21,6 +21,7 @@ from torchprune.study.profile import profile
 from torchprune.study.profile_records import ProfileError
 from torchprune.study.prospects import kernels_for_cpu, layers_to_change, shapes_of
 from torchprune.study.row_batches import row_batches
+from torchprune.study.verdicts import HALVED
 
 
 def steady():
@@ -157,6 +158,7 @@ def test_layers_by_name_in_every_form_that_runs_layer_by_layer():
 def test_prospects_come_from_kernels_of_the_layers_shapes():
     found = quick(pruned(stack()), torch.randn(1, 64), rows=1, forms=("eager",), prospects=True)
     kernels = [k.name for k in kernels_for_cpu()][1:]
+    assert HALVED in kernels
     assert [p.kernel for p in found.prospects] == kernels
     for prospect in found.prospects:
         assert prospect.layers == 2

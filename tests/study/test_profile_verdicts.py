@@ -187,8 +187,15 @@ def test_where_no_bitmask_helps_it_says_so_and_what_would():
     assert (
         "at 64 tokens no bitmask brings anything, the best (bitmask 80 %) would take 1.10" in text
     )
-    assert "shrink" in text
+    assert text.endswith(
+        "; half of the outputs removed, as `shrink` does, would take 0.60 (0.60 to 0.60)"
+    )
     assert "0.60 (0.60 to 0.60) half of the outputs removed" in texts(found, "prospect")[0]
+    fewer = Prospect(1, "bitmask 50 %", exact(0.5), 12, 0.56)
+    assert texts(made({}, prospects=(fewer, *ahead[:2])), "nothing")[0].endswith(
+        "of the time; it does at 1 token"
+    )
+    assert texts(made({}, prospects=ahead[:2]), "nothing")[0].endswith("of the time")
 
 
 # -- kept and shown --------------------------------------------------------------------------------

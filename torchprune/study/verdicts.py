@@ -11,6 +11,9 @@ from torchprune.study.spreads import Ratio
 
 T = TypeVar("T", bound=Measured)
 
+HALVED = "half of the outputs removed"
+"""The kernel of `prospects` that stands for structured pruning."""
+
 ALIKE = 0.03
 """A difference of less than this is none that anybody would notice."""
 
@@ -202,13 +205,32 @@ def _of_prospects(profile: Measured) -> Iterator[Verdict]:
             least = min(
                 (p for p in here if p.kernel.startswith("bitmask")), key=lambda p: p.ratio.value
             )
-            yield Verdict(
-                "nothing",
+            text = (
                 f"{where} no bitmask brings anything, the best ({least.kernel}) would take "
-                f"{least.ratio} of the time: zeros pay with fewer rows a call, or as whole heads, "
-                "neurons and channels that `shrink` removes",
-                rows=rows,
+                f"{least.ratio} of the time"
             )
+            yield Verdict("nothing", text + _instead(profile, rows, helping), rows=rows)
+
+
+def _instead(profile: Measured, rows: int, helping: Sequence[Prospect]) -> str:
+    """Where zeros do pay: with fewer rows, or as whole outputs that are gone, if measured so."""
+    fewer = [p.rows for p in profile.prospects if p.rows < rows and p.kernel.startswith("bitmask")]
+    good = [
+        n
+        for n in sorted(set(fewer))
+        if any(
+            standing(p.ratio) == "faster"
+            for p in profile.prospects
+            if p.rows == n and p.kernel.startswith("bitmask")
+        )
+    ]
+    found = [f"it does at {_rows(profile, good[-1])}"] if good else []
+    for prospect in helping:
+        if prospect.kernel == HALVED:
+            found.append(
+                f"half of the outputs removed, as `shrink` does, would take {prospect.ratio}"
+            )
+    return f"; {', and '.join(found)}" if found else ""
 
 
 def _told(prospect: Prospect) -> str:

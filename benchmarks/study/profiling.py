@@ -1,7 +1,7 @@
 """The profile of SmolLM2-135M, half of it pruned, beside what the other benchmarks measured.
 
-    python benchmarks/study/profiling.py [--pattern unstructured|2:4] [--rows 1,8,64] [--seconds 2]
-        [--forms eager,bitmask,bitmask_int8] [--dtype float32] [--wall] [--output FILE.json]
+    python benchmarks/study/profiling.py [--model smollm2|mlp] [--pattern unstructured|2:4]
+        [--rows 1,8,64] [--seconds 2] [--forms eager,bitmask,bitmask_int8] [--dtype float32] [--wall] [--output FILE.json]
 
 Times are processor time of one thread, which other work disturbs least; `--wall` takes the clock on
 the wall and all threads. Below the profile: each kernel's product on the shapes of the layers,
@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import torchprune
 from torchprune import MagnitudeSpec
@@ -23,8 +24,30 @@ from torchprune import MagnitudeSpec
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 
+def smollm2(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    """The real model, and tokens."""
+    import smollm2 as source
+
+    tokens = torch.randint(10, 20000, (1, 64), generator=torch.Generator().manual_seed(0))
+    return source.load_model().to(dtype), tokens
+
+
+def mlp(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    """Products of SmolLM2's feed-forward shapes and nothing else: 24 layers, random weights."""
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(nn.Linear(576, 1536, bias=False), nn.ReLU(), nn.Linear(1536, 576, bias=False))
+        for _ in range(12)
+    ]
+    return nn.Sequential(*blocks).eval().to(dtype), torch.randn(64, 576).to(dtype)
+
+
+SOURCES = {"smollm2": smollm2, "mlp": mlp}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SOURCES, default="smollm2")
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--rows", default="1,8,64", help="tokens in a call")
     parser.add_argument("--seconds", type=float, default=2.0, help="a form and number of rows")
@@ -36,14 +59,12 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
 
-    import smollm2
-
-    dense = smollm2.load_model().to(getattr(torch, options.dtype))
+    dense, example = SOURCES[options.model](getattr(torch, options.dtype))
     spec = MagnitudeSpec(pattern=options.pattern)
     pruned = torchprune.fold(torchprune.sparsify(copy.deepcopy(dense), spec, progress=False))
     found = torchprune.profile(
         pruned,
-        torch.randint(10, 20000, (1, 64), generator=torch.Generator().manual_seed(0)),
+        example,
         against=dense,
         rows=[int(n) for n in options.rows.split(",")],
         forms=options.forms.split(","),

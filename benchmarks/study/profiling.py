@@ -1,7 +1,8 @@
 """The profile of SmolLM2-135M, half of it pruned, beside what the other benchmarks measured.
 
     python benchmarks/study/profiling.py [--model smollm2|mlp] [--pattern unstructured|2:4]
-        [--rows 1,8,64] [--seconds 2] [--forms eager,bitmask,bitmask_int8] [--dtype float32] [--wall] [--output FILE.json]
+        [--rows 1,8,64] [--seconds 2] [--forms eager,bitmask,bitmask_int8] [--dtype float32]
+        [--wall] [--output FILE.json]
 
 Times are processor time of one thread, which other work disturbs least; `--wall` takes the clock on
 the wall and all threads. Below the profile: each kernel's product on the shapes of the layers,

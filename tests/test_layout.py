@@ -26,7 +26,7 @@ ARROWS = {
     "__init__": "training study sparsify checkpoint structure methods reports lowering"
     " lowering.kernels calibration masking specs errors process",
     "testing": "sparsify structure graph methods calibration masking specs modes errors",
-    "study": "training sparsify export checkpoint structure methods reports lowering calibration masking specs modes errors",
+    "study": "training sparsify export checkpoint structure methods reports lowering lowering.kernels calibration masking specs modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
     " errors",
     "sparsify": "allocation structure passes methods reports calibration masking specs modes"
@@ -107,6 +107,7 @@ PUBLIC = [
     "perplexity",
     "plan_lowering",
     "plan_shrink",
+    "profile",
     "prune_iteratively",
     "recover",
     "report",

@@ -37,6 +37,7 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
     from torchprune.study.compare import compare
     from torchprune.study.evaluation import perplexity
+    from torchprune.study.profile import profile
     from torchprune.study.results import Comparison
     from torchprune.study.task_runs import evaluate
     from torchprune.training.iterate import prune_iteratively
@@ -91,6 +92,7 @@ __all__ = [
     "perplexity",
     "plan_lowering",
     "plan_shrink",
+    "profile",
     "prune_iteratively",
     "recover",
     "report",

@@ -15,6 +15,7 @@ import torchprune
 from torchprune.cli.console import DebugOption, JsonOption, one_line, typer
 from torchprune.cli.eval_model import evaluate
 from torchprune.cli.export import export
+from torchprune.cli.profiling import profile
 from torchprune.cli.prune import prune
 from torchprune.cli.verify_artifact import verify
 from torchprune.errors import InputError
@@ -90,7 +91,11 @@ def inspect(
 
 
 app.command()(export)
+
 app.command()(verify)
+
+app.command()(profile)
+
 
 
 def main() -> None:

@@ -1,0 +1,137 @@
+"""`torchprune profile`: what a model costs in each form, beside the dense one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from torchprune.cli.console import (
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    bars_wanted,
+    one_line,
+    typer,
+)
+
+
+def profile(
+    model: ModelOption,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model to compare with. Default: the model itself, folded.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Tokens in a call, without a cache.")
+    ] = "1,8,64,512",
+    forms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="masked, eager, compile, bitmask, bitmask_int8, int8, int8_dynamic, "
+            "semi_structured, onnx, openvino. Default: all that can be had here.",
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.001, help="For each form and number of tokens.")
+    ] = 1.0,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Also the time of every layer.")
+    ] = False,
+    prospects: Annotated[
+        bool,
+        typer.Option(
+            "--prospects/--no-prospects",
+            help="Time kernels on the shapes of the layers, to say what would bring more.",
+        ),
+    ] = True,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: torch's own.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Also write it: .html, .json, .md, .png, .svg or .pdf.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure a model's speed, memory and arithmetic in every form it can run in.
+
+    Forms take turns, so that a busy machine hurts them alike. Forms that cannot be had here are
+    lines with the reason. Below the table it says in words what zeros bring, and what would bring
+    more.
+
+    [bold]Examples[/bold]
+
+      torchprune profile smol-2of4 --against HuggingFaceTB/SmolLM2-135M --rows 1,8,64
+
+      torchprune profile smol-2of4 --forms eager,bitmask --output profile.json
+    """
+    with one_line(debug):
+        wanted = _numbers(rows)
+        names = None if forms is None else [name.strip() for name in forms.split(",")]
+
+        # Usage is right: what follows needs torch, which takes seconds to import.
+        import torch
+
+        from torchprune.cli.models import device_of, import_transformers, load_model
+        from torchprune.study.forms import chosen_forms
+        from torchprune.study.profile import profile as measured
+        from torchprune.study.profile_results import check_suffix
+
+        chosen_forms(names)
+        check_suffix(output)
+        bars = bars_wanted(quiet or as_json)
+        transformers, where = import_transformers(bars), device_of(device)
+        net = load_model(transformers, model, dtype.to_torch(), where)
+        dense = None
+        if against is not None:
+            dense = load_model(transformers, against, dtype.to_torch(), where)
+        vocabulary = net.get_input_embeddings().num_embeddings
+        found = measured(
+            net,
+            {"input_ids": torch.arange(512)[None] % vocabulary},
+            against=dense,
+            rows=wanted,
+            forms=names,
+            seconds=seconds,
+            per_layer=per_layer,
+            prospects=prospects,
+            threads=threads,
+            progress=bars,
+        )
+        if output is not None:
+            found.save(output)
+        if as_json:
+            typer.echo(found.to_json())
+        else:
+            typer.echo(str(found))
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"--rows {text!r} is not N,N,... such as 1,8,64")
+    return found

@@ -1,8 +1,8 @@
-"""The command line: `torchprune prune`, `eval`, `inspect` and `export`.
+"""The command line: `torchprune prune`, `eval`, `inspect`, `report` and `export`.
 
 Results go to standard output; progress, and errors as one line, go to standard error. torch,
 transformers and datasets are imported only when a command needs them, so that help and complaints
-come at once. `prune` and `export` are in the files of their names.
+come at once. `prune`, `report` and `export` are in files of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torchprune.cli.console import (
 from torchprune.cli.documents import read_documents
 from torchprune.cli.export import export
 from torchprune.cli.prune import prune
+from torchprune.cli.report_page import report
 from torchprune.errors import InputError
 
 app = typer.Typer(
@@ -60,6 +61,8 @@ def _root(
       torchprune inspect smol-2of4
 
       torchprune eval smol-2of4 --text held-out.txt
+
+      torchprune report smol-2of4
 
       torchprune export smol-2of4 --to onnx --output smol.onnx
 
@@ -169,6 +172,7 @@ def inspect(
         typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
 
 
+app.command()(report)
 app.command()(export)
 
 

@@ -118,7 +118,8 @@ def _heat(piece: Heat) -> Chart:
 
 def _lines(piece: Lines) -> Chart:
     told = percent if piece.percent else number
-    ranged = any(s.low is not None or s.high is not None for line in piece.lines for s in line.spots)
+    spots = [spot for line in piece.lines for spot in line.spots]
+    ranged = any(spot.low is not None or spot.high is not None for spot in spots)
     columns = [
         Column("line", fold=True),
         Column(piece.x_label, right=True),

@@ -7,15 +7,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torchprune.errors import MissingExtraError
 from torchprune.reports.charts import Chart, chart_of
+from torchprune.reports.figure import SUFFIXES
 from torchprune.reports.pieces import (
     Bars,
     Code,
@@ -83,6 +85,31 @@ def page_html(page: Page) -> str:
     )
 
 
+def save_result(
+    path: str | os.PathLike[str], page: Page, figure: Callable[[str], Any] | None = None
+) -> None:
+    """Save a result as its suffix says: a page, its data as JSON, or a figure.
+
+    Args:
+        figure: draws it to a path that ends in .png, .svg or .pdf; None where there is none.
+
+    Raises:
+        PageError: another suffix.
+        MissingExtraError: the extra "page" or "figure" is absent.
+        OSError: it cannot be written; what was there before stays.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".html":
+        save_page(page, path)
+    elif suffix == ".json":
+        write_whole(path, json.dumps(as_json(page.data), indent=1, allow_nan=False) + "\n")
+    elif suffix in SUFFIXES and figure is not None:
+        figure(os.fspath(path))
+    else:
+        known = [".html", ".json", *(SUFFIXES if figure is not None else ())]
+        raise PageError(f"{path}: it is saved as one of {', '.join(known)}")
+
+
 def joined(title: str, first: Page | Shown, *others: Page | Shown | Section | Pairs) -> Page:
     """Several pages as one: the first leads, each of the others is a part below it.
 
@@ -107,9 +134,7 @@ def joined(title: str, first: Page | Shown, *others: Page | Shown | Section | Pa
             warnings += [f"{part.title}: {warning}" for warning in part.warnings]
             data[_new(part.title, data)] = part.data
             parts.append(replace(part, warnings=()))
-    return replace(
-        head, title=title, sections=sections, parts=parts, warnings=warnings, data=data
-    )
+    return replace(head, title=title, sections=sections, parts=parts, warnings=warnings, data=data)
 
 
 def generations(pairs: Pairs) -> Section:

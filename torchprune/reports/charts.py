@@ -126,15 +126,14 @@ def _lines(piece: Lines) -> Chart:
         Column(piece.y_label, right=True),
         *([Column("low", right=True), Column("high", right=True)] if ranged else []),
     ]
-    raw: list[list[float | str | None]] = [
-        [line.name, spot.x, spot.y, *([spot.low, spot.high] if ranged else [])]
-        for line in piece.lines
-        for spot in line.spots
-    ]
-    cells = [
-        [str(name), told(x) if _is_finite(x) else number(x), *map(number, rest)]
-        for name, x, *rest in raw  # type: ignore[arg-type]
-    ]
+    raw: list[list[float | str | None]] = []
+    cells: list[list[str]] = []
+    for line in piece.lines:
+        for spot in line.spots:
+            ends = [spot.low, spot.high] if ranged else []
+            x = told(spot.x) if math.isfinite(spot.x) else number(spot.x)
+            raw.append([line.name, spot.x, spot.y, *ends])
+            cells.append([line.name, x, number(spot.y), *map(number, ends)])
     if piece.level is not None:
         blank: list[float | str | None] = [None] * (len(columns) - 3)
         raw.append([piece.level_name, None, piece.level, *blank])
@@ -224,10 +223,6 @@ def _check_heat(piece: Heat) -> None:
 
 def _good(spots: Iterable[Spot]) -> list[Spot]:
     return [spot for spot in spots if math.isfinite(spot.x) and math.isfinite(spot.y)]
-
-
-def _is_finite(value: float | str | None) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _finite(value: float | None) -> float | None:

@@ -73,7 +73,7 @@ def page_html(page: Page) -> str:
     """
     template = _template()
     scripts = {name: _asset(name) for name in ("theme.js", "echarts.min.js", "page.js")}
-    return template.render(
+    text = template.render(
         page=page,
         view=_Views(),
         styles=_markup(_asset("page.css")),
@@ -83,6 +83,7 @@ def page_html(page: Page) -> str:
         version=_version(),
         long_table=LONG_TABLE,
     )
+    return text.lstrip()
 
 
 def save_result(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, cast
 
@@ -64,6 +64,6 @@ def _value(value: Any) -> str:
         return "[" + ", ".join(map(_value, value)) + "]"
     if isinstance(value, tuple):
         return "(" + ", ".join(map(_value, value)) + ("," if len(value) == 1 else "") + ")"
-    if isinstance(value, type | Callable):  # type: ignore[arg-type]
+    if callable(value):
         return str(getattr(value, "__name__", type(value).__name__))
     return repr(value)

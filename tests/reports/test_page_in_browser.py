@@ -159,7 +159,8 @@ def test_bars_are_sorted_and_filtered(browser, places):
     assert values == sorted(values, reverse=True)
     assert said(browser) == "301 of 301 bars, greatest first."
     rows = run(
-        browser, f"return [...document.querySelectorAll('{BARS} tbody th')].map((h) => h.innerText)"
+        browser,
+        f"return [...document.querySelectorAll('{BARS} tbody th')].map((h) => h.textContent)",
     )
     assert rows[0].endswith(names_drawn(browser)[0])  # the table goes along
 

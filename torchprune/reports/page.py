@@ -177,7 +177,7 @@ class _Views:
     @staticmethod
     def chart(piece: Bars | Heat | Lines) -> _DrawnChart:
         chart = chart_of(piece)
-        return _DrawnChart(chart, _script({"kind": chart.kind, **as_json(chart.data)}))
+        return _DrawnChart(chart, _script(_cleaned(as_json(chart.data))))
 
     @staticmethod
     def rows(grid: Grid) -> list[list[tuple[str, str]]]:
@@ -208,6 +208,15 @@ class _DrawnChart:
 def clean(text: object) -> str:
     """A text without what HTML cannot hold, each such character as U+FFFD."""
     return _UNSEEN.sub("\ufffd", str(text))
+
+
+def _cleaned(value: Any) -> Any:
+    """The same with every text as `clean` has it."""
+    if isinstance(value, dict):
+        return {k: _cleaned(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return list(map(_cleaned, value))
+    return clean(value) if isinstance(value, str) else value
 
 
 def _sort_key(value: float | str | None) -> str:

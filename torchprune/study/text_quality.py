@@ -68,7 +68,7 @@ def quality_page(losses: Mapping[str, Sequence[float]], *, seqlen: int, text: st
     """
     means = {name: mean_of(values) for name, values in losses.items()}
     count = len(next(iter(losses.values())))
-    bars = [Bar(n, *map(_exp, (m.value, m.low, m.high))) for n, m in means.items()]
+    bars = [Bar(n, _exp(m.value), _exp(m.low), _exp(m.high)) for n, m in means.items()]
     ends = [f"{number(bar.low)} to {number(bar.high)}" for bar in bars]
     pieces: list[Bars | Prose] = [Bars("Perplexity", "perplexity", bars, note="Less is better.")]
     data: dict[str, Any] = {

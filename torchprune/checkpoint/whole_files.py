@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchprune.errors import CheckpointError
-from torchprune.reports.written import flush
-from torchprune.reports.written import write_whole as write_whole  # a result's own is below us
+from torchprune.reports.whole_texts import flush
+from torchprune.reports.whole_texts import write_whole as write_whole  # a result's own is below us
 
 
 @contextmanager

@@ -31,8 +31,8 @@ from torchprune.reports.pieces import (
     Prose,
     Section,
 )
+from torchprune.reports.whole_texts import write_whole
 from torchprune.reports.wording import PageError, as_json
-from torchprune.reports.written import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -55,7 +55,7 @@ FOR_TYPES: dict[tuple[str, str], str] = {}
 
 SAME_NAME = {
     "documents": "texts read as calibration data, and the command line's options that name them",
-    "pieces": "of a program, joined by a pass, and of a page, drawn by a browser",
+    "pieces": "what a graph's nodes hold of its parameters, and what a page shows",
     "spec": "the base of all specs, and the command line's options that become one",
 }
 """Names that two files of the library share, and why."""

@@ -105,9 +105,9 @@ def _by_layer(
     known = [(y, found) for y in layers if (found := value(y)) is not None]
     bars = [Bar(y.name, found, kind=kind_of(y.name)) for y, found in known]
     pieces: list[Piece] = [Bars("Every layer", unit, bars)]
-    values = {found for _, found in known}
-    if len(values) == 1:
-        pieces.insert(0, Prose(f"The same in every layer: {number(values.pop())} {unit}."))
+    told = {number(found) for _, found in known}
+    if len(told) == 1:
+        pieces.insert(0, Prose(f"The same in every layer: {told.pop()} {unit}."))
     elif (table := by_block({y.name: found for y, found in known})) is not None:
         rows, columns, cells = table
         pieces.append(Heat("By block and kind", unit, columns, rows, cells, logarithmic))

@@ -172,8 +172,8 @@ class History:
         )
 
     def _grid(self) -> Grid:
-        raw = [
-            (
+        raw: list[list[float | str | None]] = [
+            [
                 row.asked,
                 row.sparsity,
                 row.share,
@@ -182,7 +182,7 @@ class History:
                 row.training,
                 row.evaluating,
                 "",
-            )
+            ]
             for row in self.rows
         ]
         return Grid("Every level", self._columns(), [self._cells(row) for row in self.rows], raw)

@@ -114,7 +114,7 @@ def test_every_reader_is_there():
     ("arguments", "told", "code"),
     [
         (["{home}/nowhere"], "no such directory", 1),
-        (["{home}/model"], "torchprune.json", 1),
+        (["{home}/model"], "holds no manifest.json", 1),
         (["{home}/pruned", "--output", "x.docx"], "saved as one of .html, .json", 1),
         (["{home}/pruned", "--prompt", "a"], "--prompt needs --dense", 2),
         (["{home}/pruned", "--text", "{home}/no.txt"], "no.txt", 1),

@@ -107,7 +107,7 @@
 
   // -- what all charts share -----------------------------------------------------------------------
 
-  const CHUNK = 40, ROW = 22;
+  const CHUNK = 20, ROW = 22;
   const chunksOf = (list) => Array.from(
     { length: Math.max(1, Math.ceil(list.length / CHUNK)) },
     (_, i) => list.slice(i * CHUNK, (i + 1) * CHUNK),

@@ -182,6 +182,7 @@ def dense_section(skipped: Mapping[str, str], bare: Mapping[str, int]) -> Sectio
         skipped: layer -> why it was left dense.
         bare: tensors without a mask, of those that coverage counts, and their weights.
     """
+    bare = {name.removesuffix(".weight"): count for name, count in bare.items()}
     by_reason: dict[str, list[str]] = {}
     for name in [*skipped, *(name for name in bare if name not in skipped)]:
         by_reason.setdefault(skipped.get(name, "not among what was to be pruned"), []).append(name)

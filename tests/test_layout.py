@@ -22,7 +22,7 @@ HOUSE = {*FILES, *EXPORT.rglob("*.py")}
 
 ARROWS = {
     "__main__": "cli",
-    "cli": "export __init__ study sparsify checkpoint reports calibration specs errors",
+    "cli": "export __init__ training study sparsify checkpoint reports calibration specs errors",
     "__init__": "training study sparsify checkpoint structure methods reports lowering"
     " lowering.kernels calibration masking specs errors process",
     "testing": "sparsify structure graph methods calibration masking specs modes errors",
@@ -55,6 +55,7 @@ FOR_TYPES: dict[tuple[str, str], str] = {}
 
 SAME_NAME = {
     "documents": "texts read as calibration data, and the command line's options that name them",
+    "pieces": "what a graph's nodes hold of its parameters, and what a page shows",
     "spec": "the base of all specs, and the command line's options that become one",
 }
 """Names that two files of the library share, and why."""
@@ -308,6 +309,7 @@ OPTIONAL = [
     "matplotlib",
     "onnx",
     "onnxruntime",
+    "jinja2",
     "torchao",
     "torchprune.export",
     "torchprune.cli",
@@ -326,7 +328,7 @@ def test_importing_brings_in_no_extra(statement: str) -> None:
 def test_pruning_needs_torch_alone() -> None:
     code = f"""
 import sys
-for name in {OPTIONAL[:10]}:
+for name in {OPTIONAL[:11]}:
     sys.modules[name] = None  # importing it raises ImportError
 import torch, torchprune
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchprune.errors import CheckpointError
+from torchprune.reports.whole_texts import flush
+from torchprune.reports.whole_texts import write_whole as write_whole  # a result's own is below us
 
 
 @contextmanager
@@ -41,29 +43,12 @@ def staged(
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(readers)
-                _flush(path)
+                flush(path)
         _check_replaceable(target, ours, what)
         _exchange(partial, target, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file under a temporary name beside it, then give it its own.
-
-    Raises:
-        OSError: it cannot be written; what was there before stays.
-    """
-    target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name[:80]}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        partial.write_text(text, "utf-8")
-        _flush(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_replaceable(target: Path, ours: Callable[[Path], bool], what: str) -> None:
@@ -75,12 +60,6 @@ def _check_replaceable(target: Path, ours: Callable[[Path], bool], what: str) ->
         raise CheckpointError(
             f"{target} holds something other than {what}; choose an empty or a new directory"
         )
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a file before its name does."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _exchange(partial: Path, target: Path, old: Path) -> None:

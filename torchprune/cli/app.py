@@ -1,4 +1,4 @@
-"""The command line: `torchprune prune`, `eval`, `inspect` and `export`.
+"""The command line: `torchprune prune`, `eval`, `inspect`, `report` and `export`.
 
 Results go to standard output; progress, and errors as one line, go to standard error. torch,
 transformers and datasets are imported only when a command needs them, so that help and complaints
@@ -18,6 +18,7 @@ from torchprune.cli.export import export
 from torchprune.cli.profiling import profile
 from torchprune.cli.prune import prune
 from torchprune.cli.verify_artifact import verify
+from torchprune.cli.report_page import report
 from torchprune.errors import InputError
 
 app = typer.Typer(
@@ -50,6 +51,8 @@ def _root(
       torchprune inspect smol-2of4
 
       torchprune eval smol-2of4 --text held-out.txt
+
+      torchprune report smol-2of4
 
       torchprune export smol-2of4 --to onnx --output smol.onnx
 
@@ -90,6 +93,7 @@ def inspect(
         typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
 
 
+app.command()(report)
 app.command()(export)
 
 app.command()(verify)

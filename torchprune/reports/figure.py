@@ -1,9 +1,9 @@
-"""A figure of a metric against sparsity, by matplotlib without its global state."""
+"""Figures of a metric against sparsity, or by layer, by matplotlib without its global state."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +90,51 @@ def draw(
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    if path is not None:
+        figure.savefig(path, format=Path(path).suffix[1:].lower(), dpi=150)
+    return figure
+
+
+def draw_layers(
+    kinds: Sequence[str],
+    panels: Mapping[str, Sequence[float | None]],
+    *,
+    path: str | os.PathLike[str] | None,
+) -> Figure:
+    """A panel for each quantity, a bar for each layer in order; colours are the layers' kinds.
+
+    Quantities with no value at all get no panel; those that are
+    positive and spread over more than a decade get a logarithmic axis.
+
+    Args:
+        path: where to save it, in the format its suffix names, or None.
+
+    Raises:
+        MissingExtraError: the extra "figure" is absent.
+    """
+    try:
+        from matplotlib import rcParams
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "figure", "Report.figure") from None
+    shown = {k: values for k, values in panels.items() if any(v is not None for v in values)}
+    known = list(dict.fromkeys(kinds))
+    cycle = rcParams["axes.prop_cycle"].by_key()["color"]
+    figure = Figure(figsize=(6.8, 1.0 + 2.0 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, values) in zip(grid, shown.items(), strict=True):
+        for kind in known:
+            at = [i for i, v in enumerate(values) if kinds[i] == kind and v is not None]
+            colour = cycle[known.index(kind) % len(cycle)]
+            axes.bar(at, [values[i] or 0.0 for i in at], width=0.9, color=colour, label=kind)
+        heights = [v for v in values if v is not None]
+        if min(heights) > 0 and max(heights) > 10 * min(heights):
+            axes.set_yscale("log")
+        axes.set_ylabel(title)
+        axes.grid(axis="y", alpha=0.3)
+    grid[-1].set_xlabel("layer, in the order of the model")
+    if 1 < len(known) <= len(cycle):
+        grid[0].legend(fontsize="x-small", ncols=min(len(known), 4), loc="lower left")
     if path is not None:
         figure.savefig(path, format=Path(path).suffix[1:].lower(), dpi=150)
     return figure

@@ -150,6 +150,7 @@ class Page:
         warnings: shown first.
         command: how to do it again, "" where nobody knows.
         data: all of it, ready for JSON, embedded in the page.
+        parts: pages shown below this one's sections, as `page.joined` puts them.
     """
 
     title: str
@@ -159,3 +160,4 @@ class Page:
     warnings: Sequence[str] = ()
     command: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    parts: Sequence[Page] = ()

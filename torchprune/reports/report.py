@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,24 @@ from torchprune.masking.coverage import Coverage, coverage_of
 from torchprune.masking.mask import Mask, masked_layers, original_of
 from torchprune.masking.packing import zeros_in
 from torchprune.masking.shards import is_shard
+from torchprune.reports.figure import draw_layers
+from torchprune.reports.layer_report import (
+    ERROR,
+    LayerReport,
+    dense_section,
+    kind_of,
+    layer_sections,
+)
+from torchprune.reports.page import Shown, joined, save_result
+from torchprune.reports.pieces import Fact, Page, Pairs, Prose, Section
+from torchprune.reports.spec_calls import sparsify_call
 from torchprune.reports.tables import Column, by_rich
+from torchprune.reports.wording import PageError, number, percent
+from torchprune.reports.wording import size as bytes_told
 from torchprune.specs.options import Checked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _RUNS = "_torchprune_runs"
 _SOURCE = "_torchprune_source"
@@ -81,39 +98,18 @@ def remember_source(model: nn.Module, note: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """One masked layer.
-
-    Attributes:
-        zeros, size: exact zeros among the effective weights, and how many weights there are.
-        error: relative squared error of the layer's output on calibration inputs, or None.
-        tokens: calibration rows that reached it, or None.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    method: str
-    pattern: str
-    zeros: int
-    size: int
-    error: float | None
-    tokens: int | None
-    note: str
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / self.size
-
-
-@dataclass(frozen=True)
 class Report:
     """The layers with masks, the layers left dense with reasons, and calibration's notes.
 
     `coverage` is how much of what multiplies in the model's repeated blocks carries a mask, or in
     the whole model where nothing repeats: `coverage.share`, and what is `bare`.
 
-    `print(report)` shows a table (with the `cli` extra's rich; a short text without it).
+    `print(report)` shows a table (with the `cli` extra's rich; a short text without it);
+    `report.save("report.html")` writes a page.
+
+    Attributes:
+        model: the name of the model's class.
+        calls: the Python of every `sparsify` that the model went through.
     """
 
     layers: Sequence[LayerReport]
@@ -123,6 +119,8 @@ class Report:
     notes: Sequence[str]
     warnings: Sequence[str]
     coverage: Coverage
+    model: str = ""
+    calls: Sequence[str] = ()
 
     @property
     def zeros(self) -> int:
@@ -154,6 +152,98 @@ class Report:
             "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
+
+    def page(self) -> Page:
+        """All of it for a reader: warnings, sizes, the layers, what stayed dense and why."""
+        sections = layer_sections(self.layers) if self.layers else []
+        bare = {layer.name: count for layer, count in self.coverage.bare.items()}
+        notes = list(self.notes)
+        if self.peak_held_bytes:
+            notes.append(f"Waiting batches held at most {bytes_told(self.peak_held_bytes)}.")
+        last = [Section("Notes", [Prose(note) for note in notes])] if notes else []
+        return Page(
+            title=f"Pruning report{': ' if self.model else ''}{self.model}",
+            lead=self._lead(),
+            sections=[*sections, dense_section(self.skipped, bare), *last],
+            facts=self._facts(),
+            warnings=self.warnings,
+            command="\n".join(self.calls),
+            data={**self.to_dict(), "model": self.model, "calls": list(self.calls)},
+        )
+
+    def save(self, path: str | os.PathLike[str], *beside: Page | Shown | Section | Pairs) -> None:
+        """Write the page (.html), its data (.json) or a figure (.png, .svg, .pdf).
+
+        Args:
+            beside: for a page or its data, what else is to be on it: other results with a `page()`
+                (a comparison, a profile), sections, generations side by side.
+
+        Raises:
+            PageError: another suffix.
+            MissingExtraError: the extra "page", or for a figure "figure", is absent.
+            OSError: it cannot be written; what was there before stays.
+        """
+        page = self.page()
+        save_result(path, joined(page.title, page, *beside) if beside else page, self.figure)
+
+    def figure(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Sparsity and error by layer, in the order of the model, for a paper.
+
+        Returns:
+            a `matplotlib.figure.Figure`.
+
+        Raises:
+            PageError: no layer has a mask.
+            MissingExtraError: the extra "figure" is absent.
+        """
+        if not self.layers:
+            raise PageError("no layer has a mask: there is nothing to draw")
+        return draw_layers(
+            [kind_of(y.name) for y in self.layers],
+            {
+                "sparsity": [y.sparsity for y in self.layers],
+                ERROR: [y.error for y in self.layers],
+            },
+            path=path,
+        )
+
+    def _lead(self) -> str:
+        if not self.layers:
+            return "No layer of the model has a mask: all its weights are dense."
+        methods = " and ".join(dict.fromkeys(y.method for y in self.layers))
+        patterns = " and ".join(dict.fromkeys(y.pattern for y in self.layers))
+        kept, dense = self._sizes()
+        return (
+            f"{percent(self.sparsity)} of the weights in {len(self.layers):,} layers are zero, "
+            f"chosen by {methods} in the pattern {patterns}. Stored as kept values and one bit a "
+            f"weight, these layers take {bytes_told(kept)} instead of {bytes_told(dense)}."
+        )
+
+    def _sizes(self) -> tuple[int, int]:
+        return sum(y.kept_bytes for y in self.layers), sum(y.dense_bytes for y in self.layers)
+
+    def _facts(self) -> list[Fact]:
+        share = self.zeros / self.parameters if self.parameters else 0.0
+        kept, dense = self._sizes()
+        found = [
+            Fact(
+                "zeros",
+                percent(self.sparsity),
+                f"{self.zeros:,} of {self.size:,} weights in {len(self.layers):,} layers",
+            ),
+            Fact("of the model", percent(share), f"of all {self.parameters:,} parameters"),
+        ]
+        if self.layers:
+            note = f"kept values and bits of these layers; {bytes_told(dense)} dense"
+            found.append(Fact("size", bytes_told(kept), note))
+            if self.coverage.size:
+                covered = percent(self.coverage.share)
+                found.append(Fact("covered", covered, f"of {self.coverage.where}"))
+        if errors := sorted((y.error, y.name) for y in self.layers if y.error is not None):
+            middle, (worst, where) = errors[len(errors) // 2][0], errors[-1]
+            note = f"median {ERROR} of an output; most {number(worst)} in {where}"
+            found.append(Fact("layer error", number(middle), note))
+        return found
 
     def __str__(self) -> str:
         rows = [
@@ -234,6 +324,8 @@ def report(model: nn.Module) -> Report:
         notes=[*(note for run in runs for note in run.notes), *_source_notes(model)],
         warnings=[warning for run in runs for warning in run.warnings],
         coverage=coverage_of(model),
+        model=type(model).__name__,
+        calls=[sparsify_call(run.spec, data=run.batches > 0) for run in runs],
     )
 
 

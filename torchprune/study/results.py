@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchprune.errors import TorchpruneError, did_you_mean
 from torchprune.reports.figure import SUFFIXES, Point, Series, draw
+from torchprune.reports.page import save_result
+from torchprune.reports.pieces import Fact, Grid, Page, Section
 from torchprune.reports.tables import Column, by_rich, markdown, plain
+from torchprune.reports.wording import number
+from torchprune.study.comparison_page import metric_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,6 +230,106 @@ class Comparison:
             raise ComparisonError(f'x must be "sparsity" or "share", got {x!r}')
         if path is not None and Path(path).suffix.lower() not in SUFFIXES:
             raise ComparisonError(f"{path}: a figure is saved as one of {', '.join(SUFFIXES)}")
+        series = self._series(metric, x)
+        if not series:
+            raise ComparisonError(f"no row has a finite {metric!r} to draw")
+        dense = (self.dense or {}).get(metric)
+        return draw(
+            series,
+            x_label=_X_LABELS[x],
+            y_label=metric,
+            dense=dense if dense is not None and math.isfinite(dense) else None,
+            path=path,
+        )
+
+    def page(self, *, baseline: str | None = None) -> Page:
+        """The degradation curve, bars and damage of each metric, and the table of all specs.
+
+        Args:
+            baseline: the label whose damage the others are measured by; by default the first that
+                can be, where the dense model was measured.
+
+        Raises:
+            ComparisonError: the baseline named has no damage to measure by.
+        """
+        failed = [row for row in self.rows if row.error is not None]
+        notes = ["", *map(self._notes, self.labels)][self.dense is None :]
+        rows = [[*line, note] for line, note in zip(self._cells(), notes, strict=True)]
+        columns = [*self._columns(), Column("note", fold=True)]
+        draws = len({(row.draw, row.data) for row in self.rows if row.data} or {""})
+        what = "a dense model and " if self.dense is not None else ""
+        return Page(
+            title="Comparison",
+            lead=f"{what}{len(self.labels)} ways to prune it, each on {draws} "
+            f"{'draw' if draws == 1 else 'draws'} of calibration data.".capitalize(),
+            sections=[
+                *(self._section(metric, baseline) for metric in self.metrics),
+                Section("All specs", [Grid("Means, and ranges over the draws", columns, rows)]),
+            ],
+            facts=self._facts(),
+            warnings=[f"{row.label} {row.draw} failed: {row.error}" for row in failed],
+            data=json.loads(self.to_json()),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page (.html), the JSON of `to_json` (.json) or a figure (.png, .svg, .pdf).
+
+        The figure is of the first metric; `figure` draws any.
+
+        Raises:
+            PageError: another suffix.
+            MissingExtraError: the extra "page", or for a figure "figure", is absent.
+            OSError: it cannot be written; what was there before stays.
+        """
+        save_result(path, self.page(), lambda to: self.figure(next(iter(self.metrics), ""), to))
+
+    def _facts(self) -> list[Fact]:
+        """Of the first metric: the dense model's value and the range of the pruned ones'."""
+        if not self.metrics:
+            return []
+        metric = self.metrics[0]
+        spreads = {k: s.mean for k, s in self.spread(metric).items() if math.isfinite(s.mean)}
+        found = (
+            []
+            if metric not in (self.dense or {})
+            else [
+                Fact(f"{metric}, dense", number((self.dense or {})[metric]), "the unpruned model")
+            ]
+        )
+        if spreads:
+            low, high = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
+            found.append(Fact(f"{metric}, least", number(spreads[low]), low))
+            found.append(Fact(f"{metric}, greatest", number(spreads[high]), high))
+        return found
+
+    def _section(self, metric: str, baseline: str | None) -> Section:
+        structured = any(
+            row.pattern in ("heads", "neurons", "channels", "layers") for row in self.rows
+        )
+        x: Literal["sparsity", "share"] = "share" if structured else "sparsity"
+        measured = self.dense is not None and metric in self.dense
+        ratios: Mapping[str, Spread] = {}
+        used = baseline or ""
+        for label in [baseline] if baseline is not None else self.labels if measured else []:
+            try:
+                ratios, used = self.ratio(metric, label), label
+                break
+            except ComparisonError:
+                if baseline is not None:
+                    raise
+        return metric_section(
+            metric,
+            self._series(metric, x),
+            {label: (s.mean, s.low, s.high) for label, s in self.spread(metric).items()},
+            kinds={row.label: row.method for row in self.rows},
+            dense=(self.dense or {}).get(metric),
+            x_label=_X_LABELS[x],
+            ratios={label: (s.mean, s.low, s.high) for label, s in ratios.items()},
+            baseline=used,
+        )
+
+    def _series(self, metric: str, x: Literal["sparsity", "share"]) -> list[Series]:
+        """Means and ranges of what is finite, by method and pattern."""
         spreads = {k: s for k, s in self.spread(metric).items() if math.isfinite(s.high - s.low)}
         series: dict[tuple[str, str], list[Point]] = {}
         for label, y in spreads.items():
@@ -234,19 +338,10 @@ class Comparison:
             method = " ".join(filter(None, (good[0].method, good[0].options)))
             points = series.setdefault((method, good[0].pattern), [])
             points.append(Point(where, y.mean, y.low, y.high))
-        if not series:
-            raise ComparisonError(f"no row has a finite {metric!r} to draw")
-        dense = (self.dense or {}).get(metric)
-        return draw(
-            [
-                Series(method, pattern, re.fullmatch(r"\d+:\d+", pattern) is None, points)
-                for (method, pattern), points in series.items()
-            ],
-            x_label=_X_LABELS[x],
-            y_label=metric,
-            dense=dense if dense is not None and math.isfinite(dense) else None,
-            path=path,
-        )
+        return [
+            Series(method, pattern, re.fullmatch(r"\d+:\d+", pattern) is None, points)
+            for (method, pattern), points in series.items()
+        ]
 
     def _check(self, metric: str) -> None:
         if metric not in self.metrics:

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchprune.checkpoint.whole_files import write_whole
+from torchprune.reports.figure import SUFFIXES
+from torchprune.reports.page import save_page
+from torchprune.reports.pieces import Fact, Grid, Line, Lines, Page, Section, Spot
 from torchprune.reports.tables import Cells, Column, by_rich, markdown, plain
+from torchprune.reports.wording import number, percent
 from torchprune.training.metric_curves import Curve, check_suffix, draw_curves
 from torchprune.training.run_records import (
     RunError,
@@ -118,8 +122,70 @@ class History:
         return cls(rows, metric, item(found, "higher_is_better", bool, _WHAT))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON, whole or not at all."""
-        write_whole(path, self.to_json() + "\n")
+        """Write the JSON, whole or not at all; with .html a page, with .png, .svg, .pdf a figure.
+
+        Raises:
+            MissingExtraError: the extra "page" or "figure" is absent.
+            OSError: it cannot be written; what was there before stays.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix == ".html":
+            save_page(self.page(), path)
+        elif suffix in SUFFIXES:
+            self.figure(path)
+        else:
+            write_whole(path, self.to_json() + "\n")
+
+    def page(self) -> Page:
+        """The degradation curve of each metric, and the table of the levels."""
+        kept, dense = self.kept, self.rows[0]
+        curves = [self._curve(metric) for metric in dense.metrics]
+        judged = f"{self.metric} {number(kept.metrics[self.metric])}"
+        outside = [row.asked for row in self.rows if not row.within]
+        return Page(
+            title="Pruning level by level",
+            lead=f"{len(self.rows)} levels; the model was left at {kept.asked}: "
+            f"{percent(kept.sparsity)} of the pruned layers' weights are zero, {judged}.",
+            sections=[
+                Section("Quality against sparsity", curves),
+                Section("Levels", [self._grid()]),
+            ],
+            facts=[
+                Fact("kept level", kept.asked, f"{percent(kept.share)} of all parameters are zero"),
+                Fact(f"{self.metric}, kept", number(kept.metrics[self.metric])),
+                Fact(f"{self.metric}, dense", number(dense.metrics[self.metric])),
+            ],
+            warnings=[f"outside the tolerance: level {level}" for level in outside],
+            data=json.loads(self.to_json()),
+        )
+
+    def _curve(self, metric: str) -> Lines:
+        dense, *pruned = self.rows
+        spots = [Spot(row.sparsity, row.metrics[metric]) for row in pruned if metric in row.metrics]
+        return Lines(
+            f"{metric} against sparsity",
+            "sparsity of the pruned layers",
+            metric,
+            [Line("pruned", spots)],
+            level=dense.metrics[metric],
+            percent=True,
+        )
+
+    def _grid(self) -> Grid:
+        raw: list[list[float | str | None]] = [
+            [
+                row.asked,
+                row.sparsity,
+                row.share,
+                *row.metrics.values(),
+                row.pruning,
+                row.training,
+                row.evaluating,
+                "",
+            ]
+            for row in self.rows
+        ]
+        return Grid("Every level", self._columns(), [self._cells(row) for row in self.rows], raw)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:

@@ -1,0 +1,128 @@
+"""`torchprune report`: the page of a saved model, alone and beside the dense one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from commands import SMALL, complaint, make_home, worked
+
+import torchprune
+from torchprune.cli.report_page import READERS, lying_in
+from torchprune.errors import InputError
+from torchprune.study.results import Comparison, Row
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model, and one pruned from it."""
+    home = make_home(tmp_path_factory.mktemp("report"))
+    pruned = ("--pattern", "2:4", "--data", home / "text.txt", "--output", home / "pruned")
+    worked("prune", home / "model", *pruned, "--quiet", *SMALL)
+    return home
+
+
+def data_of(path: Path) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_page_of_a_directory_lies_in_it(home):
+    said = worked("report", home / "pruned")
+    path = home / "pruned" / "report.html"
+    assert said.splitlines()[-1].startswith(f"wrote {path} (")
+    expected = torchprune.report(torchprune.load(home / "pruned"))
+    assert data_of(path)["total"] == expected.to_dict()["total"]
+    html = path.read_text("utf-8")
+    assert "Pruning report: pruned" in html
+    assert (
+        "torchprune.sparsify(model, torchprune.WandaSpec(pattern=&#39;2:4&#39;), batches)" in html
+    )
+    assert f"torchprune report {home / 'pruned'}" in html
+    path.unlink()
+
+
+def test_dense_and_pruned_are_measured_and_read_side_by_side(home, tmp_path):
+    out, text = tmp_path / "page.html", home / "text.txt"
+    worked(
+        *("report", home / "pruned", "--dense", home / "model", "--text", text),
+        *("--seqlen", 16, "--windows", 5, "--prompt", "w1 w2", "--prompt", "w<3>"),
+        *("--tokens", 4, "--output", out),
+    )
+    data = data_of(out)
+    assert list(data) == ["Pruning report: pruned", "Perplexity", "Greedy continuations"]
+    quality = data["Perplexity"]
+    assert (quality["windows"], quality["seqlen"], quality["text"]) == (5, 16, "text.txt")
+    ids = json.loads(
+        worked("eval", home / "pruned", "--text", text, "--seqlen", 16, "--windows", 5, "--json")
+    )
+    mean = sum(quality["nats_per_token"]["pruned"]) / 5
+    assert mean == pytest.approx(ids["nats_per_token"], abs=1e-6)
+    spread = quality["perplexity"]["pruned"]
+    assert spread["low"] < spread["value"] < spread["high"]
+    assert [p["prompt"] for p in data["Greedy continuations"]["pairs"]] == ["w1 w2", "w<3>"]
+    assert all(len(p["dense"].split()) == 4 for p in data["Greedy continuations"]["pairs"])
+
+
+def test_json_is_printed_and_a_file_written_only_if_named(home, tmp_path):
+    data = json.loads(worked("report", home / "pruned", "--json"))
+    assert data["total"]["sparsity"] == 0.5
+    assert not (home / "pruned" / "report.html").exists()
+    worked("report", home / "pruned", "--quiet", "--output", tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == data
+    worked("report", home / "pruned", "--quiet", "--output", tmp_path / "x.svg")
+    assert (tmp_path / "x.svg").read_text().count("<path") > 20
+
+
+def test_results_that_lie_beside_are_on_the_page(home):
+    row = Row(
+        "wanda",
+        "wanda",
+        "",
+        "2:4",
+        "",
+        "WandaSpec()",
+        sparsity=0.5,
+        share=0.4,
+        metrics={"perplexity": 9.0},
+        seconds=1.0,
+    )
+    path = home / "pruned" / "comparison.json"
+    path.write_text(Comparison([row], {"perplexity": 8.0}).to_json(), "utf-8")
+    (page,) = lying_in(home / "pruned")
+    assert page.title == "Comparison"
+    data = json.loads(worked("report", home / "pruned", "--json"))
+    assert data["Comparison"]["dense"] == {"perplexity": 8.0}
+    path.write_text("{", "utf-8")
+    assert "comparison.json: not JSON" in complaint("report", home / "pruned")
+    with pytest.raises(InputError):
+        lying_in(home / "pruned")
+    path.unlink()
+
+
+def test_every_reader_is_there():
+    from importlib import import_module
+
+    for module, kind in READERS.values():
+        assert callable(getattr(import_module(module), kind).from_json)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "code"),
+    [
+        (["{home}/nowhere"], "no such directory", 1),
+        (["{home}/model"], "holds no manifest.json", 1),
+        (["{home}/pruned", "--output", "x.docx"], "saved as one of .html, .json", 1),
+        (["{home}/pruned", "--prompt", "a"], "--prompt needs --dense", 2),
+        (["{home}/pruned", "--text", "{home}/no.txt"], "no.txt", 1),
+        (["{home}/pruned", "--dense", "{home}/no"], "no", 1),
+    ],
+)
+def test_mistakes_are_one_line(home, tmp_path, monkeypatch, arguments, told, code):
+    monkeypatch.chdir(tmp_path)
+    line = complaint("report", *(a.format(home=home) for a in arguments), code=code)
+    assert told in line
+    assert list(tmp_path.iterdir()) == []

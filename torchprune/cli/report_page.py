@@ -1,0 +1,234 @@
+"""`torchprune report`: a page of all that is known of a pruned model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from torchprune.cli.console import (
+    ColumnOption,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    QuietOption,
+    bars_wanted,
+    one_line,
+    speaker,
+    typer,
+)
+from torchprune.cli.documents import read_documents
+from torchprune.errors import InputError, TorchpruneError
+
+if TYPE_CHECKING:
+    from torchprune.reports.pieces import Page, Pairs
+
+READERS = {
+    "comparison.json": ("torchprune.study.results", "Comparison"),
+    "history.json": ("torchprune.training.level_history", "History"),
+}
+"""Files that are shown where they lie in the directory, and the classes whose `from_json` reads
+them."""
+
+
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A torchprune directory.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where to write it: .html, .json, or .png, .svg, .pdf for a figure of the layers. "
+            "Default: DIR/report.html.",
+            show_default=False,
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model before it was pruned, to measure and to read beside it.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="Measure the perplexity on this text, with error bars.",
+            show_default=False,
+        ),
+    ] = None,
+    column: ColumnOption = "text",
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens per window. Default: the model's context, at most 512.",
+            show_default=False,
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Read at most so many windows.")] = 32,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Continue this with both models; needs --dense. May be repeated. Default: four "
+            "short ones.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=0, help="New tokens for each prompt; 0 writes none.")
+    ] = 48,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the tokenizer is, if not with the model.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a page about a pruned model: one file, no network.
+
+    Sizes, sparsity and error by layer, what stayed dense and why; with --text the perplexity, with
+    --dense that of the dense model and both models' texts side by side. Results that lie in DIR
+    (comparison.json, history.json) are on the page, too. --json prints the page's data and writes a
+    file only if --output names one.
+
+    [bold]Examples[/bold]
+
+      torchprune report smol-2of4
+
+      torchprune report smol-2of4 --dense ./model --text held-out.txt --output smol.html
+    """
+    with one_line(debug):
+        if prompt and dense is None:
+            raise typer.BadParameter("--prompt needs --dense: the texts stand side by side")
+        if not directory.is_dir():
+            raise InputError(f"no such directory: {directory}")
+        _check_suffix(output)
+        say, bars = speaker(quiet or as_json), bars_wanted(quiet or as_json)
+        documents = None if text is None else read_documents(text, column, progress=bars)
+
+        from torchprune.checkpoint.save_load import load
+        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
+        from torchprune.reports.page import joined, save_result
+        from torchprune.reports.report import report as report_of
+
+        found = report_of(load(directory))
+        page = replace(found.page(), title=f"Pruning report: {directory.resolve().name}")
+        others: list[Page | Pairs] = []
+        writes = dense is not None and tokens > 0
+        if text is not None or writes:
+            transformers = import_transformers(bars)
+            others += _measured(
+                lambda name: load_model(transformers, name, dtype.to_torch(), device_of(device)),
+                {**({"dense": dense} if dense else {}), "pruned": str(directory)},
+                load_tokenizer(transformers, tokenizer or str(directory), required=True),
+                documents,
+                text=Path(text).name if text else "",
+                seqlen=seqlen,
+                windows=windows,
+                prompts=prompt,
+                tokens=tokens if writes else 0,
+                say=say,
+                bars=bars,
+            )
+        others += lying_in(directory)
+        options = {"--dense": dense, "--text": text, "--output": output}
+        again = ["torchprune", "report", str(directory)]
+        again += [word for k, v in options.items() if v is not None for word in (k, str(v))]
+        command = "\n".join([*filter(None, [page.command]), "# this page:", shlex.join(again)])
+        whole = replace(joined(page.title, page, *others) if others else page, command=command)
+        if output is None and not as_json:
+            output = directory / "report.html"
+        if output is not None:
+            save_result(output, whole, found.figure)
+            say(f"wrote {output} ({output.stat().st_size:,} bytes)")
+        if as_json:
+            from torchprune.reports.wording import as_json as plain
+
+            typer.echo(json.dumps(plain(whole.data)))
+
+
+def lying_in(directory: Path) -> list[Page]:
+    """The pages of the results that lie in a directory, in the order of `READERS`.
+
+    Raises:
+        InputError: one of them is damaged.
+    """
+    pages = []
+    for name, (module, kind) in READERS.items():
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            result = getattr(import_module(module), kind).from_json(path.read_text("utf-8"))
+        except (TorchpruneError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {error}") from error
+        pages.append(result.page())
+    return pages
+
+
+def _check_suffix(output: Path | None) -> None:
+    """Before the work and not after it."""
+    known = (".html", ".json", ".png", ".svg", ".pdf")
+    if output is not None and output.suffix.lower() not in known:
+        raise InputError(f"{output}: it is saved as one of {', '.join(known)}")
+
+
+def _measured(
+    load: Callable[[str], Any],
+    models: dict[str, str],
+    tokenizer: Any,
+    documents: list[str] | None,
+    *,
+    text: str,
+    seqlen: int | None,
+    windows: int,
+    prompts: list[str] | None,
+    tokens: int,
+    say: Callable[[str], None],
+    bars: bool,
+) -> list[Page | Pairs]:
+    """Perplexity and generations, one model in memory at a time."""
+    from torchprune.calibration.text import tokenise
+    from torchprune.study.evaluation import default_seqlen
+    from torchprune.study.side_by_side import PROMPTS, greedy, pairs_of
+    from torchprune.study.text_quality import quality_page, window_losses
+
+    ids = None if documents is None else tokenise(tokenizer, documents)
+    losses: dict[str, list[float]] = {}
+    written: dict[str, list[str]] = {}
+    asked = prompts or list(PROMPTS)
+    for name, where in models.items():
+        say(f"loading the {name} model, {where}")
+        net = load(where)
+        seqlen = seqlen or min(default_seqlen(net), 512)
+        if ids is not None:
+            say(f"reading {text}")
+            losses[name] = window_losses(net, ids, seqlen=seqlen, windows=windows, progress=bars)
+        if tokens:
+            say(f"continuing {len(asked)} prompts")
+            written[name] = greedy(net, tokenizer, asked, tokens=tokens)
+        del net
+    found: list[Page | Pairs] = []
+    if losses:
+        found.append(quality_page(losses, seqlen=seqlen or 0, text=text))
+    if written:
+        found.append(pairs_of(asked, written["dense"], written["pruned"]))
+    return found

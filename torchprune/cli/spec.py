@@ -27,7 +27,7 @@ class Method(StrEnum):
 
 
 class Effort(StrEnum):
-    """The levels of `BestSpec`."""
+    """The levels of `BestSpec`, and of `recover`."""
 
     fast = "fast"
     balanced = "balanced"
@@ -61,9 +61,9 @@ MethodOption = Annotated[
 EffortOption = Annotated[
     Effort | None,
     typer.Option(
-        help="For --method best: fast takes about 3 times as long as sparsegpt; balanced trains "
-        "each block, about 8 times; max has the model write more text for that, 40 times. "
-        "Default: balanced.",
+        help="How much to spend. prune --method best: fast takes about 3 times as long as "
+        "sparsegpt; balanced trains each block, about 8 times; max has the model write more text "
+        "for that, 40 times. recover: one, three or ten passes over the data. Default: balanced.",
         rich_help_panel=_BETTER,
         show_default=False,
     ),

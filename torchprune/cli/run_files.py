@@ -275,13 +275,22 @@ def spoken(run: Run, options: Mapping[str, Option]) -> str:
     return shlex.join(words)
 
 
-def _dump(data: Mapping[str, Any]) -> str:
+def toml_writer() -> Any:
+    """The module that writes TOML.
+
+    Raises:
+        MissingExtraError: it is absent.
+    """
     try:
         import tomli_w
     except ImportError:
         raise MissingExtraError("tomli-w", "cli", "writing TOML") from None
+    return tomli_w
+
+
+def _dump(data: Mapping[str, Any]) -> str:
     whole = {k: _tabled(v) if isinstance(v, dict) else _plain(v) for k, v in data.items()}
-    return tomli_w.dumps(whole)
+    return str(toml_writer().dumps(whole))
 
 
 def _tabled(table: Mapping[str, Any]) -> dict[str, Any]:

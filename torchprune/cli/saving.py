@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprune.cli.registry import options_of_command
-from torchprune.cli.run_files import RUN_FILE, remembered
+from torchprune.cli.run_files import RUN_FILE, remembered, toml_writer
 from torchprune.cli.this_run import this_run
 from torchprune.errors import InputError
 
@@ -26,9 +26,15 @@ def new_directory(words: list[str]) -> Path:
 
 
 def check_free(output: Path | None, hf: Path | None) -> None:
-    """Refuse to write over anything but an earlier result, before the work and not after it."""
+    """Refuse to write over anything but an earlier result, before the work and not after it.
+
+    Raises:
+        InputError: something else is there.
+        MissingExtraError: what a save needs is absent.
+    """
     from torchprune.checkpoint.manifest import is_saved
 
+    toml_writer()
     _check(output, is_saved)
     _check(hf, lambda directory: (directory / "torchprune.json").is_file())
     if output is not None and hf is not None and output.resolve() == hf.resolve():

@@ -22,7 +22,8 @@ HOUSE = {*FILES, *EXPORT.rglob("*.py")}
 
 ARROWS = {
     "__main__": "cli",
-    "cli": "export __init__ study sparsify checkpoint reports calibration specs errors",
+    "cli": "export __init__ training study sparsify checkpoint structure reports calibration"
+    " masking specs errors",
     "__init__": "training study sparsify checkpoint structure methods reports lowering"
     " lowering.kernels calibration masking specs errors process",
     "testing": "sparsify structure graph methods calibration masking specs modes errors",
@@ -54,7 +55,10 @@ FOR_TYPES: dict[tuple[str, str], str] = {}
 """Arrows that only a type checker follows, and why."""
 
 SAME_NAME = {
+    "compare": "the verb, and its command",
     "documents": "texts read as calibration data, and the command line's options that name them",
+    "recover": "the verb, and its command",
+    "shrink": "the verb, and its command",
     "spec": "the base of all specs, and the command line's options that become one",
 }
 """Names that two files of the library share, and why."""

@@ -120,8 +120,12 @@ def runs(draw: st.DrawFn) -> Run:
 
 
 def parsed(command: str, *arguments: object) -> dict[str, Any]:
+    """What a command line gives, lists as lists and none of them empty."""
     found = dict(COMMANDS[command].make_context(command, [str(a) for a in arguments]).params)
-    return {name: found[name] for name in options_of_command(command)}
+    return {
+        name: (list(found[name] or ()) or None) if option.many else found[name]
+        for name, option in options_of_command(command).items()
+    }
 
 
 @given(run=runs())

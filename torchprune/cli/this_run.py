@@ -27,13 +27,14 @@ class Run:
     options: Mapping[str, Any]
 
     def table(self, *, speech: bool = True) -> dict[str, Any]:
-        """The options by their names in files, those that are None left out.
+        """The options by their names in files, those that were not given and have no default left
+        out.
 
         Args:
             speech: also those that say how to speak and whether to go on.
         """
         wanted = {k: v for k, v in self.options.items() if speech or k not in _SPEECH}
-        return {self.keys[k]: v for k, v in wanted.items() if v is not None}
+        return {self.keys[k]: v for k, v in wanted.items() if v is not None and v not in ([], ())}
 
 
 _NOW: ContextVar[Run | None] = ContextVar("torchprune_run", default=None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SMALL, call, complaint, make_home, worked
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import torchprune
 from torchprune import HeadSpec, NeuronSpec
@@ -18,8 +18,6 @@ from torchprune.calibration.synthesis import synthesise
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = make_home(tmp_path_factory.mktemp("shrink"))
-    from transformers import LlamaConfig
-
     config = LlamaConfig.from_pretrained(home / "model")
     config.num_attention_heads, config.num_key_value_heads = 4, 4
     torch.manual_seed(1)
@@ -86,7 +84,7 @@ def test_a_dry_run_shows_the_plan_alone(home, tmp_path, monkeypatch):
     assert "32 -> 24 neurons" in said
     assert "parameters:" in said
     assert list(tmp_path.iterdir()) == []
-    said = worked("shrink", home / "wide", "--dry-run", "--json")
+    said = worked("shrink", home / "wide", "--dry-run", "--json", "--quiet")
     assert json.loads(said)["removals"] == []
     assert call("shrink", home / "wide", "--dry-run", "--output", "x").exit_code == 2
 

@@ -149,7 +149,7 @@ def recover(
             Trained.norms: "norms",
             Trained.lora: MaskLoRA(rank=rank, seed=seed),
         }
-        level = (effort or Effort.balanced).value
+        level: Any = (effort or Effort.balanced).value
         say(f"training {train.value} for " + (f"{minutes:g} minutes" if minutes else level))
         train_back(
             net,

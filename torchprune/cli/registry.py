@@ -72,7 +72,7 @@ def _told(run: Callable[..., None], name: str) -> Callable[..., None]:
     # typer asks both of these
     told.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     told.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
-    del told.__wrapped__  # type: ignore[attr-defined]  # whose annotations are other ones
+    del told.__wrapped__  # whose annotations are other ones
     return told
 
 

@@ -109,7 +109,7 @@ def options_of(signature: inspect.Signature) -> dict[str, Option]:
 
 
 def _option(parameter: inspect.Parameter) -> Option:
-    kind, told = parameter.annotation, ()
+    kind, told = parameter.annotation, list[Any]()
     if get_origin(kind) is Annotated:
         kind, *told = get_args(kind)
     if get_origin(kind) in (UnionType, Union):

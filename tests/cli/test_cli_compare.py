@@ -50,7 +50,7 @@ def test_compare_shows_a_row_for_each_and_keeps_them(home, tmp_path):
     out = tmp_path / "comparison.json"
     said = worked(*comparing(home, *MANY, "--output", out, "--draws", "2"))
     for label in ("dense", *MANY[1::2]):
-        assert f"\n{label} " in said
+        assert f"{label} " in said
     found = torchprune.Comparison.from_json(out.read_text("utf-8"))
     assert found.labels == list(MANY[1::2])
     assert {row.draw for row in found.rows} == {"seed 0", "seed 1"}

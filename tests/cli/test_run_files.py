@@ -71,7 +71,7 @@ def test_another_meaning_would_be_found():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_what_all_have(name):
     flags = {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
-    assert {"--json", "--debug", "--quiet", "--config", "--write-config"} <= flags
+    assert {"--json", "--debug", "--config", "--write-config"} <= flags
     said = worked(name, "--help")
     assert f"torchprune {name}" in said.partition("Examples")[2]
 

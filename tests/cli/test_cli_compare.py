@@ -12,8 +12,9 @@ import pytest
 from commands import SMALL, call, complaint, make_home, worked
 
 import torchprune
-from torchprune import MagnitudeSpec, NeuronSpec, WandaSpec
+from torchprune import MagnitudeSpec, NeuronSpec, SparseGPTSpec, WandaSpec
 from torchprune.cli.spec_texts import made, parsed
+from torchprune.specs.quantize import Int4
 from torchprune.study import evaluation
 
 
@@ -38,6 +39,7 @@ MANY = ("--spec", "magnitude", "--spec", "wanda,pattern=2:4", "--spec", "neurons
         ("magnitude, sparsity=0.25", MagnitudeSpec(0.25)),
         ("neurons,sparsity=0.25,refit=false", NeuronSpec(0.25, refit=False)),
         ("layers,drop=2", torchprune.LayerSpec(drop=2)),
+        ("sparsegpt,quantize=int4", SparseGPTSpec(quantize=Int4())),
         ("best,effort=fast", torchprune.BestSpec(effort="fast")),
         ("wanda,pattern=2:4,permute", WandaSpec(pattern="2:4", permute=True)),
     ],

@@ -42,8 +42,10 @@ from torchprune.cli.spec import (
     Method,
     MethodOption,
     PermuteOption,
+    QuantizeOption,
     ReconstructOption,
     RefineOption,
+    as_values,
     better_options,
     override_of,
     spec_of,
@@ -101,6 +103,7 @@ def prune(
     reconstruct: ReconstructOption = False,
     permute: PermuteOption = False,
     allocation: AllocationOption = Allocation.uniform,
+    quantize: QuantizeOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -140,7 +143,9 @@ def prune(
     """
     with one_line(debug):
         say, bars = speaker(quiet), bars_wanted(quiet or as_json)
-        better = better_options(method, effort, refine, alpha, reconstruct, permute, allocation)
+        better = better_options(
+            method, effort, refine, alpha, reconstruct, permute, allocation, quantize
+        )
         other_goals = dict(map(override_of, override or ()))
         names = [parted(item)[0] for item in data or ()]
 
@@ -156,7 +161,7 @@ def prune(
             targets=target or None,
             ignore=ignore or (),
             overrides=other_goals,
-            **better,
+            **as_values(better),
         )
         where = device_of(device)
         if output is None and hf is None:

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from torchprune.cli.console import typer
-from torchprune.cli.spec import Method, spec_of
+from torchprune.cli.spec import Method, as_values, spec_of
 from torchprune.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -67,4 +67,4 @@ def made(method: str, options: dict[str, Any]) -> AnySpec:
     if method in UNITS:
         spec: AnySpec = getattr(specs, UNITS[method])(**options)
         return spec
-    return spec_of(Method(method))(**options)
+    return spec_of(Method(method))(**as_values(options))

@@ -28,8 +28,7 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
     known = [*(m.value for m in Method), *UNITS, "layers"]
     if method not in known:
         raise typer.BadParameter(
-            f"{text!r} begins with no method{did_you_mean(method, known)}; there are "
-            f"{', '.join(known)}",
+            f"{text!r} begins with none of {', '.join(known)}{did_you_mean(method, known)}",
             param_hint="--spec",
         )
     options: dict[str, Any] = {}

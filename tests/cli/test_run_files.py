@@ -150,18 +150,22 @@ def test_defaults_come_back_too(name, tmp_path):
     assert parsed(name, "--config", tmp_path / "run.toml") == before
 
 
-def test_the_spoken_command_is_the_command():
-    line = (
-        "prune", "my model", "--method", "best", "--effort", "fast", "--data", "a.txt=0.5",
-        "--data", "b c.jsonl", "--no-chat", "--permute", "--output", "out",
-    )  # fmt: skip
+@given(run=runs())
+@settings(max_examples=150)
+def test_the_spoken_command_is_the_command(run):
+    options = options_of_command(run.command)
+    program, name, *words = shlex.split(spoken(run, options))
+    assert (program, name) == ("torchprune", run.command)
+    speech = {"as_json", "quiet", "debug", "resume"} & set(options)
+    silent = run.options | {word: options[word].default for word in speech}
+    assert parsed(name, *words) == silent
+
+
+def test_defaults_are_not_spoken():
     options = options_of_command("prune")
     keys = {parameter: option.key for parameter, option in options.items()}
-    said = spoken(Run("prune", keys, parsed(*line)), options)
-    program, name, *words = shlex.split(said)
-    assert (program, name) == ("torchprune", "prune")
-    assert parsed("prune", *words) == parsed(*line)
-    assert "--seed" not in said  # a default
+    run = Run("prune", keys, parsed("prune", "my model", "--no-chat", "--data", "a.txt=0.5"))
+    assert spoken(run, options) == "torchprune prune 'my model' --data a.txt=0.5 --no-chat"
 
 
 # -- what a file does ------------------------------------------------------------------------------

@@ -266,13 +266,14 @@ def commands_of(directory: Path) -> list[str]:
 def spoken(run: Run, options: Mapping[str, Option]) -> str:
     """A command as one would type it, defaults left out."""
     wanted = run.table(speech=False)
-    words = ["torchprune", run.command]
-    ordered = sorted(options.values(), key=lambda option: bool(option.flags))
-    for option in ordered:
+    places, flags = list[str](), list[str]()
+    for option in options.values():
         value = run.options.get(option.parameter)
-        if option.key in wanted and value != option.default and value is not None:
-            words += option.words(value)
-    return shlex.join(words)
+        if option.key in wanted and value != option.default:
+            (flags if option.flags else places).extend(option.words(value))
+    if any(word.startswith("-") for word in places):
+        return shlex.join(["torchprune", run.command, *flags, "--", *places])
+    return shlex.join(["torchprune", run.command, *places, *flags])
 
 
 def toml_writer() -> Any:

@@ -37,7 +37,7 @@ def test_a_prune_that_is_interrupted_leaves_nothing(tmp_path):
         [sys.executable, "-c", INTERRUPTED, *map(str, (*arguments, *SMALL)), "--output", "out"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         cwd=places,
         env=os.environ
         | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])},

@@ -22,11 +22,13 @@ HOUSE = {*FILES, *EXPORT.rglob("*.py")}
 
 ARROWS = {
     "__main__": "cli",
-    "cli": "export __init__ training study sparsify checkpoint reports calibration specs errors",
+    "cli": "__init__ study training sparsify export checkpoint structure reports calibration"
+    " masking specs errors",
     "__init__": "training study sparsify checkpoint structure methods reports lowering"
     " lowering.kernels calibration masking specs errors process",
     "testing": "sparsify structure graph methods calibration masking specs modes errors",
-    "study": "training sparsify export checkpoint structure methods reports lowering lowering.kernels calibration masking specs modes errors",
+    "study": "training sparsify export checkpoint structure methods reports lowering"
+    " lowering.kernels calibration masking specs modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
     " errors",
     "sparsify": "allocation structure passes methods reports calibration masking specs modes"
@@ -54,8 +56,11 @@ FOR_TYPES: dict[tuple[str, str], str] = {}
 """Arrows that only a type checker follows, and why."""
 
 SAME_NAME = {
+    "compare": "the verb, and its command",
     "documents": "texts read as calibration data, and the command line's options that name them",
     "pieces": "what a graph's nodes hold of its parameters, and what a page shows",
+    "recover": "the verb, and its command",
+    "shrink": "the verb, and its command",
     "spec": "the base of all specs, and the command line's options that become one",
 }
 """Names that two files of the library share, and why."""

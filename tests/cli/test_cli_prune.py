@@ -28,6 +28,7 @@ from torchprune import (
 )
 from torchprune.calibration.synthesis import synthesise
 from torchprune.reports.report import runs_of
+from torchprune.specs.quantize import Int4, Int8
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,10 @@ SPECS: dict[str, Any] = {
     "--refine swaps --pattern 2:4": WandaSpec(pattern="2:4", refine=Swaps()),
     "--method magnitude --refine swaps": MagnitudeSpec(refine=Swaps()),
     "--method sparsegpt --alpha 1": SparseGPTSpec(alpha=1.0),
+    "--method sparsegpt --quantize int8": SparseGPTSpec(quantize=Int8()),
+    "--method sparsegpt --quantize int4 --pattern 2:4": SparseGPTSpec(
+        pattern="2:4", quantize=Int4()
+    ),
     "--method ria --reconstruct": RIASpec(reconstruct=Reconstruct()),
     "--permute --pattern 2:4": WandaSpec(pattern="2:4", permute=True),
     "--allocation uniform": WandaSpec(),
@@ -151,6 +156,11 @@ def test_an_effort_is_for_the_best_method(home, method):
     assert f"the method is {method}; add --method best, or leave --effort out" in said
 
 
+def test_a_grid_is_for_sparsegpt(home):
+    said = complaint("prune", home / "model", "--quantize", "int4", code=2)
+    assert "the method is wanda; add --method sparsegpt, or leave --quantize out" in said
+
+
 def test_a_malformed_override_is_one_line():
     assert "'*.q_proj' is not NAME=VALUE" in complaint(
         "prune", "model", "--override", "*.q_proj", code=2
@@ -167,6 +177,9 @@ def test_wrong_usage(options):
 
 def test_the_options_of_beginners_come_first():
     simple, _, better = worked("prune", "--help").partition("Better quality")
-    first, then = (set(re.findall(r"^\W*--(\w+)", s, re.MULTILINE)) for s in (simple, better))
-    assert then == {"effort", "refine", "alpha", "reconstruct", "permute", "allocation"}
+    better, _, _ = better.partition("Options in a file")
+    first, then = (set(re.findall(r"^\W{1,4}--(\w+)", s, re.MULTILINE)) for s in (simple, better))
+    assert then == {
+        *("effort", "refine", "alpha", "reconstruct", "permute", "allocation", "quantize")
+    }
     assert {"method", "pattern", "sparsity", "data", "output"} <= first

@@ -17,8 +17,8 @@ from torchprune.study.profile_records import (
     Prospect,
 )
 from torchprune.study.profile_results import Profile
-from torchprune.study.spreads import Latency, Ratio
 from torchprune.study.speed_verdicts import ALIKE, growth_to, judged, standing, times_as
+from torchprune.study.spreads import Latency, Ratio
 
 DENSE = Contender("dense", "eager", "dense", held=1000, read=1000)
 EAGER = Contender("eager", "eager", "folded", held=1000, read=1000)

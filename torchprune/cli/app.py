@@ -1,33 +1,42 @@
-"""The command line: `torchprune prune`, `eval`, `inspect`, `report` and `export`.
+"""The command line: all commands, in the order of work.
 
 Results go to standard output; progress, and errors as one line, go to standard error. torch,
 transformers and datasets are imported only when a command needs them, so that help and complaints
-come at once. `prune`, `eval` and `export` are in files of their own.
+come at once. Most commands are in the files of their names.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import torchprune
-from torchprune.cli.console import DebugOption, JsonOption, one_line, typer
+from torchprune.cli.compare import compare
+from torchprune.cli.console import typer
 from torchprune.cli.eval_model import evaluate
 from torchprune.cli.export import export
+from torchprune.cli.inspect import inspect
 from torchprune.cli.profiling import profile
 from torchprune.cli.prune import prune
-from torchprune.cli.verify_artifact import verify
+from torchprune.cli.recover import recover
+from torchprune.cli.registry import add_command
 from torchprune.cli.report_page import report
-from torchprune.errors import InputError
+from torchprune.cli.shrink import shrink
+from torchprune.cli.verify_artifact import verify
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+DECIDE, PRUNE, MEASURE, HAND_OVER = (
+    "Find out what to prune, and how",
+    "Prune, and make up for it",
+    "Measure and look",
+    "Hand over",
+)
+"""The headings of the commands, in the order of work."""
 
 
 def _version(wanted: bool) -> None:
@@ -56,50 +65,27 @@ def _root(
 
       torchprune export smol-2of4 --to onnx --output smol.onnx
 
-    Exit codes: 0 done, 1 something is wrong with the input (one line says what), 2 wrong usage.
+    Every command has --json: one object on standard output, on an error too;
+    and --config FILE.toml, which holds a table of options for each command.
+
+    Exit codes: 0 done, 1 something is wrong with the input (one line says what),
+    2 wrong usage, 130 interrupted by Ctrl-C.
     """
 
 
-app.command()(prune)
-
-
-app.command(name="eval")(evaluate)
-
-
-@app.command()
-def inspect(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A torchprune directory.", show_default=False)
-    ],
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Show what pruning did: each layer's pattern, its zeros as counted now, its error.
-
-    [bold]Examples[/bold]
-
-      torchprune inspect smol-2of4
-
-      torchprune inspect smol-2of4 --json | jq .total
-    """
-    with one_line(debug):
-        if not directory.is_dir():
-            raise InputError(f"no such directory: {directory}")
-
-        from torchprune.checkpoint.save_load import load
-        from torchprune.reports.report import report
-
-        found = report(load(directory))
-        typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
-
-
-app.command()(report)
-app.command()(export)
-
-app.command()(verify)
-
-app.command()(profile)
-
+for _panel, _name, _run in (
+    (DECIDE, "compare", compare),
+    (PRUNE, "prune", prune),
+    (PRUNE, "shrink", shrink),
+    (PRUNE, "recover", recover),
+    (MEASURE, "eval", evaluate),
+    (MEASURE, "inspect", inspect),
+    (MEASURE, "profile", profile),
+    (MEASURE, "report", report),
+    (HAND_OVER, "export", export),
+    (HAND_OVER, "verify", verify),
+):
+    add_command(app, _run, name=_name, panel=_panel)
 
 
 def main() -> None:

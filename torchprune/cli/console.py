@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from torchprune.cli.noise import FOR_DEVELOPERS, hush
+from torchprune.cli.this_run import json_wanted
 from torchprune.errors import MissingExtraError, TorchpruneError
 
 if TYPE_CHECKING:
@@ -19,6 +23,10 @@ try:
     import typer as typer  # the commands take it from here, after this check
 except ImportError:  # this module is the program: say what to install, and stop
     sys.exit(f"error: {MissingExtraError('typer', 'cli', 'the command line')}")
+
+
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as shells have it."""
 
 
 class Dtype(StrEnum):
@@ -54,14 +62,129 @@ QuietOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|DATASET",
+        help="Calibration text: a text file, a .jsonl file, or a dataset as NAME:CONFIG:SPLIT. May "
+        'be repeated, with weights as "notes.txt=0.7". Default: text that the model itself writes.',
+        show_default=False,
+    ),
+]
+ChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat/--no-chat",
+        help='Have rows with a column "messages" written by the tokenizer\'s chat template, where '
+        "it has one; or as plain text. Rows of text are plain either way.",
+    ),
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="How many windows of calibration text.")]
+LengthOption = Annotated[int, typer.Option(min=1, help="Tokens in each of them.")]
+SeedOption = Annotated[
+    int, typer.Option(help="Of all that is drawn: the windows' places, or the own text.")
+]
+TEXT: Any = typer.Option(
+    "--text",
+    "--eval-text",
+    metavar="FILE|DATASET",
+    help="To measure perplexity on: a text file, a .jsonl file, or a dataset as NAME:CONFIG:SPLIT.",
+    show_default=False,
+)
+TextOption = Annotated[str, TEXT]
+MaybeText = Annotated[str | None, TEXT]
+"""For commands that measure other things, too."""
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where the tokenizer is, if not with the model.",
+        show_default=False,
+    ),
+]
+DenseOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The model from before it was pruned, to compare with.",
+        show_default=False,
+    ),
+]
+SeqlenOption = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens per window. Default: the model's context, at most 2048.",
+        show_default=False,
+    ),
+]
+WindowsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Read only so many windows. Default: all.", show_default=False),
+]
+OUTPUT: Any = typer.Option(
+    "--output",
+    "-o",
+    metavar="PATH",
+    help="Write the result here: a file whose suffix says its form, or a directory of weights and "
+    "masks, over an earlier one.",
+    show_default=False,
+)
+OutputOption = Annotated[Path | None, OUTPUT]
+NeededOutput = Annotated[Path, OUTPUT]
+"""For commands that write in any case."""
+HfOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Save a plain transformers model here, zeros baked in.",
+        show_default=False,
+    ),
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help='Prune only these: a name, a glob "*.q_proj", "re:REGEX". May be repeated.',
+        show_default=False,
+    ),
+]
+IgnoreOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Leave these dense. May be repeated.", show_default=False),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on where the same command was interrupted, to the same bits."
+    ),
+]
 
 
 def speaker(quiet: bool) -> Callable[[str], None]:
+    """What tells of progress: on standard output, or beside it where that is for JSON."""
+    beside = json_wanted()
+
     def say(text: str) -> None:
         if not quiet:
-            typer.echo(text)
+            typer.echo(text, err=beside)
 
     return say
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """The one object of a command that was asked for `--json`; what is no number is a string."""
+    typer.echo(json.dumps(_plain(data), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def bars_wanted(quiet: bool) -> bool:
@@ -71,8 +194,9 @@ def bars_wanted(quiet: bool) -> bool:
 
 @contextmanager
 def one_line(debug: bool) -> Iterator[None]:
-    """Make an error one plain line and exit code 1, or 2 for wrong usage, and a warning one line;
-    with debug leave everything as it comes.
+    """Make an error one plain line and exit code 1, or 2 for wrong usage and 130 for Ctrl-C, and a
+    warning one line; with debug leave everything as it comes. With `--json` an error is an object
+    on standard output too.
     """
     if debug:
         yield
@@ -87,11 +211,18 @@ def one_line(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except typer.BadParameter as error:
-        typer.echo(f"error: {error.format_message()}", err=True)
-        raise typer.Exit(2) from None
-    except (Exception, KeyboardInterrupt) as error:
-        typer.echo(f"error: {_message(error)}", err=True)
-        raise typer.Exit(1) from None
+        _fail(error, error.format_message(), 2)
+    except KeyboardInterrupt as error:
+        _fail(error, "interrupted", INTERRUPTED)
+    except Exception as error:
+        _fail(error, _message(error), 1)
+
+
+def _fail(error: BaseException, message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    if json_wanted():
+        print_json({"error": message, "kind": type(error).__name__})
+    raise typer.Exit(code) from None
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:
@@ -103,6 +234,4 @@ def _message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, TorchpruneError | OSError):
         return text
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"

@@ -16,8 +16,13 @@ from torchprune.cli.console import (
     Dtype,
     DtypeOption,
     JsonOption,
+    MaybeText,
     ModelOption,
+    OutputOption,
     QuietOption,
+    SeqlenOption,
+    TokenizerOption,
+    WindowsOption,
     bars_wanted,
     one_line,
     typer,
@@ -33,14 +38,7 @@ SUFFIXES = (".html", ".json", ".md", ".png", ".svg", ".pdf")
 
 def evaluate(
     model: ModelOption,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="Perplexity: a text file, a .jsonl file, or a dataset as NAME:CONFIG:SPLIT.",
-            show_default=False,
-        ),
-    ] = None,
+    text: MaybeText = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -84,18 +82,8 @@ def evaluate(
             help="Ask in the tokenizer's chat template; most published figures are without.",
         ),
     ] = False,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Tokens per window. Default: the model's context, at most 2048.",
-            show_default=False,
-        ),
-    ] = None,
-    windows: Annotated[
-        int | None,
-        typer.Option(min=1, help="Read only so many windows. Default: all.", show_default=False),
-    ] = None,
+    seqlen: SeqlenOption = None,
+    windows: WindowsOption = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -105,23 +93,9 @@ def evaluate(
         ),
     ] = None,
     column: ColumnOption = "text",
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where the tokenizer is, if not with the model.",
-            show_default=False,
-        ),
-    ] = None,
+    tokenizer: TokenizerOption = None,
     seed: Annotated[int, typer.Option(help="Of examples shown and of drawn permutations.")] = 0,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write it as .json (gone on with if interrupted), .html, .md, .png, .svg or .pdf.",
-            show_default=False,
-        ),
-    ] = None,
+    output: OutputOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any
 
 from torchprune.cli.console import (
@@ -14,11 +12,14 @@ from torchprune.cli.console import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    NeededOutput,
     QuietOption,
     bars_wanted,
     one_line,
+    print_json,
     typer,
 )
+from torchprune.cli.saving import with_memory
 from torchprune.errors import InputError
 
 
@@ -41,16 +42,7 @@ def export(
             "OpenVINO, ExecuTorch."
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="A file (.onnx, .pt2, OpenVINO's .xml, ExecuTorch's .pte), or for hf a directory.",
-            show_default=False,
-        ),
-    ],
+    output: NeededOutput,
     packed: Annotated[
         bool,
         typer.Option(
@@ -80,7 +72,8 @@ def export(
 
     ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
     makes the file smaller, not the runtime faster. A packed pt2 is smaller and faster, and needs
-    torchprune where it runs. OpenVINO and ExecuTorch gain nothing from zeros.
+    torchprune where it runs. OpenVINO and ExecuTorch gain nothing from zeros. --output is a file
+    (.onnx, .pt2, OpenVINO's .xml, ExecuTorch's .pte), and for hf a directory.
 
     [bold]Examples[/bold]
 
@@ -101,9 +94,8 @@ def export(
         net = load_model(transformers, model, dtype.to_torch(), device_of("cpu"))
         writers = import_module("torchprune.export")
         if to is Format.hf:
-            writers.to_hf(
-                net, output, tokenizer=load_tokenizer(transformers, model, required=False)
-            )
+            tokenizer = load_tokenizer(transformers, model, required=False)
+            writers.to_hf(net, output, tokenizer=with_memory(tokenizer, model))
             told, figures = f"wrote {output}", dict[str, Any](path=str(output))
         else:
             tokens = net.dummy_inputs["input_ids"][:2, :4] % net.config.vocab_size
@@ -114,8 +106,8 @@ def export(
                 options |= {"int8": True, "int8_ignore": keep_float or ()}
             report = getattr(writers, f"to_{to.value}")(net, output, tokens, **options)
             told = str(report)
-            figures = {k: str(v) if isinstance(v, Path) else v for k, v in vars(report).items()}
+            figures = dict(vars(report))
         if as_json:
-            typer.echo(json.dumps(figures))
+            print_json(figures)
         elif not quiet:
             typer.echo(told)

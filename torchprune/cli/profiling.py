@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from torchprune.cli.console import (
@@ -12,6 +11,7 @@ from torchprune.cli.console import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    OutputOption,
     QuietOption,
     bars_wanted,
     one_line,
@@ -57,16 +57,7 @@ def profile(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Default: torch's own.", show_default=False)
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Also write it: .html, .json, .md, .png, .svg or .pdf.",
-            show_default=False,
-        ),
-    ] = None,
+    output: OutputOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

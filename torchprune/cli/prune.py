@@ -1,29 +1,39 @@
-"""`torchprune prune`: a language model pruned, and saved."""
+"""`torchprune prune`: a causal language model, pruned and saved."""
 
 from __future__ import annotations
 
 import re
 import time
 import warnings
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from torchprune.cli.console import (
+    ChatOption,
     ColumnOption,
+    DataOption,
     DebugOption,
     DeviceOption,
     Dtype,
     DtypeOption,
+    HfOption,
+    IgnoreOption,
+    JsonOption,
+    LengthOption,
     ModelOption,
+    OutputOption,
     QuietOption,
+    SamplesOption,
+    SeedOption,
+    TargetOption,
     bars_wanted,
     one_line,
+    print_json,
     speaker,
     typer,
 )
-from torchprune.cli.documents import read_documents
+from torchprune.cli.samples import calibration_of, parted, read_sources
+from torchprune.cli.saving import check_free, new_directory, save_all
 from torchprune.cli.spec import (
     Allocation,
     AllocationOption,
@@ -32,17 +42,16 @@ from torchprune.cli.spec import (
     Method,
     MethodOption,
     PermuteOption,
+    QuantizeOption,
     ReconstructOption,
     RefineOption,
+    as_values,
     better_options,
     override_of,
     spec_of,
 )
-from torchprune.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from torchprune.specs.spec import Spec
 
 
@@ -69,33 +78,14 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="Calibration text: a text file, a .jsonl file, or a dataset as "
-            "NAME:CONFIG:SPLIT. Default: text that the model itself writes.",
-            show_default=False,
-        ),
-    ] = None,
+    data: DataOption = None,
     column: ColumnOption = "text",
-    samples: Annotated[int, typer.Option(min=1, help="How many calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(min=1, help="Tokens in each window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the windows' places, or of the own text.")] = 0,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help='Prune only these: a name, a glob "*.q_proj", "re:REGEX". May be repeated.',
-            show_default=False,
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Leave these dense. May be repeated.", show_default=False
-        ),
-    ] = None,
+    chat: ChatOption = True,
+    samples: SamplesOption = 32,
+    length: LengthOption = 512,
+    seed: SeedOption = 0,
+    target: TargetOption = None,
+    ignore: IgnoreOption = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,35 +95,25 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Save weights and masks here, over an earlier save. Default, without --hf: a new "
-            "directory named after the model, the method, its options and the goal.",
-            show_default=False,
-        ),
-    ] = None,
-    hf: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Save a plain transformers model here, zeros baked in.",
-            show_default=False,
-        ),
-    ] = None,
+    output: OutputOption = None,
+    hf: HfOption = None,
     effort: EffortOption = None,
     refine: RefineOption = None,
     alpha: AlphaOption = None,
     reconstruct: ReconstructOption = False,
     permute: PermuteOption = False,
     allocation: AllocationOption = Allocation.uniform,
+    quantize: QuantizeOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Prune a causal language model and save it.
+
+    Without --output and --hf the directory is a new one, named after the model, the method, its
+    options and the goal.
 
     [bold]Examples[/bold]
 
@@ -149,19 +129,27 @@ def prune(
 
       torchprune prune ./model --sparsity 0.7 --override '*.down_proj=0.5' --data allenai/c4:en
 
+    On prose and on conversations, which the tokenizer's chat template writes:
+
+      torchprune prune ./model --data notes.txt=0.7 --data chat.jsonl=0.3
+
     The recommended combination, at its quickest:
 
       torchprune prune ./model --method best --effort fast --pattern 2:4 --data notes.txt
+
+    All of it from a file, and one flag otherwise:
+
+      torchprune prune --config project.toml --sparsity 0.6
     """
     with one_line(debug):
-        say = speaker(quiet)
-        better = better_options(method, effort, refine, alpha, reconstruct, permute, allocation)
+        say, bars = speaker(quiet), bars_wanted(quiet or as_json)
+        better = better_options(
+            method, effort, refine, alpha, reconstruct, permute, allocation, quantize
+        )
         other_goals = dict(map(override_of, override or ()))
+        names = [parted(item)[0] for item in data or ()]
 
         # Usage is right: what follows needs torch, which takes seconds to import.
-        from torchprune.calibration.synthesis import can_synthesise, synthesise
-        from torchprune.checkpoint.manifest import is_saved
-        from torchprune.checkpoint.save_load import save
         from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.reports.report import report, runs_of
         from torchprune.sparsify import sparsify
@@ -173,99 +161,52 @@ def prune(
             targets=target or None,
             ignore=ignore or (),
             overrides=other_goals,
-            **better,
+            **as_values(better),
         )
         where = device_of(device)
         if output is None and hf is None:
-            output = _new_directory(model, spec, better)
-        _check_free(output, is_saved)
-        _check_free(hf, lambda directory: (directory / "torchprune.json").is_file())
-        reads = data is not None and spec.needs_data
-        documents = (
-            read_documents(data, column, progress=bars_wanted(quiet)) if data and reads else None
-        )
-        if data and not reads:
-            say(f"{method.value} needs no data: {data} is not read")
+            output = new_directory(_words(model, spec, better))
+        check_free(output, hf)
+        reads = bool(names) and spec.needs_data
+        sources = read_sources(data or (), column, progress=bars) if reads else []
+        if names and not reads:
+            say(f"{method.value} needs no data: {' and '.join(names)} is not read")
 
         say(f"loading {model}")
-        transformers = import_transformers(bars_wanted(quiet))
+        transformers = import_transformers(bars)
         net = load_model(transformers, model, dtype.to_torch(), where)
         tokenizer = load_tokenizer(transformers, model, required=reads)
         batches, note = None, ""
         if spec.needs_data:
-            length = _fitting(net, length, say)
-            say(f"taking {samples} windows of {length} tokens of {data or 'the model itself'}")
-            if documents is not None:
-                batches = _drawn(tokenizer, documents, samples, length, seed)
-            elif can_synthesise(net):
-                batches = synthesise(
-                    net, sequences=samples, length=length, seed=seed, progress=bars_wanted(quiet)
-                )
-            note = f"calibrated on {samples} windows of {length} tokens "
-            note += f"of {data}" if data else "sampled from the model itself"
+            batches, note = calibration_of(
+                net,
+                tokenizer,
+                sources,
+                samples=samples,
+                length=length,
+                seed=seed,
+                chat=chat,
+                say=say,
+                progress=bars,
+            )
         say(f"pruning by {method.value} to {spec.goal}")
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=__name__)  # sparsify's own are in the report
-            sparsify(
-                net, spec, batches, progress=bars_wanted(quiet), max_batches=samples, seed=seed
-            )
+            sparsify(net, spec, batches, progress=bars, max_batches=samples, seed=seed)
         say(f"pruned in {time.perf_counter() - started:.1f} s")
         if note:
             runs_of(net)[-1].notes.append(note)
-        typer.echo(str(report(net)))
-        if output is not None:
-            save(net, output, tokenizer=tokenizer)
-            say(f"saved weights and masks to {output}")
-        if hf is not None:
-            # by name: type checkers do not see where pyproject.toml puts this package
-            import_module("torchprune.export").to_hf(net, hf, tokenizer=tokenizer)
-            say(f"saved a plain transformers model to {hf}")
+        found = report(net)
+        if not as_json:
+            typer.echo(str(found))
+        saved = save_all(net, tokenizer, model, output, hf, say)
+        if as_json:
+            print_json({**found.to_dict(), **saved})
 
 
-def _new_directory(model: str, spec: Spec, better: dict[str, Any]) -> Path:
-    """Such as `SmolLM2-135M-wanda-refine-swaps-2of4`.
-
-    Raises:
-        InputError: it is there. What its name does not tell (data, scope, seed, ...) may differ.
-    """
+def _words(model: str, spec: Spec, better: dict[str, Any]) -> list[str]:
+    """Such as `SmolLM2-135M`, `wanda`, `refine-swaps`, `2of4`."""
     goal = re.sub("[: ]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", str(spec.goal)))
     words = [name if value is True else f"{name}-{value}" for name, value in better.items()]
-    directory = Path("-".join([Path(model).resolve().name, spec.method, *words, goal]))
-    if directory.exists():
-        raise InputError(f"{directory} exists; name one with --output, or this one to replace it")
-    return directory
-
-
-def _check_free(directory: Path | None, ours: Callable[[Path], bool]) -> None:
-    """Refuse to write over anything but an earlier result, before the work and not after it."""
-    if directory is None or not directory.exists() or ours(directory):
-        return
-    if not directory.is_dir() or any(directory.iterdir()):
-        raise InputError(f"{directory} exists and is no empty directory; name another")
-
-
-def _drawn(
-    tokenizer: Any, documents: list[str], count: int, length: int, seed: int
-) -> list[Tensor]:
-    """Calibration batches of one window each, from enough of the documents."""
-    from torchprune.calibration.text import (
-        CHARACTERS_PER_TOKEN,
-        draw_windows,
-        some_documents,
-        tokenise,
-    )
-
-    some = some_documents(documents, count * length * CHARACTERS_PER_TOKEN, seed)
-    windows = draw_windows(tokenise(tokenizer, some), count, length, seed)
-    return [window[None] for window in windows]
-
-
-def _fitting(model: Any, length: int, say: Callable[[str], None]) -> int:
-    """The length, cut to the model's context."""
-    from torchprune.calibration.text import context_of
-
-    context = context_of(model) or length
-    if length > context:
-        say(f"the model's context is {context} tokens: windows are cut to that")
-    return min(length, context)
+    return [Path(model).resolve().name, spec.method, *words, goal]

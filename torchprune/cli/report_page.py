@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 from torchprune.cli.console import (
     ColumnOption,
     DebugOption,
+    DenseOption,
     DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
+    MaybeText,
+    OutputOption,
     QuietOption,
+    SeqlenOption,
+    TokenizerOption,
+    WindowsOption,
     bars_wanted,
     one_line,
     speaker,
@@ -41,41 +47,12 @@ def report(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="A torchprune directory.", show_default=False)
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Where to write it: .html, .json, or .png, .svg, .pdf for a figure of the layers. "
-            "Default: DIR/report.html.",
-            show_default=False,
-        ),
-    ] = None,
-    dense: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The model before it was pruned, to measure and to read beside it.",
-            show_default=False,
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="Measure the perplexity on this text, with error bars.",
-            show_default=False,
-        ),
-    ] = None,
+    output: OutputOption = None,
+    dense: DenseOption = None,
+    text: MaybeText = None,
     column: ColumnOption = "text",
-    seqlen: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Tokens per window. Default: the model's context, at most 512.",
-            show_default=False,
-        ),
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Read at most so many windows.")] = 32,
+    seqlen: SeqlenOption = None,
+    windows: WindowsOption = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,14 +65,7 @@ def report(
     tokens: Annotated[
         int, typer.Option(min=0, help="New tokens for each prompt; 0 writes none.")
     ] = 48,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where the tokenizer is, if not with the model.",
-            show_default=False,
-        ),
-    ] = None,
+    tokenizer: TokenizerOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

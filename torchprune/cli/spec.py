@@ -27,7 +27,7 @@ class Method(StrEnum):
 
 
 class Effort(StrEnum):
-    """The levels of `BestSpec`."""
+    """The levels of `BestSpec`, and of `recover`."""
 
     fast = "fast"
     balanced = "balanced"
@@ -39,6 +39,13 @@ class Refine(StrEnum):
 
     pcg = "pcg"
     swaps = "swaps"
+
+
+class Quantize(StrEnum):
+    """Grids that SparseGPT may round to in its sweep."""
+
+    int8 = "int8"
+    int4 = "int4"
 
 
 class Allocation(StrEnum):
@@ -61,9 +68,9 @@ MethodOption = Annotated[
 EffortOption = Annotated[
     Effort | None,
     typer.Option(
-        help="For --method best: fast takes about 3 times as long as sparsegpt; balanced trains "
-        "each block, about 8 times; max has the model write more text for that, 40 times. "
-        "Default: balanced.",
+        help="How much to spend. prune --method best: fast takes about 3 times as long as "
+        "sparsegpt; balanced trains each block, about 8 times; max has the model write more text "
+        "for that, 40 times. recover: one, three or ten passes over the data. Default: balanced.",
         rich_help_panel=_BETTER,
         show_default=False,
     ),
@@ -102,6 +109,15 @@ PermuteOption = Annotated[
         rich_help_panel=_BETTER,
     ),
 ]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        help="For --method sparsegpt: round what is kept in the same sweep, to eight bits by row "
+        "or to four in groups of 32.",
+        rich_help_panel=_BETTER,
+        show_default=False,
+    ),
+]
 AllocationOption = Annotated[
     Allocation,
     typer.Option(
@@ -127,12 +143,20 @@ def better_options(
     reconstruct: bool,
     permute: bool,
     allocation: Allocation,
+    quantize: Quantize | None,
 ) -> dict[str, Any]:
-    """Those that were given, as the spec takes them; the others stay the spec's own defaults.
+    """Those that were given, by their words; the others stay the spec's own defaults.
 
     Raises:
-        typer.BadParameter: an effort for another method than `best`.
+        typer.BadParameter: an effort for another method than `best`, or a grid for another than
+            `sparsegpt`.
     """
+    if quantize is not None and method is not Method.sparsegpt:
+        raise typer.BadParameter(
+            f"{quantize.value} is rounded to by --method sparsegpt, and the method is "
+            f"{method.value}; add --method sparsegpt, or leave --quantize out",
+            param_hint="--quantize",
+        )
     if effort is not None and method is not Method.best:
         raise typer.BadParameter(
             f"{effort.value} is a level of --method best, and the method is {method.value}; "
@@ -140,7 +164,7 @@ def better_options(
             param_hint="--effort",
         )
     given: dict[str, Any] = {}
-    for name, choice in (("effort", effort), ("refine", refine)):
+    for name, choice in (("effort", effort), ("refine", refine), ("quantize", quantize)):
         if choice is not None:
             given[name] = choice.value
     if alpha is not None:
@@ -149,6 +173,17 @@ def better_options(
     if allocation is not Allocation.uniform:
         given["allocation"] = allocation.value
     return given
+
+
+def as_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Options by their words as specs take them: grids become values. torch comes with it."""
+    words = {member.value for member in Quantize}
+    if options.get("quantize") not in words:
+        return options
+    from torchprune.specs.quantize import Int4, Int8
+
+    kinds = {Quantize.int4: Int4, Quantize.int8: Int8}
+    return {**options, "quantize": kinds[Quantize(options["quantize"])]()}
 
 
 def override_of(item: str) -> tuple[str, Override]:

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 from torchprune.cli.console import (
     DebugOption,
+    DenseOption,
     JsonOption,
+    OutputOption,
     QuietOption,
     bars_wanted,
     one_line,
@@ -26,14 +28,7 @@ def verify(
             show_default=False,
         ),
     ],
-    dense: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The model from before the pruning: kept weights must be its own, to the bit.",
-            show_default=False,
-        ),
-    ] = None,
+    dense: DenseOption = None,
     onnx: Annotated[
         Path | None,
         typer.Option(
@@ -50,16 +45,7 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write the proof to a file, too: .html or .json.",
-            show_default=False,
-        ),
-    ] = None,
+    output: OutputOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,

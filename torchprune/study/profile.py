@@ -41,9 +41,9 @@ from torchprune.study.profile_records import (
 from torchprune.study.profile_results import Profile
 from torchprune.study.prospects import layers_to_change, prospects_at, shapes_of
 from torchprune.study.row_batches import RowBatches, row_batches
+from torchprune.study.speed_verdicts import judged
 from torchprune.study.spreads import latency_of, ratio_of
 from torchprune.study.turns import Pace, Turns, reason_of, take_turns
-from torchprune.study.speed_verdicts import judged
 
 Clock = Callable[[], float]
 

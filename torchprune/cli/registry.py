@@ -1,0 +1,102 @@
+"""How a function becomes a command: with `--config` and `--write-config`, known while it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+from torchprune.cli.console import one_line, typer
+from torchprune.cli.run_files import Option, options_of, read_options, write_options
+from torchprune.cli.this_run import Run, running
+from torchprune.errors import InputError
+
+_FILES = ("config", "write_config")
+_PANEL = "Options in a file"
+
+_known: dict[str, dict[str, Option]] = {}
+
+
+def add_command(
+    app: typer.Typer, run: Callable[..., None], *, name: str | None = None, panel: str
+) -> None:
+    """Make a function a command of the app.
+
+    Args:
+        run: its parameters, annotated as typer reads them, are the command's options; it is called
+            with all of them by name, inside of `running`.
+        name: the command's; the function's own if None.
+        panel: the heading it is listed under.
+    """
+    word = name or run.__name__
+    app.command(name=word, rich_help_panel=panel)(_told(run, word))
+
+
+def options_of_command(name: str) -> dict[str, Option]:
+    """A command's own options, by parameter."""
+    return _known[name]
+
+
+def _told(run: Callable[..., None], name: str) -> Callable[..., None]:
+    signature = inspect.signature(run, eval_str=True)
+    options = _known[name] = options_of(signature)
+
+    def read(context: typer.Context, file: Path | None) -> Path | None:
+        if file is not None and not context.resilient_parsing:
+            try:
+                found = read_options(file, name, options.values(), list(_known))
+            except InputError as error:
+                raise typer.BadParameter(str(error)) from None
+            context.default_map = {**(context.default_map or {}), **found}
+        return file
+
+    @wraps(run)
+    def told(**given: Any) -> None:
+        target = given.pop("write_config")
+        del given["config"]
+        keys = {parameter: option.key for parameter, option in options.items()}
+        now = Run(name, keys, given)
+        with running(now):
+            if target is not None:
+                with one_line(bool(given.get("debug"))):
+                    write_options(target, now)
+            run(**given)
+
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+    added = [
+        inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for word, annotation in zip(_FILES, (_config(read), _WriteConfig), strict=True)
+    ]
+    # typer asks both of these
+    told.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    told.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+    del told.__wrapped__  # whose annotations are other ones
+    return told
+
+
+def _config(read: Callable[..., Path | None]) -> Any:
+    return Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="Take options from this command's table in a file. What the command line gives "
+            "wins.",
+            show_default=False,
+            is_eager=True,
+            callback=read,
+            rich_help_panel=_PANEL,
+        ),
+    ]
+
+
+_WriteConfig = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.toml",
+        help="Write all options in effect to such a table; other tables in the file stay.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]

@@ -83,7 +83,7 @@ def test_what_is_refused(home, tmp_path, monkeypatch):
         "eval", model, "--tasks", "tiny_writin", *LOCAL
     )
     assert "has no chat template" in complaint(
-        "eval", model, "--tasks", "tiny_writing", *LOCAL, "--chat"
+        "eval", model, "--tasks", "tiny_writing", *LOCAL, "--chat-template"
     )
     assert "saved as one of" in complaint(
         "eval", model, "--tasks", "tiny_writing", *LOCAL, "--output", tmp_path / "found.txt"

@@ -226,7 +226,7 @@ def test_writing_keeps_other_tables(home, tmp_path):
     data = tomllib.loads(file.read_text("utf-8"))
     assert data["inspect"] == {"directory": "half"}
     assert data["eval"]["text"] == str(home / "text.txt")
-    assert data["eval"]["batch-size"] == 1
+    assert data["eval"]["seed"] == 0
 
 
 # -- what is wrong with a file ---------------------------------------------------------------------

@@ -82,7 +82,8 @@ ChatOption = Annotated[
 SamplesOption = Annotated[int, typer.Option(min=1, help="How many windows of calibration text.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Tokens in each of them.")]
 SeedOption = Annotated[
-    int, typer.Option(help="Of all that is drawn: the windows' places, or the own text.")
+    int,
+    typer.Option(help="Of all that is drawn: windows' places, own text, examples, permutations."),
 ]
 TEXT: Any = typer.Option(
     "--text",
@@ -107,6 +108,23 @@ DenseOption = Annotated[
     typer.Option(
         metavar="MODEL",
         help="The model from before it was pruned, to compare with.",
+        show_default=False,
+    ),
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The dense model to measure too, and compare with; for eval also FILE.json, which "
+        "--output wrote of it.",
+        show_default=False,
+    ),
+]
+SavedArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="A torchprune directory; for inspect and verify any other of .safetensors files, too.",
         show_default=False,
     ),
 ]

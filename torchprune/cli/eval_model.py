@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from torchprune.cli.console import (
+    AgainstOption,
     ColumnOption,
     DebugOption,
     DeviceOption,
@@ -20,11 +20,13 @@ from torchprune.cli.console import (
     ModelOption,
     OutputOption,
     QuietOption,
+    SeedOption,
     SeqlenOption,
     TokenizerOption,
     WindowsOption,
     bars_wanted,
     one_line,
+    print_json,
     typer,
 )
 from torchprune.cli.documents import read_documents
@@ -53,14 +55,7 @@ def evaluate(
             metavar="DIR", help="Where YAML files of local tasks are.", show_default=False
         ),
     ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DENSE|FILE.json",
-            help="The dense model, or what --output wrote of it: is the difference chance?",
-            show_default=False,
-        ),
-    ] = None,
+    against: AgainstOption = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -75,10 +70,10 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    chat: Annotated[
+    chat_template: Annotated[
         bool,
         typer.Option(
-            "--chat",
+            "--chat-template",
             help="Ask in the tokenizer's chat template; most published figures are without.",
         ),
     ] = False,
@@ -94,7 +89,7 @@ def evaluate(
     ] = None,
     column: ColumnOption = "text",
     tokenizer: TokenizerOption = None,
-    seed: Annotated[int, typer.Option(help="Of examples shown and of drawn permutations.")] = 0,
+    seed: SeedOption = 0,
     output: OutputOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -165,7 +160,7 @@ def evaluate(
             limit=limit,
             batch_size=batch_size or 8,
             num_fewshot=num_fewshot,
-            chat=chat,
+            chat=chat_template,
             task_path=task_path,
             seed=seed,
             progress=bars,
@@ -204,15 +199,17 @@ def _dense(name: str | None, load: Callable[[str], Any]) -> Any:
     return load(name)
 
 
-def _command(model: str, options: dict[str, Any], chat: bool) -> str:
+def _command(model: str, options: dict[str, Any], chat_template: bool) -> str:
     parts = [f"--{k} {shlex.quote(str(v))}" for k, v in options.items() if v is not None]
-    return " ".join(["torchprune eval", shlex.quote(model), *parts, *["--chat"] * chat])
+    return " ".join(
+        ["torchprune eval", shlex.quote(model), *parts, *["--chat-template"] * chat_template]
+    )
 
 
 def _tell(found: Perplexity, as_json: bool) -> None:
     """A perplexity alone."""
     if as_json:
         figures = ("perplexity", "nats_per_token", "bits_per_token", "windows", "seqlen", "tokens")
-        typer.echo(json.dumps({name: getattr(found, name) for name in figures}))
+        print_json({name: getattr(found, name) for name in figures})
     else:
         typer.echo(str(found))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from torchprune.cli.console import (
     DebugOption,
     JsonOption,
     QuietOption,
+    SavedArgument,
     one_line,
     print_json,
     typer,
@@ -18,14 +19,7 @@ from torchprune.errors import InputError
 
 
 def inspect(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR",
-            help="A torchprune directory, or any other with .safetensors files.",
-            show_default=False,
-        ),
-    ],
+    directory: SavedArgument,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from torchprune.cli.console import (
+    AgainstOption,
     DebugOption,
     DeviceOption,
     Dtype,
@@ -21,14 +22,7 @@ from torchprune.cli.console import (
 
 def profile(
     model: ModelOption,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The dense model to compare with. Default: the model itself, folded.",
-            show_default=False,
-        ),
-    ] = None,
+    against: AgainstOption = None,
     rows: Annotated[
         str, typer.Option(metavar="N,N,...", help="Tokens in a call, without a cache.")
     ] = "1,8,64,512",

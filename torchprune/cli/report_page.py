@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,21 +20,27 @@ from torchprune.cli.console import (
     MaybeText,
     OutputOption,
     QuietOption,
+    SavedArgument,
     SeqlenOption,
     TokenizerOption,
     WindowsOption,
     bars_wanted,
     one_line,
+    print_json,
     speaker,
     typer,
 )
 from torchprune.cli.documents import read_documents
+from torchprune.cli.run_files import commands_of
 from torchprune.errors import InputError, TorchpruneError
 
 if TYPE_CHECKING:
     from torchprune.reports.pieces import Page, Pairs
 
 READERS = {
+    "evaluation.json": ("torchprune.study.task_results", "Evaluation"),
+    "profile.json": ("torchprune.study.profile_results", "Profile"),
+    "sensitivity.json": ("torchprune.study.sensitivity_results", "SensitivityResult"),
     "comparison.json": ("torchprune.study.results", "Comparison"),
     "history.json": ("torchprune.training.level_history", "History"),
 }
@@ -44,9 +49,7 @@ them."""
 
 
 def report(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A torchprune directory.", show_default=False)
-    ],
+    directory: SavedArgument,
     output: OutputOption = None,
     dense: DenseOption = None,
     text: MaybeText = None,
@@ -122,7 +125,8 @@ def report(
         options = {"--dense": dense, "--text": text, "--output": output}
         again = ["torchprune", "report", str(directory)]
         again += [word for k, v in options.items() if v is not None for word in (k, str(v))]
-        command = "\n".join([*filter(None, [page.command]), "# this page:", shlex.join(again)])
+        made = commands_of(directory) or list(filter(None, [page.command]))
+        command = "\n".join([*made, "# this page:", shlex.join(again)])
         whole = replace(joined(page.title, page, *others) if others else page, command=command)
         if output is None and not as_json:
             output = directory / "report.html"
@@ -130,9 +134,7 @@ def report(
             save_result(output, whole, found.figure)
             say(f"wrote {output} ({output.stat().st_size:,} bytes)")
         if as_json:
-            from torchprune.reports.wording import as_json as plain
-
-            typer.echo(json.dumps(plain(whole.data)))
+            print_json(whole.data)
 
 
 def lying_in(directory: Path) -> list[Page]:
@@ -169,7 +171,7 @@ def _measured(
     *,
     text: str,
     seqlen: int | None,
-    windows: int,
+    windows: int | None,
     prompts: list[str] | None,
     tokens: int,
     say: Callable[[str], None],

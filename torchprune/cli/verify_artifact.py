@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,22 +11,17 @@ from torchprune.cli.console import (
     JsonOption,
     OutputOption,
     QuietOption,
+    SavedArgument,
     bars_wanted,
     one_line,
+    print_json,
     typer,
 )
 from torchprune.errors import InputError
 
 
 def verify(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR",
-            help="A torchprune directory, or a transformers directory.",
-            show_default=False,
-        ),
-    ],
+    directory: SavedArgument,
     dense: DenseOption = None,
     onnx: Annotated[
         Path | None,
@@ -83,7 +77,7 @@ def verify(
         if output is not None:
             proof.save(output)
         if as_json:
-            typer.echo(json.dumps(proof.to_dict()))
+            print_json(proof.to_dict())
         elif not quiet:
             typer.echo(str(proof))
         else:

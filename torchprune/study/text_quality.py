@@ -40,18 +40,24 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def window_losses(
-    model: nn.Module, ids: Tensor, *, seqlen: int, windows: int, progress: bool = False
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    seqlen: int,
+    windows: int | None = None,
+    progress: bool = False,
 ) -> list[float]:
     """The nats per token of each of the text's first windows, as `perplexity` reads them.
 
     Args:
         ids: (n,) the text's tokens.
-        windows: read at most so many.
+        windows: read at most so many; None for all.
 
     Raises:
         EvaluationError: as `perplexity` does.
     """
-    count = max(1, min(windows, len(ids) // seqlen))
+    whole = len(ids) // seqlen
+    count = max(1, whole if windows is None else min(windows, whole))
     starts = tqdm(range(count), desc="perplexity", unit="window", disable=not progress)
     return [
         perplexity(model, ids[i * seqlen : (i + 1) * seqlen], seqlen=seqlen).nats_per_token

@@ -1,0 +1,1 @@
+"""Costs at a few sparsities, read as a curve over all of them."""

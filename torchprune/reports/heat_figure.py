@@ -1,0 +1,1 @@
+"""A heat map by matplotlib."""

@@ -13,6 +13,7 @@ from torchprune.calibration.moments import Moments
 from torchprune.errors import CalibrationError
 from torchprune.masking.targets import Target
 from torchprune.methods.decide import groups_of, sampled_squares
+from torchprune.specs.patterns import Block
 from torchprune.specs.spec import Spec
 
 
@@ -77,3 +78,14 @@ def output_error(target: Target, moments: Moments, values: Tensor) -> OutputErro
     if not lost < float("inf"):
         raise CalibrationError(f"{target.name}: its error is {lost}")
     return OutputError(lost, total)
+
+
+def steps_of(target: Target, spec: Spec) -> tuple[int, int]:
+    """How many weights one more count of the spec's scope and the layer's pattern prunes, and how
+    many counts would prune all."""
+    view, pattern = target.view, target.goal.pattern
+    tall, wide = (pattern.rows, pattern.cols) if isinstance(pattern, Block) else (1, 1)
+    rows, cols = view.rows // tall, view.cols // wide
+    if spec.scope == "row":
+        return view.groups * tall * wide * rows, cols
+    return view.groups * tall * wide, rows * cols

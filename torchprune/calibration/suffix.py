@@ -23,7 +23,7 @@ from torchprune.calibration.nested import mapped, tensors_in
 T = TypeVar("T")
 
 
-class Astray(Exception):
+class AstrayError(Exception):
     """A run from a block on came to other blocks than the recorded one."""
 
 
@@ -75,7 +75,7 @@ class Suffix:
         """What a run gives whose first `start` block calls are not computed.
 
         Raises:
-            Astray: it calls other blocks than the tape's.
+            AstrayError: it calls other blocks than the tape's.
         """
         with self._on(tape, start):
             return run()
@@ -109,7 +109,7 @@ class Suffix:
             at, self._at = self._at, self._at + 1
             if at < self._start:
                 if at >= len(self._tape.calls) or self._tape.calls[at][0] != place:
-                    raise Astray
+                    raise AstrayError
                 return _copied(self._tape.calls[at][1])
             self._within = True
             try:

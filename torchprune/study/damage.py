@@ -7,7 +7,7 @@ the first block that it touches is computed (`calibration/suffix.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -20,7 +20,8 @@ from torch.nn import functional
 from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.block_calls import floats_of
-from torchprune.calibration.suffix import Astray, Suffix, Tape, same_bits
+from torchprune.calibration.counted_rows import logits_of, rows_of
+from torchprune.calibration.suffix import AstrayError, Suffix, Tape, same_bits
 from torchprune.errors import CalibrationError
 from torchprune.specs.allocation import Loss
 from torchprune.structure.scores import default_loss, loss_on
@@ -141,11 +142,11 @@ class Judge:
         (loss, out), tape = self._suffix.record(lambda: self._run(batch))
         if loss is not None and not math.isfinite(loss):
             raise CalibrationError(f"the dense model's loss on the windows is {loss}")
-        logits = _logits(out)
+        logits = logits_of(out)
         if logits is None:
             kept = [t.clone() for t in floats_of(out)]
             return _Window(batch, tape, loss, None, kept)
-        return _Window(batch, tape, loss, torch.log_softmax(_rows(logits, batch), -1))
+        return _Window(batch, tape, loss, torch.log_softmax(rows_of(logits, batch), -1))
 
     def _holds(self, window: _Window) -> bool:
         """Whether runs from every block on give the dense model's bits."""
@@ -155,7 +156,7 @@ class Judge:
             return all(
                 same_bits(_plain(expected), _plain(self._from(window, start))) for start in starts
             )
-        except Astray:
+        except AstrayError:
             return False
 
     def _from(self, window: _Window, start: int) -> tuple[float | None, Any]:
@@ -164,8 +165,8 @@ class Judge:
     def _compared(self, window: _Window, start: int) -> Damage:
         loss, out = self._from(window, start)
         found: Damage = {}
-        if window.logs is not None and (logits := _logits(out)) is not None:
-            found["kl"] = _divergence(window.logs, _rows(logits, window.batch))
+        if window.logs is not None and (logits := logits_of(out)) is not None:
+            found["kl"] = _divergence(window.logs, rows_of(logits, window.batch))
         if window.loss is not None and loss is not None:
             found["loss"] = loss - window.loss
         if window.outputs:
@@ -179,7 +180,7 @@ def judging(
 ) -> Iterator[Judge]:
     """A judge; eval mode, no gradients and the random numbers restored at the end."""
     with (
-        torch.random.fork_rng(),
+        modes.random_numbers_kept(model),
         modes.calibration_mode(model),
         torch.inference_mode(False),
         torch.no_grad(),
@@ -190,23 +191,6 @@ def judging(
 def _plain(found: tuple[float | None, Any]) -> Any:
     loss, out = found
     return [torch.tensor(math.nan if loss is None else loss, dtype=torch.float64), floats_of(out)]
-
-
-def _logits(out: Any) -> Tensor | None:
-    found = getattr(out, "logits", None)
-    return found if isinstance(found, Tensor) and found.dim() > 1 else None
-
-
-def _rows(logits: Tensor, batch: Batch) -> Tensor:
-    """(rows, classes) float32; of tokens that are no padding, where the batch says so."""
-    keep = batch.tokens
-    for name in ("decoder_attention_mask", "attention_mask"):
-        mask = batch.kwargs.get(name)
-        if keep is None and isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
-            keep = mask != 0
-    if keep is not None and keep.shape == logits.shape[:-1] and bool(keep.any()):
-        return logits[keep].float()
-    return logits.reshape(-1, logits.shape[-1]).float()
 
 
 def _divergence(logs: Tensor, logits: Tensor) -> float:
@@ -221,6 +205,8 @@ def _divergence(logs: Tensor, logits: Tensor) -> float:
 
 def _change(dense: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
     """||y - y'||^2 / ||y||^2 over all outputs."""
-    lost = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(dense, changed))
+    lost = sum(
+        float((a.float() - b.float()).square().sum()) for a, b in zip(dense, changed, strict=True)
+    )
     total = sum(float(a.float().square().sum()) for a in dense)
     return lost / total if total > 0 else (0.0 if lost == 0 else math.inf)

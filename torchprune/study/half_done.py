@@ -14,7 +14,8 @@ from torch import nn
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.nested import tensors_in
 from torchprune.checkpoint.whole_files import write_whole
-from torchprune.study.sensitivities import Cost, SensitivityError, SensitivityResult
+from torchprune.study.costs import Cost, SensitivityError
+from torchprune.study.sensitivities import SensitivityResult
 
 
 class HalfDone:
@@ -39,14 +40,13 @@ class HalfDone:
         same = (row for row in self.result.rows if (row.name, row.level) == (name, level))
         return next(same, None)
 
-    def keep(self, row: Cost) -> None:
-        """Add a row and write the file."""
-        self.result = replace(self.result, rows=(*self.result.rows, row))
+    def keep(self, rows: Sequence[Cost]) -> None:
+        """Add rows and write the file."""
+        self.result = replace(self.result, rows=(*self.result.rows, *rows))
         self._write()
 
-    def end(self, rows: Sequence[Cost], notes: Sequence[str]) -> SensitivityResult:
-        """All rows, in order."""
-        ended = replace(self.result, rows=tuple(rows), notes=tuple(notes))
+    def end(self, ended: SensitivityResult) -> SensitivityResult:
+        """The whole result, in place of the rows as they came."""
         if ended != self.result:
             self.result = ended
             self._write()
@@ -69,9 +69,9 @@ class HalfDone:
             write_whole(self._path, self.result.to_json() + "\n")
 
 
-def problem_of(model: nn.Module, batches: Sequence[Sequence[Batch]], asked: Sequence[str]) -> str:
+def problem_of(model: nn.Module, batches: Sequence[Sequence[Batch]], asked: str) -> str:
     """What tells a measurement from others: the model's bits, all batches, and what was asked."""
-    state = hashlib.sha256("\n".join(asked).encode())
+    state = hashlib.sha256(asked.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             _add(state, name, tensor)

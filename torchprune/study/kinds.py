@@ -24,5 +24,7 @@ def kind_of(name: str, module: nn.Module) -> str:
 
 def depth_of(name: str, blocks: Sequence[str]) -> int | None:
     """Which of the repeated blocks, counted in the model's order, a layer is in."""
-    inside = (at for at, block in enumerate(blocks) if name == block or name.startswith(f"{block}."))
+    inside = (
+        at for at, block in enumerate(blocks) if name == block or name.startswith(f"{block}.")
+    )
     return next(inside, None)

@@ -1,4 +1,4 @@
-"""One layer pruned at one level: its goal, its mask and weights, and the model with them in place."""
+"""One layer pruned at one level: its goal, its weights, and the model with them in place."""
 
 from __future__ import annotations
 

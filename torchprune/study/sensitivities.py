@@ -1,124 +1,128 @@
-"""What `sensitivity` found: a row for each layer and level, or for each whole unit."""
+"""What `sensitivity` found, as text, JSON, a figure and a page."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from fractions import Fraction
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchprune.allocation.budget import Share, cheapest, share_of, whole
+from torchprune.allocation.cost_curves import FORMAT
 from torchprune.checkpoint.whole_files import write_whole
-from torchprune.errors import TorchpruneError, did_you_mean
-from torchprune.reports.tables import Column, by_rich, plain
+from torchprune.reports.figure import SUFFIXES
+from torchprune.reports.heat_figure import heat_figure
+from torchprune.reports.page import save_page
+from torchprune.reports.pieces import Page
+from torchprune.reports.tables import by_rich, plain
+from torchprune.study.costs import Cost, Costs, SensitivityError
 from torchprune.study.damage import Estimate
+from torchprune.study.sensitivity_page import heats, layer_table, page_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "torchprune sensitivity 1"
-
-MEASURES = ("kl", "loss", "change", "weighted", "error", "squared")
-"""What a row may hold, the most telling first."""
-
-_HEADS = {
-    "kl": "KL, nats",
-    "loss": "loss difference",
-    "change": "change of outputs",
-    "weighted": "predicted loss",
-    "error": "layer error",
-    "squared": "squared error",
-}
-
-
-class SensitivityError(TorchpruneError, ValueError):
-    """A sensitivity cannot be measured, resumed or read, or holds not what is asked of it."""
-
 
 @dataclass(frozen=True)
-class Cost:
-    """What pruning one layer to one level, or taking away one whole unit, costs.
+class SensitivityResult(Costs):
+    """What each trial cost. `print(result)` shows the costliest.
 
-    Attributes:
-        name: the layer's, the block's, or the group's that the unit is one of.
-        kind: such as "q_proj"; "block", "head", "neuron" or "channel" of whole units.
-        depth: which of the model's blocks it is in, or None.
-        level: the level as it was asked for; of a unit its number.
-        zeros, size: the weights that are zero then, of how many.
-        step: of a layer, the weights of which a count of its scope and pattern is made.
-        error: ||X (W - W')^T||^2 / ||X W^T||^2, the layer's own on the calibration data.
-        squared: the numerator, a batch of calibration data.
-        weighted: the loss difference that gradients predict.
-        loss, kl, change: on the windows: the loss beside the dense one, KL(dense || pruned) of the
-            outputs in nats, ||y - y'||^2 / ||y||^2 of the outputs of models without logits.
+    `overrides`, `allocation`, `kinds` and `costs` are asked of it; `save` writes a page, JSON or a
+    figure.
     """
 
-    name: str
-    kind: str
-    depth: int | None
-    level: str
-    zeros: int
-    size: int
-    step: int = 1
-    error: float | None = None
-    squared: float | None = None
-    weighted: float | None = None
-    loss: Estimate | None = None
-    kl: Estimate | None = None
-    change: Estimate | None = None
+    def __str__(self) -> str:
+        columns, rows, rest = layer_table(self)
+        table = by_rich(columns, rows) or plain(columns, rows) + "\n"
+        lines = [title_of(self), "", table.rstrip(), *([rest] if rest else []), *self.notes]
+        return "\n".join(lines)
 
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / self.size
+    def figure(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Heat maps by kind and depth, or by level and layer where there is no depth.
 
-    def value(self, measure: str) -> Estimate | None:
-        """One of the measures, without an error bar where it has none."""
-        found = getattr(self, measure)
-        return Estimate(found) if isinstance(found, float) else found
+        Raises:
+            MissingExtraError: the extra "figure" is absent.
+            SensitivityError: the path's suffix is none of .png, .svg, .pdf.
+        """
+        if path is not None and Path(path).suffix.lower() not in SUFFIXES:
+            raise SensitivityError(f"{path}: a figure is one of {', '.join(SUFFIXES)}")
+        return heat_figure(heats(self), path, "SensitivityResult.figure")
 
+    def page(self) -> Page:
+        """All of it as a page."""
+        return page_of(self, json.loads(self.to_json()))
 
-@dataclass(frozen=True)
-class SensitivityResult:
-    """Rows in the model's order, each layer's levels together. `print(result)` shows the costliest.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page (.html), the result (.json) or the figure (.png, .svg, .pdf).
 
-    Attributes:
-        metric: the measure that ranks.
-        units: "weights", "blocks", "heads", "neurons" or "channels".
-        mode: "cheap" or "exact".
-        spec: what was asked for, as text.
-        levels: in the order asked for.
-        dense_loss: of the windows, None where no loss was measured.
-        windows: how many judged (exact), or calibrated (cheap).
-        notes: what the user must know.
-    """
+        Raises:
+            SensitivityError: the suffix is none of these.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix == ".html":
+            save_page(self.page(), path)
+        elif suffix == ".json":
+            write_whole(path, self.to_json() + "\n")
+        elif suffix in SUFFIXES:
+            self.figure(path)
+        else:
+            raise SensitivityError(f"{path}: expected .html, .json, {', '.join(SUFFIXES)}")
 
-    rows: Sequence[Cost]
-    metric: str
-    units: str
-    mode: str
-    spec: str
-    levels: Sequence[str] = ()
-    dense_loss: float | None = None
-    windows: int = 0
-    notes: Sequence[str] = ()
-    problem: str = field(default="", repr=False)
+    # -- JSON --------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
+        """All of it, floats in full."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> SensitivityResult:
-        d = json.loads(text)
-        d.pop("format")
-        rows = []
-        for r in d.pop("rows"):
-            for k in ("loss", "kl", "change"):
-                if r[k] is not None:
-                    r[k] = Estimate(**r[k])
-            rows.append(Cost(**r))
-        d = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-        return SensitivityResult(rows=tuple(rows), **d)
+        """What `to_json` gave.
+
+        Raises:
+            SensitivityError: it is something else, or damaged.
+        """
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+                raise TypeError("written by something else")
+            rows = tuple(_read_cost(row) for row in _as(list, data.pop("rows")))
+            for name in ("levels", "notes"):
+                data[name] = tuple(_as(str, item) for item in _as(list, data[name]))
+            for name in ("metric", "units", "mode", "spec", "problem"):
+                _as(str, data[name])
+            return SensitivityResult(rows=rows, **data)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise SensitivityError(f"no sensitivity, or damaged ({error!s:.120})") from None
+
+
+def _read_cost(found: Any) -> Cost:
+    item = _as(dict, found)
+    if set(item) != {f.name for f in fields(Cost)}:
+        raise TypeError(f"a row of {sorted(item)!s:.60}")
+    values: dict[str, Any] = {name: _as(str, item[name]) for name in ("name", "kind", "level")}
+    values |= {name: _as(int, item[name]) for name in ("zeros", "size", "step")}
+    values["depth"] = None if item["depth"] is None else _as(int, item["depth"])
+    for name in ("error", "squared", "predicted", "taylor"):
+        values[name] = None if item[name] is None else _number(item[name])
+    for name in ("loss", "kl", "change"):
+        values[name] = None if item[name] is None else _read_estimate(item[name])
+    return Cost(**values)
+
+
+def _read_estimate(found: Any) -> Estimate:
+    error = _as(dict, found)["error"]
+    return Estimate(_number(found["mean"]), None if error is None else _number(error))
+
+
+def _number(value: Any) -> float:
+    number = float(value if type(value) is int else _as(float, value))
+    if not math.isfinite(number):
+        raise TypeError(f"{number} is not finite")
+    return number
+
+
+def _as(kind: type[Any], value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {value!r:.60}")
+    return value

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
-from torchprune.allocation.layer_costs import dense_statistics, output_error
-from torchprune.calibration.batches import Batch
 from torchprune.calibration.data import Data
-from torchprune.calibration.moments import Moments
-from torchprune.calibration.survey import is_plain, survey
 from torchprune.calibration.token_masks import TokenMask
-from torchprune.errors import CalibrationError, SpecError
+from torchprune.errors import SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.shards import sharded_in
-from torchprune.masking.targets import Plan, Target, make_plan
-from torchprune.methods.decide import Decider, groups_of
 from torchprune.specs.allocation import Loss
 from torchprune.specs.functions import described
 from torchprune.specs.spec import Spec
-from torchprune.study.damage import Damage, Judge, estimates, judging
+from torchprune.structure.specs import LayerSpec, StructuredSpec
+from torchprune.study.costs import MEASURES, SensitivityError
 from torchprune.study.half_done import HalfDone, problem_of
-from torchprune.study.kinds import depth_of, kind_of
-from torchprune.study.layer_trials import Level, Trial, at_goal, goals_of, in_place, tried
-from torchprune.study.sensitivities import Cost, SensitivityError, SensitivityResult
+from torchprune.study.layer_trials import Level, goals_of
+from torchprune.study.sensitivities import SensitivityResult
+from torchprune.study.trial_runs import Asked, Bench, run_blocks, run_layers, run_units
 
 Mode = Literal["cheap", "exact"]
 
@@ -39,7 +31,7 @@ Mode = Literal["cheap", "exact"]
 def sensitivity(
     model: nn.Module,
     data: Iterable[Any] | None,
-    spec: Spec,
+    spec: Spec | StructuredSpec | LayerSpec,
     *,
     levels: Sequence[Level] | None = None,
     mode: Mode = "cheap",
@@ -48,7 +40,7 @@ def sensitivity(
     windows: Iterable[Any] | None = None,
     max_windows: int = 8,
     solve: bool = True,
-    gradients: bool = False,
+    probes: int = 8,
     progress: bool = True,
     path: str | os.PathLike[str] | None = None,
     max_batches: int = 128,
@@ -56,42 +48,131 @@ def sensitivity(
     tokenizer: Any = None,
     token_mask: TokenMask = None,
 ) -> SensitivityResult:
-    """What pruning each layer alone costs. The model is as it was afterwards, bit for bit."""
-    calibration = Data(data, tokenizer, max_batches, seed, progress, token_mask)
-    batches, notes = calibration.read(model, "sensitivity")
+    """What pruning each layer alone, or taking away each whole unit, costs the model.
+
+    >>> import torch, torchprune
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> batches = [torch.randn(64, 16)]
+    >>> found = torchprune.sensitivity(model, batches, torchprune.WandaSpec(), progress=False)
+    >>> found.layers, found.levels
+    (['0', '2'], ('0.3', '0.5', '0.7'))
+    >>> sorted(found.overrides(0.5))
+    ['0', '2']
+
+    The spec says what is tried. A spec for single weights (`WandaSpec`, ...): each layer that it
+    would prune, alone, at each level. `LayerSpec`: each block, skipped. `HeadSpec`: each head (with
+    grouped queries each key-value head and its queries), masked. `NeuronSpec`, `ChannelSpec`: at
+    each level, the units of one MLP or one group of channels that score least.
+
+    "cheap" runs the dense model over the data, and `probes` times backward: all layers and levels
+    by their own errors, and by the change of the model's outputs that gradients predict. "exact"
+    makes one change after another and runs the model on windows, from the changed block on: what
+    comes before it gives what it gave. That is tried on a window first; where it does not give the
+    same bits the whole model runs.
+
+    Args:
+        model: any module; as it was afterwards, bit for bit, also after an error or Ctrl-C.
+        data: calibration batches as `sparsify` takes them, read once: the statistics of scores.
+        spec: as above; of its targets, ignored layers and dense overrides no others are tried. Its
+            allocation, permutation and the training of blocks are left out.
+        levels: sparsities, patterns such as "2:4", or pairs (pattern, sparsity). Default 0.3, 0.5
+            and 0.7, or the spec's n:m pattern.
+        mode: "cheap" or "exact".
+        metric: what ranks: of "exact" "kl" (in nats a row of logits), "loss" (its difference) or
+            "change" (||y - y'||^2 / ||y||^2 of outputs without logits); of "cheap" "predicted" (of
+            KL or change), "error" (a layer's own, ||X (W - W')^T||^2 / ||X W^T||^2), "squared" (its
+            numerator), and of units "taylor" (|weight x gradient| of the loss). Default: the first
+            that there is, "taylor" for units where `loss` is given.
+        loss: (model, batch) -> scalar: a task's own. Default: a transformers language model's.
+        windows: batches that judge in "exact", default the data's first.
+        max_windows: read at most so many of them.
+        solve: in "exact", whether methods that change weights solve each layer, on what it reads
+            in the dense model; otherwise masks of their scores stand for them, as in "cheap".
+        probes: backward passes in "cheap", a batch each; 0: errors alone.
+        progress: show a progress bar, with the time left.
+        path: a JSON file that is written whole after each result, and gone on from if it is there;
+            one of another model, spec, data or options is refused.
+        max_batches, seed, tokenizer, token_mask: as `sparsify` takes them; the seed is also that of
+            the probes.
+
+    Returns:
+        a row for each trial, with error bars over the windows.
+
+    Raises:
+        SpecError, TargetError: the spec or an option does not fit. Nothing was run.
+        CalibrationError: no usable data, statistics or a loss that are not finite, or nothing to
+            measure.
+        SensitivityError: nothing was measured as `metric`, or the file is damaged or of something
+            else.
+    """
+    _check(model, spec, mode, metric, probes, max_windows)
+    units = _units_of(spec)
+    goals = goals_of(levels, spec) if units not in ("blocks", "heads") else {}
+    if levels is not None and not goals:
+        raise SpecError(f"levels are for weights, neurons and channels; {units} go one by one")
+    asker = "sensitivity"
+    batches, notes = Data(data, tokenizer, max_batches, seed, progress, token_mask).read(
+        model, asker
+    )
     judges = batches[:max_windows]
     if windows is not None:
-        judges, _ = Data(windows, tokenizer, max_windows, seed, progress, token_mask).read(
-            model, "sensitivity(windows=)"
+        given = Data(windows, tokenizer, max_windows, seed, progress, token_mask)
+        judges = given.read(model, f"{asker}(windows=)")[0]
+    asked = Asked(spec, units, mode, goals, loss, solve, probes, seed, progress)
+    empty = SensitivityResult(
+        (),
+        metric or "",
+        units,
+        mode,
+        described(spec),
+        tuple(goals),
+        windows=len(judges) if mode == "exact" else len(batches),
+        problem=problem_of(model, [batches, judges], described(asked.tells)),
+    )
+    bench = Bench(model, asked, batches, judges, HalfDone(path, empty), notes)
+    run = {"weights": run_layers, "blocks": run_blocks}.get(units, run_units)
+    rows = run(bench)
+    done = replace(
+        bench.file.result, rows=tuple(rows), notes=tuple(bench.notes), dense_loss=bench.dense_loss
+    )
+    return bench.file.end(replace(done, metric=_metric(done, metric, loss)))
+
+
+def _check(
+    model: object, spec: object, mode: str, metric: str | None, probes: int, max_windows: int
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"sensitivity is for modules, got {type(model).__name__}")
+    if not isinstance(spec, Spec | StructuredSpec | LayerSpec) or type(spec) is Spec:
+        raise SpecError(f"spec must be a spec such as WandaSpec() or HeadSpec(), got {spec!r}")
+    if mode not in ("cheap", "exact"):
+        raise SpecError(f'mode must be "cheap" or "exact", got {mode!r}')
+    if metric is not None and metric not in MEASURES:
+        raise SpecError(f"metric must be one of {', '.join(MEASURES)}, got {metric!r}")
+    for name, value, least in (("probes", probes, 0), ("max_windows", max_windows, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SpecError(f"{name} must be a whole number from {least} on, got {value!r}")
+    if (name := sharded_in(model)) is not None:
+        raise SpecError(
+            f"{name} is sharded over processes; measure a whole copy before fully_shard"
         )
-    goals = goals_of(levels, spec)
-    plain = is_plain(model)
-    seen = None if plain else survey(model, batches)
-    plan = make_plan(model, spec) if seen is None else make_plan(model, spec, seen.readings, seen.gates)
-    asked = ["weights", mode, described(spec), *goals, str(metric), str(solve)]
-    empty = SensitivityResult((), metric or "kl", "weights", mode, repr(spec), tuple(goals), problem=problem_of(model, [batches, judges], asked))
-    file = HalfDone(path, empty)
-    stop = dense_statistics(model, plan.targets, batches, spec, gram=spec.needs == "gram" or (solve and spec.needs_gram))
-    decider = Decider(spec, len(batches))
-    rows = []
-    blocks = list(plan.blocks)
-    with judging(model, plan.blocks, [t.layer.module for t, _ in stop]) as judge, tqdm(total=len(stop) * len(goals), desc="sensitivity", unit="trial", disable=not progress) as bar:
-        judge.look(judges, loss)
-        print("replays", judge.replays, judge.measures, judge.loss)
-        for target, moments in stop:
-            for level, goal in goals.items():
-                row = file.find(target.name, level)
-                if row is None:
-                    at = at_goal(target, goal, spec)
-                    if isinstance(at, str):
-                        continue
-                    trial = tried(at, moments, decider, solve=solve and spec.needs_gram)
-                    other = target.view.to_matrix(trial.weight)
-                    error = output_error(at, moments, other)
-                    with in_place({at.weight: trial.weight}):
-                        found = estimates(judge.damage([at.layer.module]))
-                    row = Cost(target.name, kind_of(target.name, target.layer.module), depth_of(target.layer.key, blocks), level, trial.zeros, trial.keep.numel(), error=error.relative, squared=error.lost / len(batches), **found)
-                    file.keep(row)
-                rows.append(row)
-                bar.update()
-    return file.end(rows, notes)
+
+
+def _units_of(spec: Spec | StructuredSpec | LayerSpec) -> str:
+    if isinstance(spec, Spec):
+        return "weights"
+    return "blocks" if isinstance(spec, LayerSpec) else spec.kind
+
+
+def _metric(result: SensitivityResult, metric: str | None, loss: Loss | None) -> str:
+    """The measure that ranks."""
+    there = result.measures
+    if metric is None and there:
+        by_task = loss is not None and "taylor" in there
+        return "taylor" if by_task else there[0]
+    if metric not in there:
+        raise SensitivityError(
+            f"nothing was measured as {metric!r}; there is {', '.join(there) or 'nothing'}"
+        )
+    return metric

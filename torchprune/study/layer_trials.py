@@ -48,23 +48,28 @@ class Trial:
         return masked(dense if self.values is None else self.values.to(dense.dtype), self.keep)
 
 
-def goals_of(levels: Sequence[Level] | None, spec: Spec) -> dict[str, Goal]:
+def goals_of(levels: Sequence[Level] | None, spec: Spec | None) -> dict[str, Goal]:
     """The goals that levels ask for, by what they are called.
+
+    Args:
+        spec: whose pattern they take, or None where they are shares of units.
 
     Raises:
         SpecError: there are none, or one is not understood.
     """
     if isinstance(levels, str | int | float) or not (levels is None or len(levels)):
         raise SpecError(f"levels must be sparsities or patterns, such as {USUAL}, got {levels!r}")
-    assert isinstance(spec.pattern, Pattern)
+    pattern = Unstructured() if spec is None else spec.goal.pattern
     if levels is None:
-        levels = (spec.pattern,) if isinstance(spec.pattern, NM) else USUAL
-    usual = Goal(Unstructured(), 0.5) if isinstance(spec.pattern, NM) else spec.goal
+        levels = (pattern,) if isinstance(pattern, NM) else USUAL
+    usual = Goal(Unstructured() if isinstance(pattern, NM) else pattern, 0.5)
     found: dict[str, Goal] = {}
     for level in levels:
         goal = read_override("levels", level, usual)
         if goal is None:
             raise SpecError('levels: "dense" prunes nothing; give sparsities or patterns')
+        if spec is None and not isinstance(goal.pattern, Unstructured):
+            raise SpecError(f"levels: {level!r} is no share of units")
         plain = goal.pattern == usual.pattern and not isinstance(goal.pattern, NM)
         found[f"{float(goal.sparsity):g}" if plain else str(goal)] = goal
     return found

@@ -18,11 +18,13 @@ from torchprune.specs.allocation import Loss
 from torchprune.specs.functions import described
 from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
+from torchprune.study.bench import Asked, Bench
 from torchprune.study.costs import MEASURES, SensitivityError
 from torchprune.study.half_done import HalfDone, problem_of
+from torchprune.study.layer_runs import run_layers
 from torchprune.study.layer_trials import Level, goals_of
 from torchprune.study.sensitivities import SensitivityResult
-from torchprune.study.trial_runs import Asked, Bench, run_blocks, run_layers, run_units
+from torchprune.study.unit_runs import run_blocks, run_units
 
 Mode = Literal["cheap", "exact"]
 
@@ -108,10 +110,11 @@ def sensitivity(
     """
     _check(model, spec, mode, metric, probes, max_windows)
     units = _units_of(spec)
-    goals = goals_of(levels, spec) if units not in ("blocks", "heads") else {}
-    if levels is not None and not goals:
+    goals, asker = {}, "sensitivity"
+    if units not in ("blocks", "heads"):
+        goals = goals_of(levels, spec if isinstance(spec, Spec) else None)
+    elif levels is not None:
         raise SpecError(f"levels are for weights, neurons and channels; {units} go one by one")
-    asker = "sensitivity"
     batches, notes = Data(data, tokenizer, max_batches, seed, progress, token_mask).read(
         model, asker
     )

@@ -1,93 +1,24 @@
-"""The trials of a sensitivity, one after the other: layers, blocks, or the units of groups."""
+"""Trials of single layers, one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import nn
-from tqdm import tqdm
 
 from torchprune.allocation.layer_costs import dense_statistics, output_error, steps_of
 from torchprune.allocation.output_probes import predicted_damage
-from torchprune.calibration.batches import Batch
 from torchprune.calibration.lockstep import Stop
 from torchprune.calibration.survey import is_plain, survey
 from torchprune.errors import CalibrationError
 from torchprune.masking.packing import pack_bits
 from torchprune.masking.targets import Plan, Target, make_plan
 from torchprune.methods.decide import Decider
-from torchprune.specs.allocation import Loss
-from torchprune.specs.goals import Goal
 from torchprune.specs.spec import Spec
-from torchprune.structure.specs import LayerSpec, StructuredSpec
+from torchprune.study.bench import Bench
 from torchprune.study.costs import Cost
-from torchprune.study.damage import Judge, estimates, judging
-from torchprune.study.half_done import HalfDone
+from torchprune.study.damage import estimates
 from torchprune.study.kinds import depth_of, kind_of
 from torchprune.study.layer_trials import at_goal, in_place, tried
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a call of `sensitivity` asks for, checked."""
-
-    spec: Spec | StructuredSpec | LayerSpec
-    units: str
-    mode: str
-    goals: Mapping[str, Goal]
-    loss: Loss | None
-    solve: bool
-    probes: int
-    seed: int
-    progress: bool
-
-    @property
-    def exact(self) -> bool:
-        return self.mode == "exact"
-
-    @property
-    def tells(self) -> tuple[Any, ...]:
-        """What tells its results from others'."""
-        own = (self.solve,) if self.exact else (self.probes, self.seed)
-        return (self.spec, self.units, self.mode, dict(self.goals), self.loss, *own)
-
-
-@dataclass(eq=False)
-class Bench:
-    """Where trials are made: the model, what calibrates and judges, and what is known already."""
-
-    model: nn.Module
-    asked: Asked
-    batches: Sequence[Batch]
-    judges: Sequence[Batch]
-    file: HalfDone
-    notes: list[str]
-    dense_loss: float | None = None
-
-    @contextmanager
-    def judge(
-        self, blocks: Mapping[str, nn.Module], modules: Sequence[nn.Module]
-    ) -> Iterator[Judge]:
-        """The windows, run dense."""
-        with judging(self.model, blocks, modules) as judge:
-            judge.look(self.judges, self.asked.loss or getattr(self.asked.spec, "loss", None))
-            self.dense_loss = judge.loss
-            if blocks and not judge.replays:
-                self.notes.append(
-                    "every trial ran the whole model: from the middle on it gives other bits"
-                )
-            yield judge
-
-    def bar(self, total: int) -> Any:
-        """A progress bar over trials."""
-        quiet = not self.asked.progress
-        return tqdm(total=total, desc="sensitivity", unit="trial", disable=quiet)
-
-
-# -- layers ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,11 +157,3 @@ def _cheap_layers(bench: Bench, stop: Stop, trials: Mapping[str, Sequence[_At]])
         rows = [replace(row, predicted=cost) for row, cost in zip(rows, costs, strict=True)]
     bench.file.keep(rows)
     return rows
-
-
-def run_blocks(bench: Bench) -> list[Cost]:
-    raise NotImplementedError
-
-
-def run_units(bench: Bench) -> list[Cost]:
-    raise NotImplementedError

@@ -126,7 +126,7 @@ def _trials(
     bench: Bench, units: Sequence[Units], scores: Sequence[Tensor] | None
 ) -> Iterator[_Gone]:
     blocks = list(repeated_blocks(bench.model))
-    kind = bench.asked.units.removesuffix("s")
+    kind, names = bench.asked.units.removesuffix("s"), _names(units)
     for at, own in enumerate(units):
         group = own.group
         depth = next((d for key in own.layers if (d := depth_of(key, blocks)) is not None), None)
@@ -135,7 +135,17 @@ def _trials(
             sizes = [keep.numel() for _, keep in keeps]
             zeros = sum(keep.numel() - int(keep.sum()) for _, keep in keeps)
             size = sum(sizes) if scores is not None else zeros
-            yield _Gone(own, gone, Cost(group.name, kind, depth, level, zeros, size))
+            yield _Gone(own, gone, Cost(names[at], kind, depth, level, zeros, size))
+
+
+def _names(units: Sequence[Units]) -> list[str]:
+    """The groups' names, numbered where several have one."""
+    found: list[str] = []
+    every = [own.group.name for own in units]
+    for at, name in enumerate(every):
+        number = every[:at].count(name) + 1
+        found.append(f"{name} ({number})" if every.count(name) > 1 else name)
+    return found
 
 
 def _levels(bench: Bench, count: int, score: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -230,5 +240,5 @@ def _taylor(bench: Bench, scorer: UnitScorer, trials: Sequence[_Gone]) -> list[f
         if loss is not None:
             raise
         return []  # whatever labels that it was not made for do to the model
-    by_group = dict(zip((own.group.name for own in scorer.units), scores, strict=True))
+    by_group = dict(zip(_names(scorer.units), scores, strict=True))
     return [float(by_group[t.row.name][int(t.row.level)]) / len(bench.batches) for t in trials]

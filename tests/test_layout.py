@@ -26,7 +26,8 @@ ARROWS = {
     "__init__": "training study sparsify checkpoint structure methods reports lowering"
     " lowering.kernels calibration masking specs errors process",
     "testing": "sparsify structure graph methods calibration masking specs modes errors",
-    "study": "sparsify checkpoint structure reports calibration specs modes errors",
+    "study": "sparsify allocation checkpoint structure methods reports calibration masking specs"
+    " modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
     " errors",
     "sparsify": "allocation structure passes methods reports calibration masking specs modes"
@@ -86,6 +87,7 @@ PUBLIC = [
     "Reconstruct",
     "ScoreSpec",
     "Search",
+    "Sensitivity",
     "SolverSpec",
     "SparseGPTSpec",
     "Swaps",
@@ -110,6 +112,7 @@ PUBLIC = [
     "recover",
     "report",
     "save",
+    "sensitivity",
     "shrink",
     "sparsify",
     "text_batches",

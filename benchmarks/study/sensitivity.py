@@ -27,7 +27,7 @@ from torchprune.study.sensitivities import SensitivityResult
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-import smollm2
+import smollm2  # noqa: E402
 
 METHODS: dict[str, type[Spec]] = {
     "magnitude": MagnitudeSpec,

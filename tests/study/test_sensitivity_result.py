@@ -1,4 +1,4 @@
-"""What `sensitivity` returns: JSON, tables, heat maps, the page, overrides; units against by hand."""
+"""What `sensitivity` returns: JSON, tables, heat maps, the page, overrides; units by hand."""
 
 from __future__ import annotations
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from torchprune import modes
 from torchprune.allocation.layer_costs import dense_statistics, output_error, steps_of
 from torchprune.allocation.output_probes import predicted_damage
 from torchprune.calibration.lockstep import Stop
@@ -36,7 +39,9 @@ def run_layers(bench: Bench) -> list[Cost]:
     plan = _plan(bench, spec)
     solve = bench.asked.exact and bench.asked.solve and spec.needs_gram
     gram = solve or spec.needs == "gram"
-    stop = dense_statistics(bench.model, plan.targets, bench.batches, spec, gram=gram)
+    with modes.random_numbers_kept(bench.model):
+        torch.manual_seed(bench.asked.seed)
+        stop = dense_statistics(bench.model, plan.targets, bench.batches, spec, gram=gram)
     if solve and spec.alpha:  # what the dense model reads is what the layer reads
         for _, moments in stop:
             moments.cross = moments.gram

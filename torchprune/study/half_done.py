@@ -27,11 +27,12 @@ class HalfDone:
 
     def __init__(self, path: str | os.PathLike[str] | None, empty: SensitivityResult) -> None:
         self._path = None if path is None else Path(path)
-        self.result = empty
+        self.result, self._written = empty, empty
         if self._path is None:
             return
         if os.path.lexists(self._path):
-            self.result = replace(empty, rows=self._earlier(self._path, empty).rows)
+            self._written = self._earlier(self._path, empty)
+            self.result = replace(empty, rows=self._written.rows)
         else:
             self._write()  # that it cannot be written shows before the work and not after it
 
@@ -47,8 +48,8 @@ class HalfDone:
 
     def end(self, ended: SensitivityResult) -> SensitivityResult:
         """The whole result, in place of the rows as they came."""
-        if ended != self.result:
-            self.result = ended
+        self.result = ended
+        if ended != self._written:
             self._write()
         return ended
 
@@ -67,6 +68,7 @@ class HalfDone:
     def _write(self) -> None:
         if self._path is not None:
             write_whole(self._path, self.result.to_json() + "\n")
+            self._written = self.result
 
 
 def problem_of(model: nn.Module, batches: Sequence[Sequence[Batch]], asked: str) -> str:

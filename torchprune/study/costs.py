@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 from torchprune.allocation.budget import budget_of, cheapest, share_of, whole
 from torchprune.allocation.cost_curves import curve_of
@@ -68,6 +69,10 @@ class Cost:
     @property
     def sparsity(self) -> float:
         return self.zeros / self.size
+
+    def measured(self, found: Mapping[str, Any]) -> Cost:
+        """With what was found, by name of the measure."""
+        return replace(self, **found)
 
     def value(self, measure: str) -> Estimate | None:
         """One of the measures, without an error bar where it has none."""

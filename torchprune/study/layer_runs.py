@@ -115,8 +115,7 @@ def _exact_layers(
                         zeros=trial.zeros,
                         error=error.relative,
                         squared=error.lost / len(bench.batches),
-                        **found,
-                    )
+                    ).measured(found)
                     file.keep([row])
                 rows.append(row)
                 bar.update()
@@ -154,11 +153,9 @@ def _cheap_layers(bench: Bench, stop: Stop, trials: Mapping[str, Sequence[_At]])
             seed=asked.seed,
             progress=asked.progress,
         )
-        costs = [
-            cost
-            for own, (_, masks) in zip(found, (y for y in layers if y[1]), strict=True)
-            for cost in (own or [None] * len(masks))
-        ]
+        costs = list[float | None]()
+        for own, (_, masks) in zip(found, (y for y in layers if y[1]), strict=True):
+            costs += [None] * len(masks) if own is None else own
         rows = [replace(row, predicted=cost) for row, cost in zip(rows, costs, strict=True)]
     bench.file.keep(rows)
     return rows

@@ -153,9 +153,9 @@ def _check(
         raise SpecError(f'mode must be "cheap" or "exact", got {mode!r}')
     if metric is not None and metric not in MEASURES:
         raise SpecError(f"metric must be one of {', '.join(MEASURES)}, got {metric!r}")
-    for name, value, least in (("probes", probes, 0), ("max_windows", max_windows, 1)):
+    for option, value, least in (("probes", probes, 0), ("max_windows", max_windows, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SpecError(f"{name} must be a whole number from {least} on, got {value!r}")
+            raise SpecError(f"{option} must be a whole number from {least} on, got {value!r}")
     if (name := sharded_in(model)) is not None:
         raise SpecError(
             f"{name} is sharded over processes; measure a whole copy before fully_shard"

@@ -205,10 +205,9 @@ def _bars(result: Costs) -> Bars:
         value = row.value(result.metric)
         if value is None or (level is not None and row.level != level):
             continue
-        ends = (None, None)
-        if value.error is not None:
-            ends = (value.mean - value.error, value.mean + value.error)
-        bars.append(Bar(_unit_name(row, result), value.mean, *ends, row.kind))
+        off, mean = value.error, value.mean
+        low, high = (None, None) if off is None else (mean - off, mean + off)
+        bars.append(Bar(_unit_name(row, result), mean, low, high, row.kind))
     title = "Cost" if level is None else f"Cost at {level}"
     note = "Error bars: one standard error over windows." if result.mode == "exact" else ""
     return Bars(title, UNITS[result.metric], bars, note)

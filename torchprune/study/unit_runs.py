@@ -55,7 +55,7 @@ def run_blocks(bench: Bench) -> list[Cost]:
             if known is None:
                 with skipped([blocks[name]]):
                     damage = judge.damage([blocks[name]])
-                known = replace(row, **estimates(damage))
+                known = row.measured(estimates(damage))
                 bench.file.keep([known])
             rows[name] = known
             bar.update()
@@ -179,7 +179,7 @@ def _exact_units(bench: Bench, trials: Sequence[_Gone]) -> list[Cost]:
                     weights[weight] = masked(weight.data, keep)
                     touched.append(layer.module)
                 with in_place(weights):
-                    row = replace(trial.row, **estimates(judge.damage(touched)))
+                    row = trial.row.measured(estimates(judge.damage(touched)))
                 bench.file.keep([row])
             rows.append(row)
             bar.update()
@@ -201,7 +201,7 @@ def _cheap_units(bench: Bench, scorer: UnitScorer, trials: Sequence[_Gone]) -> l
     if asked.units == "heads":
         for cost, value in zip(costs, _taylor(bench, scorer, trials), strict=False):
             cost["taylor"] = value
-    rows = [replace(t.row, **cost) for t, cost in zip(trials, costs, strict=True)]
+    rows = [t.row.measured(cost) for t, cost in zip(trials, costs, strict=True)]
     bench.file.keep(rows)
     return rows
 

@@ -37,7 +37,7 @@ def pruned(model: nn.Module, spec: Any, data: list[Any]) -> nn.Module:
         ("llama", MagnitudeSpec(0.5)),
         ("gpt2", WandaSpec(0.6)),
         ("mixtral", WandaSpec(0.7, scope="layer")),
-        ("mlp", WandaSpec(0.5, pattern="block:2x4")),
+        ("mlp", WandaSpec(0.5, pattern="block:2x4", scope="layer")),
         ("resnet", WandaSpec(0.6, scope="layer")),
     ],
 )

@@ -25,7 +25,7 @@ def heat_figure(maps: Sequence[Heat], path: str | os.PathLike[str] | None, asker
         MissingExtraError: the extra "figure" is absent.
     """
     try:
-        from matplotlib.colors import LogNorm, Normalize
+        from matplotlib import colors
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("matplotlib", "figure", asker) from None
@@ -40,7 +40,9 @@ def heat_figure(maps: Sequence[Heat], path: str | os.PathLike[str] | None, asker
             known = [v for v in known if v > 0]
             values = [[v if v > 0 else float("nan") for v in row] for row in values]
         low, high = min(known, default=0.0), max(known, default=1.0)
-        norm = LogNorm(low, high) if each.logarithmic and known else Normalize(low, high)
+        norm = (
+            colors.LogNorm(low, high) if each.logarithmic and known else colors.Normalize(low, high)
+        )
         image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm)
         axes.set_title(each.title, fontsize="medium")
         axes.set_xticks(range(len(each.columns)), each.columns, fontsize="x-small")

@@ -27,7 +27,7 @@ ARROWS = {
     "__init__": "training study sparsify checkpoint structure methods reports lowering"
     " lowering.kernels calibration masking specs errors process",
     "testing": "sparsify structure graph methods calibration masking specs modes errors",
-    "study": "training sparsify export checkpoint structure methods reports lowering"
+    "study": "training sparsify export allocation checkpoint structure methods reports lowering"
     " lowering.kernels calibration masking specs modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
     " errors",
@@ -92,6 +92,7 @@ PUBLIC = [
     "Reconstruct",
     "ScoreSpec",
     "Search",
+    "Sensitivity",
     "SolverSpec",
     "SparseGPTSpec",
     "Swaps",
@@ -118,6 +119,7 @@ PUBLIC = [
     "recover",
     "report",
     "save",
+    "sensitivity",
     "shrink",
     "sparsify",
     "text_batches",

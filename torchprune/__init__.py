@@ -29,7 +29,7 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.methods.wanda import WandaSpec
     from torchprune.reports.report import report
     from torchprune.sparsify import sparsify
-    from torchprune.specs.allocation import OWL, LeastError, Search
+    from torchprune.specs.allocation import OWL, LeastError, Search, Sensitivity
     from torchprune.specs.options import PCG, Reconstruct, Swaps
     from torchprune.specs.patterns import NM, Block, Unstructured
     from torchprune.structure.plan import plan_shrink
@@ -39,6 +39,7 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.study.evaluation import perplexity
     from torchprune.study.profile import profile
     from torchprune.study.results import Comparison
+    from torchprune.study.sensitivity import sensitivity
     from torchprune.study.task_runs import evaluate
     from torchprune.training.iterate import prune_iteratively
     from torchprune.training.peft_lessons import teach_peft as _teach_peft
@@ -71,6 +72,7 @@ __all__ = [
     "Reconstruct",
     "ScoreSpec",
     "Search",
+    "Sensitivity",
     "SolverSpec",
     "SparseGPTSpec",
     "Swaps",
@@ -97,6 +99,7 @@ __all__ = [
     "recover",
     "report",
     "save",
+    "sensitivity",
     "shrink",
     "sparsify",
     "text_batches",

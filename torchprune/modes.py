@@ -91,6 +91,14 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
+def random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """Let what is drawn, on the CPU or the model's devices, leave no trace."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+        yield
+
+
+@contextmanager
 def eval_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Eval mode, or training mode where asked; each module's own again after."""
     before = [(module, module.training) for module in model.modules()]

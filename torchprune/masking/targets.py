@@ -134,7 +134,7 @@ def make_plan(
             return Left(layer, "rule", dense[layer.key])
         reading = readings.get(id(original_of(layer.module, layer.tensor)))
         target = Target(layer, goal, views[layer.key], reading)
-        if why := _misfit(target) or spec.misfit(target.view.cols):
+        if why := misfit_of(target) or spec.misfit(target.view.cols):
             if named:
                 raise SpecError(f"{layer.name}: {why}; ignore the layer or override its pattern")
             return Left(layer, "misfit", why)
@@ -163,7 +163,7 @@ def _view(layer: Layer, readings: Mapping[int, Reading]) -> View:
     return view_of(layer.module, weight.shape) if reading is None else reading.view
 
 
-def _misfit(target: Target) -> str | None:
+def misfit_of(target: Target) -> str | None:
     """Why a layer's shape cannot hold its pattern, or None."""
     view, pattern = target.view, target.goal.pattern
     along = misfit(pattern, view.rows, view.axis) if isinstance(pattern, NM) else None

@@ -328,17 +328,27 @@ def sampled_error(target: Target, moments: Moments, keep: Tensor) -> float | Non
     """
     lost = total = 0.0
     for group, weight in enumerate(groups_of(target)):
-        x = moments.samples(group)
-        if moments.gram is not None:
-            w, gram = weight.float(), moments.gram[group]
-            lost += _output_square(w.masked_fill(keep[group], 0), gram)
-            total += _output_square(w, gram)
-        elif x is not None:
-            w, kept = _spread(weight).float(), _spread(keep[group])
-            share = len(weight) / len(w)
-            lost += share * float((x @ w.masked_fill(kept, 0).T).square().sum())
-            total += share * float((x @ w.T).square().sum())
+        left = sampled_squares(weight, moments, group, weight.masked_fill(keep[group], 0))
+        if left is not None:
+            lost, total = lost + left[0], total + left[1]
     return lost / total if total > 0 else None
+
+
+def sampled_squares(
+    weight: Tensor, moments: Moments, group: int, change: Tensor
+) -> tuple[float, float] | None:
+    """||X D^T||^2 and ||X W^T||^2 of a group's change D of its weight W, both (rows, cols): over
+    its sampled inputs, or all of them where the second moment is at hand; None where no token
+    reached it."""
+    if moments.gram is not None:
+        gram = moments.gram[group]
+        return _output_square(change.float(), gram), _output_square(weight.float(), gram)
+    x = moments.samples(group)
+    if x is None:
+        return None
+    w, gone = _spread(weight).float(), _spread(change).float()
+    share = len(weight) / len(w)
+    return share * float((x @ gone.T).square().sum()), share * float((x @ w.T).square().sum())
 
 
 def _output_square(weight: Tensor, gram: Tensor) -> float:

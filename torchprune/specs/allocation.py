@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -109,7 +110,86 @@ class Search(Checked):
             raise SpecError("Search: loss must be a callable (model, batch) -> scalar")
 
 
-Uneven = OWL | LeastError | Search
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """What layers were found to cost: name and (sparsity, cost) at each level. Its `repr` is short,
+    and tells costs apart."""
+
+    layers: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(repr(self.layers).encode()).hexdigest()
+        return f"MeasuredCosts({len(self.layers)} layers, {digest[:12]})"
+
+
+@dataclass(frozen=True)
+class Sensitivity(Checked):
+    """Choose each layer's sparsity so that what all layers cost the model sums to the least.
+
+    A layer's cost is what pruning it alone, by masks of the method's own scores (Wanda's for
+    methods that change weights), does to the model's outputs. It is predicted from a few backward
+    passes through the dense model, or was measured by `torchprune.sensitivity`.
+
+    Args:
+        cost: "outputs", the predicted KL from the dense model (of outputs that are no logits their
+            squared change); "error", the layer's relative squared error; "squared", the same
+            without division.
+        levels: sparsities at which each layer is looked at.
+        spread: each sparsity is within so much of the target's.
+        probes: backward passes, for "outputs".
+        seed: of their random directions. The same seed gives the same allocation.
+        result: measured costs, instead of `cost`: what `torchprune.sensitivity` returned, a file
+            that it wrote, or layer name -> [(sparsity, cost), ...]. Layers that it leaves out keep
+            the uniform sparsity.
+        metric: which of the result's measures; default: the one that it ranks by.
+    """
+
+    cost: str = "outputs"
+    levels: int = 9
+    spread: float = 0.1
+    probes: int = 8
+    seed: int = 0
+    result: Any = field(default=None, metadata={"saved": False})
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cost not in _COSTS:
+            raise SpecError(
+                f"Sensitivity: cost {self.cost!r} is not understood; accepted: "
+                f"{', '.join(map(repr, _COSTS))}"
+            )
+        for name in ("levels", "probes"):
+            check_whole("Sensitivity", name, getattr(self, name))
+        if self.levels < 2:
+            raise SpecError(f"Sensitivity: levels must be at least 2, got {self.levels}")
+        check_share("Sensitivity", "spread", self.spread)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise SpecError(f"Sensitivity: seed must be a whole number, got {self.seed!r}")
+        if self.metric is not None and not isinstance(self.metric, str):
+            raise SpecError(f"Sensitivity: metric must be a measure's name, got {self.metric!r}")
+        object.__setattr__(self, "result", _measured(self.result, self.metric))
+
+
+def _measured(result: Any, metric: str | None) -> str | os.PathLike[str] | MeasuredCosts | None:
+    """What `result=` holds, as a value that specs can be compared by."""
+    if result is None or isinstance(result, str | os.PathLike | MeasuredCosts):
+        return result
+    found = result.costs(metric) if callable(getattr(result, "costs", None)) else result
+    try:
+        return MeasuredCosts(
+            tuple((str(n), tuple((float(s), float(c)) for s, c in p)) for n, p in found.items())
+        )
+    except (AttributeError, TypeError, ValueError):
+        raise SpecError(
+            "Sensitivity: result must be what torchprune.sensitivity returned, a file that it "
+            "wrote, or layer name -> [(sparsity, cost), ...], got "
+            f"{type(result).__name__}"
+        ) from None
+
+
+_COSTS = ("outputs", "error", "squared")
+
+Uneven = OWL | LeastError | Search | Sensitivity
 
 
 def read_allocation(where: str, value: object) -> Uneven | None:
@@ -120,10 +200,17 @@ def read_allocation(where: str, value: object) -> Uneven | None:
     """
     if isinstance(value, Uneven):
         return value
-    named = {"uniform": None, "owl": OWL(), "error": LeastError(), "search": Search()}
+    named = {
+        "uniform": None,
+        "owl": OWL(),
+        "error": LeastError(),
+        "search": Search(),
+        "sensitivity": Sensitivity(),
+    }
     if isinstance(value, str) and value in named:
         return named[value]
     raise SpecError(
         f"{where}: allocation {value!r} is not understood; accepted: "
-        f"{', '.join(map(repr, named))}, OWL(...), LeastError(...), Search(...)"
+        f"{', '.join(map(repr, named))}, OWL(...), LeastError(...), Search(...), "
+        "Sensitivity(...)"
     )

@@ -70,9 +70,10 @@ class Spec(Checked):
             with an n:m pattern.
         allocation: how the zeros are shared among the layers without an override: "uniform", or,
             with the same total to the weight, "owl" or `OWL(...)` by outliers, "error" or
-            `LeastError(...)` by the layers' errors, "search" or `Search(...)` by the model's loss.
-            The statistics come from one more pass through the dense model. Not for n:m patterns
-            and scope "global".
+            `LeastError(...)` by the layers' errors, "search" or `Search(...)` by the model's loss,
+            "sensitivity" or `Sensitivity(...)` by what each layer does to the model's outputs. The
+            statistics come from one more pass through the dense model. Not for n:m patterns and
+            scope "global".
         permute: for n:m patterns, first put inputs into an order in which more survives, where
             that leaves the model's function as it is: the neurons of an MLP, and the values within
             a head of attention.

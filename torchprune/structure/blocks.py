@@ -50,13 +50,7 @@ def prune_blocks(
         ShrinkError: a chosen block would not hand on its input if its weights were zero.
         CalibrationError: a loss is missing, or not finite.
     """
-    blocks = _candidates(model, spec, run)
-    ties = tied_to(model)
-    inside = {name: [y for y in _inside(model, name) if not obstacle(y, ties)] for name in blocks}
-    idle = _passing(model, blocks, inside, batches[0])
-    for name in [name for name in blocks if name not in idle]:
-        run.skipped[name] = "with zero weights it would not hand on its input"
-        del blocks[name]
+    blocks, idle = droppable(model, spec, batches[0], run)
     spare = sum(min(len(own), size - 1) for own, size in _lists(model, blocks))
     if spec.drop > spare:
         why = "; ".join(f"{k}: {v}" for k, v in list(run.skipped.items())[:3])
@@ -76,6 +70,20 @@ def prune_blocks(
                 weight = original_of(layer.module, layer.tensor)
                 keep = torch.zeros_like(weight, dtype=torch.bool)
                 attach(layer.module, layer.tensor, keep, record, reversible=reversible)
+
+
+def droppable(
+    model: nn.Module, spec: LayerSpec, example: Batch, run: RunRecord
+) -> tuple[dict[str, nn.Module], dict[str, list[Layer]]]:
+    """The blocks that may go, by name, and the layers that are zero then; what may not is noted."""
+    blocks = _candidates(model, spec, run)
+    ties = tied_to(model)
+    inside = {name: [y for y in _inside(model, name) if not obstacle(y, ties)] for name in blocks}
+    idle = _passing(model, blocks, inside, example)
+    for name in [name for name in blocks if name not in idle]:
+        run.skipped[name] = "with zero weights it would not hand on its input"
+        del blocks[name]
+    return blocks, idle
 
 
 def _candidates(model: nn.Module, spec: LayerSpec, run: RunRecord) -> dict[str, nn.Module]:
@@ -122,11 +130,11 @@ def _inside(model: nn.Module, block: str) -> Iterator[Layer]:
 # -- blocks as functions ---------------------------------------------------------------------------
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def given_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
 
 
-def _first(out: Any) -> Any:
+def first_of(out: Any) -> Any:
     return out[0] if isinstance(out, tuple | list) else out
 
 
@@ -174,8 +182,8 @@ def _hands_on(
     """Whether a block whose layers are zero gives what it gets. Only torch's own hooks see it."""
     with modes.without_hooks(block):
         zeros = _zeros(block, layers)
-        made = _first(torch.func.functional_call(block, zeros, _kept(args), kwargs))
-    given = _given(args, kwargs)
+        made = first_of(torch.func.functional_call(block, zeros, _kept(args), kwargs))
+    given = given_to(args, kwargs)
     return given is not None and isinstance(made, Tensor) and torch.equal(given, made)
 
 
@@ -187,11 +195,11 @@ def _zeros(block: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Let blocks hand on their input."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        given = _given(args, kwargs)
+        given = given_to(args, kwargs)
         return (given, *out[1:]) if isinstance(out, tuple) else given
 
     with ExitStack() as stack:
@@ -219,7 +227,7 @@ def _by_cosine(
 
     def hook(name: str) -> Callable[..., None]:
         def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            one, two = _given(args, kwargs), _first(out)
+            one, two = given_to(args, kwargs), first_of(out)
             if one is None or not isinstance(two, Tensor) or one.shape != two.shape:
                 return
             rows = one.reshape(-1, one.shape[-1])
@@ -281,7 +289,7 @@ def _by_loss(
     while len(chosen) < spec.drop:
         trials: dict[str, float] = {}
         for name in _droppable(model, blocks, chosen):
-            with _skipped([blocks[n] for n in (*chosen, name)]), modes.calibration_mode(model):
+            with skipped([blocks[n] for n in (*chosen, name)]), modes.calibration_mode(model):
                 trials[name] = _mean_loss(model, batches, loss)
             bar.update()
         best = min(trials, key=lambda name: trials[name])

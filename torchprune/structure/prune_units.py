@@ -38,6 +38,7 @@ from torchprune.masking.targets import Target
 from torchprune.methods.decide import groups_of, sampled_error
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord
+from torchprune.specs.allocation import Loss
 from torchprune.specs.goals import Goal
 from torchprune.specs.options import Reconstruct
 from torchprune.specs.patterns import Unstructured
@@ -103,6 +104,47 @@ def prune_structures(
         with modes.exact():
             edits.settle()
             _attach(choices, spec, runner.done, edits, reversible=reversible)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """A group whose units may go.
+
+    Attributes:
+        readers: the layers that read what the units carry.
+    """
+
+    group: Group
+    layers: dict[str, Layer]
+    readers: list[Target]
+
+    def without(self, gone: Tensor) -> dict[str, tuple[Layer, Tensor]]:
+        """By key the layers and what stays of them without some units, given as (count,) bool."""
+        return _keeps([_Choice(self.group, self.layers, self.readers, gone)])
+
+
+class UnitScorer:
+    """The groups that a spec would prune, and what their units are worth in the dense model.
+
+    Raises:
+        ShrinkError: the model cannot be exported.
+        TargetError: there is no such group, or a selector matches nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: StructuredSpec, batches: Sequence[Batch], run: RunRecord
+    ) -> None:
+        choices = _choose(model, spec, batches[0], run)
+        self._runner = _Runner(model, spec, batches, choices, run, None)
+        self.units = [Units(c.group, c.layers, c.readers) for c in choices]
+
+    def scores(self) -> list[Tensor]:
+        """(count,) a group, by the spec's score; higher is worth more."""
+        return self._runner.scores()
+
+    def taylor(self, loss: Loss) -> list[Tensor]:
+        """(count,) a group, |sum of weight * gradient| of a loss, summed over the batches."""
+        return self._runner.taylor(loss)
 
 
 # -- choosing --------------------------------------------------------------------------------------
@@ -203,24 +245,30 @@ class _Runner:
 
     def score_ahead(self) -> None:
         """Decide what does not depend on inputs that earlier removals change."""
-        groups = [choice.group for choice in self.choices]
         if self._by_inputs:
             shared = any(len(choice.readers) > 1 for choice in self.choices)
             if self.spec.allocation == "uniform" and not shared:
                 return
-            scores = self._dense_scores()
-        elif self.spec.score == "taylor":
-            weights = self._weights()
-            loss = self.spec.loss or default_loss
-            scores = taylor_scores(self.model, groups, weights, self.batches, loss)
-        else:
-            scores = [self._given(group) for group in groups]
+        scores = self.scores()
         if self.spec.allocation == "uniform":
             found = [uniform(score, self.spec) for score in scores]
         else:
             found = across(scores, self.spec)
         for choice, gone in zip(self.choices, found, strict=True):
             choice.gone = gone
+
+    def scores(self) -> list[Tensor]:
+        """(count,) a group, on the model as it is."""
+        if self._by_inputs:
+            return self._dense_scores()
+        if self.spec.score == "taylor":
+            return self.taylor(self.spec.loss or default_loss)
+        return [self._given(choice.group) for choice in self.choices]
+
+    def taylor(self, loss: Loss) -> list[Tensor]:
+        """(count,) a group, |weight * gradient|, summed over batches."""
+        groups = [choice.group for choice in self.choices]
+        return taylor_scores(self.model, groups, self._weights(), self.batches, loss)
 
     def _given(self, group: Group) -> Tensor:
         score = self.spec.score

@@ -1,1 +1,2 @@
-"""Models compared and evaluated; imports `sparsify` and what stands below it."""
+"""Models compared, evaluated and asked what pruning would cost; imports `sparsify` and what stands
+below it."""

@@ -177,7 +177,7 @@ def evaluate(
             "windows": windows,
             "seed": seed or None,
         }
-        found = replace(found, command=_command(model, options, chat))
+        found = replace(found, command=_command(model, options, chat_template))
         if output is not None:
             found.save(output)
         typer.echo(found.to_json() if as_json else str(found))

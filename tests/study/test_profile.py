@@ -15,7 +15,7 @@ import torchprune
 from torchprune import MagnitudeSpec
 from torchprune.calibration.batches import Batch
 from torchprune.study.forms import FORMS, copied
-from torchprune.study.layer_costs import flops_of, held_bytes, read_bytes
+from torchprune.study.layer_work import flops_of, held_bytes, read_bytes
 from torchprune.study.peak_memory import highest, peak_of
 from torchprune.study.profile import profile
 from torchprune.study.profile_records import ProfileError

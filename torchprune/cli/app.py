@@ -20,6 +20,7 @@ from torchprune.cli.prune import prune
 from torchprune.cli.recover import recover
 from torchprune.cli.registry import add_command
 from torchprune.cli.report_page import report
+from torchprune.cli.sensing import sensitivity
 from torchprune.cli.shrink import shrink
 from torchprune.cli.verify_artifact import verify
 
@@ -74,6 +75,7 @@ def _root(
 
 
 for _panel, _name, _run in (
+    (DECIDE, "sensitivity", sensitivity),
     (DECIDE, "compare", compare),
     (PRUNE, "prune", prune),
     (PRUNE, "shrink", shrink),

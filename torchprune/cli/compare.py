@@ -83,7 +83,7 @@ def compare(
 ) -> None:
     """Prune a model in several ways and show what each costs: perplexity on --text, and time.
 
-    --output is a .json, a .md or a figure (.svg, .png, .pdf). Results are kept as they come, in
+    --output is a .json, an .html page, a .md or a figure (.svg, .png, .pdf). Results are kept as they come, in
     the .json of that name: after Ctrl-C the same command with --resume runs only what is missing,
     and further --spec may be added then.
 
@@ -164,7 +164,7 @@ def _check_form(output: Path | None, resume: bool) -> None:
                 param_hint="--resume",
             )
         return
-    forms = (".json", ".md", *_FIGURES)
+    forms = (".json", ".html", ".md", *_FIGURES)
     if output.suffix not in forms:
         raise InputError(f"{output}: a comparison is saved as one of {', '.join(forms)}")
 
@@ -205,3 +205,5 @@ def _write(found: Comparison, output: Path) -> None:
         write_whole(output, found.to_markdown() + "\n")
     elif output.suffix in _FIGURES:
         found.figure("perplexity", path=output)
+    elif output.suffix == ".html":
+        found.save(output)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 READERS = {
     "evaluation.json": ("torchprune.study.task_results", "Evaluation"),
     "profile.json": ("torchprune.study.profile_results", "Profile"),
-    "sensitivity.json": ("torchprune.study.sensitivity_results", "SensitivityResult"),
+    "sensitivity.json": ("torchprune.study.sensitivities", "SensitivityResult"),
     "comparison.json": ("torchprune.study.results", "Comparison"),
     "history.json": ("torchprune.training.level_history", "History"),
 }

@@ -54,6 +54,7 @@ class Allocation(StrEnum):
     uniform = "uniform"
     owl = "owl"
     error = "error"
+    sensitivity = "sensitivity"
     search = "search"
 
 
@@ -121,8 +122,8 @@ QuantizeOption = Annotated[
 AllocationOption = Annotated[
     Allocation,
     typer.Option(
-        help="Share the same total of zeros among layers by outliers (owl), by the layers' errors "
-        "or by a search on the model's loss. Not for N:M.",
+        help="Share the same total of zeros among layers by outliers (owl), by the layers' errors, "
+        "by what the outputs lose (sensitivity) or by a search on the model's loss. Not for N:M.",
         rich_help_panel=_BETTER,
     ),
 ]

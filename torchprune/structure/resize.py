@@ -70,7 +70,8 @@ def _recompute(module: nn.Module) -> None:
 
 def _shape(module: nn.Module) -> torch.Size:
     """Of a weight as it is used, whatever parametrizations make it."""
-    if isinstance(weight := original_of(module, "weight"), Tensor):
+    weight: Tensor | None = original_of(module, "weight")
+    if weight is not None:
         return weight.shape
     with torch.no_grad(), eval_mode(module):
         return cast(Tensor, module.weight).shape

@@ -19,7 +19,7 @@ from torchprune.calibration.nested import tensors_in
 from torchprune.errors import MissingExtraError, TorchpruneError, did_you_mean
 from torchprune.lowering.lower import lift, lower
 from torchprune.masking.mask import fold, masked_layers
-from torchprune.study.layer_costs import held_bytes, read_bytes
+from torchprune.study.layer_work import held_bytes, read_bytes
 from torchprune.study.profile_records import ProfileError
 from torchprune.study.turns import reason_of
 

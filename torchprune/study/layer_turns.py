@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from torchprune.study.layer_costs import products_of
+from torchprune.study.layer_work import products_of
 from torchprune.study.turns import Pace, Run, orders_of
 
 

@@ -25,8 +25,8 @@ from torchprune.study.forms import (
     made_ready,
     plain,
 )
-from torchprune.study.layer_costs import flops_of, products_of
 from torchprune.study.layer_turns import watch_layers
+from torchprune.study.layer_work import flops_of, products_of
 from torchprune.study.machine_facts import machine_facts
 from torchprune.study.peak_memory import HOW, peak_of
 from torchprune.study.profile_records import (

@@ -16,7 +16,7 @@ from torchprune.calibration.batches import Batch
 from torchprune.errors import LoweringError
 from torchprune.lowering.bitmask import Bitmask
 from torchprune.lowering.lower import plan_lowering
-from torchprune.study.layer_costs import bytes_of
+from torchprune.study.layer_work import bytes_of
 from torchprune.study.profile_records import Prospect
 from torchprune.study.spreads import changed_sum
 from torchprune.study.turns import Pace, take_turns

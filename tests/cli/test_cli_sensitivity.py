@@ -1,0 +1,48 @@
+"""`torchprune sensitivity`: costs before anything is pruned."""
+
+import json
+
+import pytest
+from commands import call, complaint, make_home, worked
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("sensitivity"))
+
+
+def test_costs_and_overrides_to_paste(home, tmp_path):
+    page = tmp_path / "costs.html"
+    said = worked(
+        *("sensitivity", home / "model", "--data", home / "text.txt", "--samples", 3),
+        *("--length", 32, "--levels", "0.5,2:4", "--sparsity", 0.5, "--output", page),
+    )
+    assert "overrides = {" in said
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_exact_goes_on_where_it_was(home, tmp_path):
+    found = tmp_path / "heads.json"
+    asked = ("sensitivity", home / "model", "--data", home / "text.txt", "--what", "heads")
+    options = ("--samples", 2, "--length", 16, "--mode", "exact", "--output", found, "--json")
+    first = json.loads(worked(*asked, *options))
+    assert first["units"] == "heads"
+    assert "--resume" in complaint(*asked, *options[:-1])
+    again = json.loads(worked(*asked, *options, "--resume"))
+    assert again["rows"] == first["rows"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "code"),
+    [
+        (("--what", "wandaa"), "wandaa", 2),
+        (("--levels", "0.5,2:9x"), "2:9x", 1),
+        (("--output", "x.txt"), "saved as one of", 1),
+        (("--resume",), "--output", 2),
+    ],
+)
+def test_what_cannot_be_is_said(home, tmp_path, monkeypatch, options, says, code):
+    monkeypatch.chdir(tmp_path)
+    result = call("sensitivity", home / "model", "--data", home / "text.txt", *options)
+    assert says in result.stderr
+    assert result.exit_code == code

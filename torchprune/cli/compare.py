@@ -83,9 +83,9 @@ def compare(
 ) -> None:
     """Prune a model in several ways and show what each costs: perplexity on --text, and time.
 
-    --output is a .json, an .html page, a .md or a figure (.svg, .png, .pdf). Results are kept as they come, in
-    the .json of that name: after Ctrl-C the same command with --resume runs only what is missing,
-    and further --spec may be added then.
+    --output is a .json, an .html page, a .md or a figure (.svg, .png, .pdf). Results are kept, in
+    the .json of that name, as they come: after Ctrl-C the same command with --resume runs only
+    what is missing, and further --spec may be added then.
 
     [bold]Examples[/bold]
 

@@ -72,7 +72,7 @@ def sensitivity(
     judges: Annotated[
         int, typer.Option(min=1, help="Windows that judge in exact mode, the first of the data.")
     ] = 8,
-    sparsity: Annotated[
+    overrides: Annotated[
         float | None,
         typer.Option(
             min=0,
@@ -102,7 +102,7 @@ def sensitivity(
 
     [bold]Examples[/bold]
 
-      torchprune sensitivity ./model --data notes.txt --sparsity 0.6
+      torchprune sensitivity ./model --data notes.txt --overrides 0.6
 
       torchprune sensitivity ./model --what magnitude --levels 0.5,2:4 --output costs.html
 
@@ -146,14 +146,14 @@ def sensitivity(
             max_batches=samples,
             seed=seed,
         )
-        overrides = None if sparsity is None else found.overrides(sparsity)
+        shared = None if overrides is None else found.overrides(overrides)
         if as_json:
-            extra = {} if overrides is None else {"overrides": overrides}
+            extra = {} if shared is None else {"overrides": shared}
             print_json({**json.loads(found.to_json()), **extra})
         else:
             typer.echo(str(found))
-            if overrides is not None:
-                typer.echo(f"overrides = {overrides!r}")
+            if shared is not None:
+                typer.echo(f"overrides = {shared!r}")
         if output is not None:
             found.save(output)
             say(f"wrote {output}")

@@ -24,10 +24,10 @@ def test_costs_and_overrides_to_paste(home, tmp_path):
 def test_exact_goes_on_where_it_was(home, tmp_path):
     found = tmp_path / "heads.json"
     asked = ("sensitivity", home / "model", "--data", home / "text.txt", "--what", "heads")
-    options = ("--samples", 2, "--length", 16, "--mode", "exact", "--output", found, "--json")
+    options = ("--samples", 2, "--length", 16, "--mode", "exact", "--output", found, "-q", "--json")
     first = json.loads(worked(*asked, *options))
     assert first["units"] == "heads"
-    result = call(*asked, *options[:-1])
+    result = call(*asked, *options[:-2])
     assert (result.exit_code, "--resume" in result.stderr) == (1, True)
     again = json.loads(worked(*asked, *options, "--resume"))
     assert again["rows"] == first["rows"]

@@ -165,8 +165,8 @@ class _Walk:
                     if shape[1] % len(axis.labels) == 0:
                         lengths.setdefault(len(axis.labels), key)
         for axis in self.axes:
-            if len(axis.labels) > 1 and (key := lengths.get(len(axis.labels))):
-                why = f"{key}, which no example reads and which may belong to it"
+            if len(axis.labels) > 1 and (owner := lengths.get(len(axis.labels))):
+                why = f"{owner}, which no example reads and which may belong to it"
                 self.labels.freeze(axis.labels, why)
 
     def end(self) -> Trace:

@@ -38,9 +38,8 @@ def test_the_page_of_a_directory_lies_in_it(home):
     assert data_of(path)["total"] == expected.to_dict()["total"]
     html = path.read_text("utf-8")
     assert "Pruning report: pruned" in html
-    assert (
-        "torchprune.sparsify(model, torchprune.WandaSpec(pattern=&#39;2:4&#39;), batches)" in html
-    )
+    assert f"torchprune prune {home / 'model'}" in html
+    assert "--pattern 2:4" in html
     assert f"torchprune report {home / 'pruned'}" in html
     path.unlink()
 

@@ -99,16 +99,16 @@ def report(
 
         from torchprune.checkpoint.save_load import load
         from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
-        from torchprune.reports.page import joined, save_result
+        from torchprune.reports.page import joined, led_by, save_result
         from torchprune.reports.report import report as report_of
 
         found = report_of(load(directory))
         page = replace(found.page(), title=f"Pruning report: {directory.resolve().name}")
-        others: list[Page | Pairs] = []
+        measured: list[Page | Pairs] = []
         writes = dense is not None and tokens > 0
         if text is not None or writes:
             transformers = import_transformers(bars)
-            others += _measured(
+            measured = _measured(
                 lambda name: load_model(transformers, name, dtype.to_torch(), device_of(device)),
                 {**({"dense": dense} if dense else {}), "pruned": str(directory)},
                 load_tokenizer(transformers, tokenizer or str(directory), required=True),
@@ -121,13 +121,14 @@ def report(
                 say=say,
                 bars=bars,
             )
-        others += lying_in(directory)
+        others = lying_in(directory)
         options = {"--dense": dense, "--text": text, "--output": output}
         again = ["torchprune", "report", str(directory)]
         again += [word for k, v in options.items() if v is not None for word in (k, str(v))]
         made = commands_of(directory) or list(filter(None, [page.command]))
         command = "\n".join([*made, "# this page:", shlex.join(again)])
-        whole = replace(joined(page.title, page, *others) if others else page, command=command)
+        together = joined(page.title, page, *others) if others or measured else page
+        whole = replace(led_by(together, *measured), command=command)
         if output is None and not as_json:
             output = directory / "report.html"
         if output is not None:

@@ -138,6 +138,33 @@ def joined(title: str, first: Page | Shown, *others: Page | Shown | Section | Pa
     return replace(head, title=title, sections=sections, parts=parts, warnings=warnings, data=data)
 
 
+def led_by(head: Page, *first: Page | Pairs) -> Page:
+    """A page whose reader sees other things first: their figures and sections come before its own.
+
+    >>> first = Page("b", "", [Section("quality", ())])
+    >>> [y.title for y in led_by(Page("a", "", [Section("layers", ())]), first).sections]
+    ['quality', 'layers']
+    """
+    sections, facts = list[Section](), list[Fact]()
+    warnings, data = list[str](), dict[str, Any]()
+    for one in first:
+        if isinstance(one, Pairs):
+            sections.append(generations(one))
+            data[_new(one.title, data)] = {"pairs": [vars(pair) for pair in one.pairs]}
+        else:
+            sections += one.sections
+            facts += one.facts
+            warnings += one.warnings
+            data[_new(one.title, data)] = one.data
+    return replace(
+        head,
+        sections=[*sections, *head.sections],
+        facts=[*facts, *head.facts],
+        warnings=[*head.warnings, *warnings],
+        data={**head.data, **{_new(name, head.data): found for name, found in data.items()}},
+    )
+
+
 def generations(pairs: Pairs) -> Section:
     """What both models wrote, as a section."""
     return Section(

@@ -456,7 +456,7 @@ FAILURES: dict[str, tuple[str, Any]] = {
     "weights": ("torchprune.checkpoint.encoding.save_file", half_written),
     "manifest": ("torchprune.checkpoint.save_load.write_manifest", crash),
     "config": ("torchprune.checkpoint.save_load.write_config", crash),
-    "flush": ("torchprune.checkpoint.whole_files._flush", crash),
+    "flush": ("torchprune.checkpoint.whole_files.flush", crash),
     "exchange": ("torchprune.checkpoint.whole_files._exchange", crash),
 }
 

@@ -356,9 +356,15 @@ def test_no_gradients_are_left_behind(name: str) -> None:
 def test_what_cannot_change_costs_no_gradients() -> None:
     """A norm before all that learns: nothing flows back to it."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6))
     flows: list[bool] = []
-    module[0].register_forward_hook(lambda *given: flows.append(given[2].requires_grad))
+
+    class Norm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            flows.append(out.requires_grad)
+            return out
+
+    module = nn.Sequential(Norm(8), nn.Linear(8, 6))
     calls = [Call((torch.randn(1, 5, 8),), {}, [torch.randn(1, 5, 6)], [None], i) for i in range(4)]
     weight, bias = module[1].weight, module[1].bias.detach().clone()
     gain = reconstruct(Unit("", module, [], calls), [(weight, weight > 0)], SHORT)

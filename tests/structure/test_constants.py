@@ -182,6 +182,20 @@ def test_a_refused_shrink_takes_the_constants_back(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.ReLU, nn.Tanh])
+def test_one_unit_stays_and_speaks_for_itself(activation: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    first = nn.Linear(8, 16)
+    first.weight.data.zero_()
+    net = Sequential(first, activation(), nn.Linear(16, 4)).eval()
+    x = example(net)
+    want = outputs(net, x)
+    plan = torchprune.plan_shrink(net, x)
+    torchprune.shrink(net, plan)
+    assert net[0].out_features == 1
+    assert close(outputs(net, x), want, 1e-5)
+
+
 def test_masked_units_and_constants_go_together() -> None:
     torch.manual_seed(0)
     net = Sequential(cleared(nn.Linear(8, 32), bias=False), nn.Sigmoid(), nn.Linear(32, 4)).eval()

@@ -226,11 +226,18 @@ def test_zeros_without_masks_go_too() -> None:
     assert (model[0].out_features, model[2].in_features) == (20, 20)
 
 
-def test_a_unit_that_something_reads_stays() -> None:
+def test_a_unit_that_is_constant_goes_into_a_bias_or_stays() -> None:
     """Its own rows are zero, but the bias still speaks through it."""
     model, batch = FAMILIES["mlp"].make(), FAMILIES["mlp"].data()[0]
     with torch.no_grad():
         model[0].weight[3] = 0
+        before = outputs(model, batch)
+    plan = plan_shrink(model, batch)
+    assert [(r.before, r.after) for r in plan.removals] == [(24, 23)]
+    assert close(outputs(shrink(model, plan), batch), before, 1e-5)
+    with torch.no_grad():
+        model[0].weight[3] = 0
+    model[2].bias = None
     assert not plan_shrink(model, batch)
 
 
@@ -239,7 +246,8 @@ def test_the_last_unit_stays() -> None:
     with torch.no_grad():
         model[2].weight.zero_()
     plan = plan_shrink(model, batch)
-    assert [(r.before, r.after) for r in plan.removals] == [(24, 1)]
+    # what reads zeros gives its bias, whatever the input: so the next units are constant, too
+    assert [(r.before, r.after) for r in plan.removals] == [(24, 1), (20, 1)]
     assert "one stays" in str(plan)
     before = outputs(model, batch)
     assert close(outputs(shrink(model, plan), batch), before, 1e-5)

@@ -29,29 +29,31 @@ def when_imported(lessons: dict[str, Lesson]) -> None:
 
 
 class _Awaited(MetaPathFinder):
-    """Finds no module itself; tells when some have been imported."""
+    """Finds no module itself; tells when some have been imported. Whether a module is there may be
+    asked any number of times before.
+    """
 
     def __init__(self, waiting: dict[str, Lesson]) -> None:
-        self._waiting = waiting
+        self._waiting, self._asked = waiting, set[str]()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        lesson = self._waiting.pop(name, None)
-        if lesson is None:
+        if name not in self._waiting or name in self._asked:
             return None
-        spec = importlib.util.find_spec(name)
+        self._asked.add(name)  # the finders below are asked, and this one not again
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asked.discard(name)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            try:
-                execute(module)
-            except BaseException:
-                self._waiting[name] = lesson  # it may be tried again
-                raise
-            lesson(module)
+            execute(module)
+            if (lesson := self._waiting.pop(name, None)) is not None:
+                lesson(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -46,27 +46,39 @@ class Constants:
 
 
 def find_constants(
-    model: nn.Module, groups: Sequence[Group], slots: Mapping[str, Slot], calls: Sequence[Call]
+    model: nn.Module,
+    groups: Sequence[Group],
+    slots: Mapping[str, Slot],
+    calls: Sequence[Call],
+    unread: Mapping[int, Tensor],
 ) -> Constants:
-    """The constant units of some groups that everything that reads them can do without."""
+    """The constant units of some groups that everything that reads them can do without.
+
+    Args:
+        unread: for each group, by its id, the units that go anyway. One unit of each group stays.
+    """
     found = Constants()
     maybe = {id(g): c for g in groups if (c := _candidates(g, slots)).any()}
     asked = [g for g in groups if id(g) in maybe and _readers(g, slots) is not None]
     if not asked:
         return found
     readers = {m.key: slots[m.key] for g in asked for m in g.members if m.reads}
-    batch = calls[0].batch
-    spans = [_seen(model, readers, batch, seed) for seed in range(_DRAWS)]
-    here = _seen(model, readers, batch, None)
+    spans = [_seen(model, readers, calls[0].batch, seed) for seed in range(_DRAWS)]
+    here = _seen(model, readers, calls[0].batch, None)
+    trains = any(call.training for call in calls)
     gains: dict[str, Tensor] = {}
     for group in asked:
-        gone = maybe[id(group)]
-        for member in (m for m in group.members if m.reads):
-            if any(member.key not in span for span in (*spans, here)):
-                gone = torch.zeros_like(gone)
-                break
+        gone, reading = maybe[id(group)], [m for m in group.members if m.reads]
+        if any(m.key not in span for m in reading for span in (*spans, here)):
+            continue  # read elsewhere than in the first example
+        for member in reading:
             for low, high in (span[member.key] for span in (*spans, here)):
                 gone = gone & _by_unit(low == high, member, group.count)
+        if bool((gone | unread[id(group)]).all()):
+            gone[0] = False
+        if trains:  # statistics of batches may make another constant of it there
+            for member in reading:
+                gone = gone & _by_unit(here[member.key][0] == 0, member, group.count)
         gone = _foldable(group, gone, slots, here, gains, found.notes)
         if gone.any():
             found.gone[id(group)] = gone

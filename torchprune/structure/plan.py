@@ -138,10 +138,11 @@ def plan_shrink(
     notes += _unread_notes(traced.unread)
     removals = []
     groups = [g for g in structure.groups if not all(_inside(m.key, blocks) for m in g.members)]
-    constants = find_constants(model, groups, slots, calls)
+    unread = {id(group): _unread(group, slots) for group in groups}
+    constants = find_constants(model, groups, slots, calls, unread)
     notes += constants.notes
     for group in groups:
-        gone = _unread(group, slots) | constants.gone.get(id(group), torch.tensor(False))
+        gone = unread[id(group)] | constants.gone.get(id(group), torch.tensor(False))
         if gone.all():
             gone[0] = False
             notes.append(f"{group.name}: all {group.kind} are zero; one stays, as one must")

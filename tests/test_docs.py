@@ -238,7 +238,9 @@ def demo(stand_ins: pytest.MonkeyPatch) -> Any:
     return module
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
+@pytest.mark.parametrize(
+    "full", [False, pytest.param(True, marks=pytest.mark.sweep)], ids=["short", "full"]
+)
 def test_the_demo_runs(demo, tmp_path, capsys, full):
     options = ["--full"] * full
     assert demo.main([*options, "--artifacts", str(tmp_path / "artifacts")]) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from structures import close, outputs
+from sweeps import share
 from torch import Tensor, nn
 
 import torchprune
@@ -60,7 +61,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", share(MAKERS, 0, 2))
 @pytest.mark.parametrize("gone", [[0], [1, 3], [0, 1, 2]], ids=str)
 def test_blocks_of_any_name_go_and_come_back_from_a_file(
     name: str, gone: list[int], tmp_path: Path

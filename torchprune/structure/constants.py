@@ -90,7 +90,7 @@ def _candidates(group: Group, slots: Mapping[str, Slot]) -> Tensor:
     """(count,) bool: units that all matrices make zero, or that some vector multiplies by zero."""
     made, scaled = torch.zeros(group.count, dtype=torch.bool), torch.ones(group.count) > 0
     for member in group.members:
-        values = _effective(slots[member.key])
+        values = effective(slots[member.key])
         if member.reads:
             continue
         others = [axis for axis in range(values.dim()) if axis != member.axis]
@@ -111,7 +111,8 @@ def _present(member: Member, count: int) -> Tensor:
     return here
 
 
-def _effective(slot: Slot) -> Tensor:
+def effective(slot: Slot) -> Tensor:
+    """A tensor as the model uses it: with its mask, where it has one."""
     tensor = slot.tensor.detach()
     return tensor if slot.mask is None else masked(tensor, slot.mask.mask)
 
@@ -225,7 +226,7 @@ def _foldable(
         values = here[member.key][0]
         columns = member.indices(gone) & (values != 0)
         if columns.any():
-            weight = _effective(slots[member.key]).double().movedim(member.axis, -1)
+            weight = effective(slots[member.key]).double().movedim(member.axis, -1)
             own = weight[..., columns] * values[columns].to(weight)
             owner = member.key.removesuffix("weight") + "bias"
             gain = own.flatten(1).sum(1)

@@ -17,11 +17,10 @@ from torchprune.graph.groups import Frozen, Group, Structure, read_groups, reaso
 from torchprune.graph.labels import axes_of
 from torchprune.graph.trace import trace
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
-from torchprune.masking.packing import masked
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import every_layer, layers_of, repeated_blocks
 from torchprune.modes import calibration_mode
-from torchprune.structure.constants import Fold, find_constants
+from torchprune.structure.constants import Fold, effective, find_constants
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,17 +167,12 @@ def _inside(key: str, blocks: list[str]) -> bool:
     return any(key.startswith(f"{block}.") for block in blocks)
 
 
-def _effective(slot: Slot) -> Tensor:
-    tensor = slot.tensor.detach()
-    return tensor if slot.mask is None else masked(tensor, slot.mask.mask)
-
-
 def _unread(group: Group, slots: Mapping[str, Slot]) -> Tensor:
     """(count,) bool: the units that nothing reads, or whose weights are all zero."""
     read = torch.zeros(group.count, dtype=torch.bool)
     made = torch.zeros(group.count, dtype=torch.bool)
     for member in group.members:
-        values = _effective(slots[member.key])
+        values = effective(slots[member.key])
         if values.dim() < 2 and not member.reads:
             continue
         others = [a for a in range(values.dim()) if a != member.axis]
@@ -305,7 +299,7 @@ def _idle_blocks(model: nn.Module, calls: Sequence[Call]) -> tuple[list[str], li
 def _all_zero(block: nn.Module) -> bool:
     layers = list(layers_of(block)) or list(every_layer(block))
     slots = slots_of(block)
-    return bool(layers) and not any(_effective(slots[y.key]).any() for y in layers)
+    return bool(layers) and not any(effective(slots[y.key]).any() for y in layers)
 
 
 def _comparing(name: str, same: dict[str, bool]) -> Any:

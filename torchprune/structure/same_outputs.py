@@ -71,7 +71,7 @@ def _outputs(model: nn.Module, call: Call, seed: int) -> list[Tensor]:
     with left_as_is(model), mode, torch.no_grad():
         if not call.training:
             return _tensors(call.batch.run(model))
-        with torch.random.fork_rng(), _same_buffers(model):
+        with modes.random_numbers_kept(model), _same_buffers(model):
             torch.manual_seed(seed)
             return [tensor.clone() for tensor in _tensors(call.batch.run(model))]
 

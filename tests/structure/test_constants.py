@@ -56,6 +56,19 @@ class Residual(nn.Module):
         return self.last(torch.relu(self.one(x) + self.two(x)))
 
 
+class HalfDead(nn.Module):
+    """One way is multiplied by zero, the other is dead on these inputs, and may not be on others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = conv(3, 16), norm(weight=0, bias=0), conv(3, 16)
+        self.two.bias.data[FIVE] = -100
+        self.last = conv(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.one(x)) + torch.relu(self.two(x)))
+
+
 class TwoReaders(nn.Module):
     """One of the layers that read the constant can hold it, the other cannot."""
 
@@ -122,6 +135,7 @@ STAY: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "one reader cannot": (TwoReaders, "bad reads them"),
     "one of two ways": (lambda: Residual(both=False), ""),
+    "dead beside what is zero": (HalfDead, ""),
     "dead on these inputs": (
         lambda: Sequential(dead(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)),
         "",

@@ -57,7 +57,7 @@ class Residual(nn.Module):
 
 
 class HalfDead(nn.Module):
-    """One way is multiplied by zero, the other is dead on these inputs, and may not be on others."""
+    """One way is multiplied by zero; the other is dead here, and may not be on other inputs."""
 
     def __init__(self) -> None:
         super().__init__()

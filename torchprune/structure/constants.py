@@ -177,10 +177,10 @@ def _seen(
 
 
 def _drawn(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Each value times another number; zeros stay zeros."""
-    size = torch.rand(parameter.shape, generator=generator) + 0.5
-    sign = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
-    return parameter.detach() * (size * sign).to(parameter)
+    """Other values of a usual size where there are any, biases small: zeros stay zeros."""
+    wide = parameter.numel() / max(1, len(parameter)) if parameter.dim() > 1 else 100.0
+    values = torch.randn(parameter.shape, generator=generator) / wide**0.5
+    return values.to(parameter) * (parameter.detach() != 0)
 
 
 def _other(value: Any, generator: torch.Generator) -> Any:

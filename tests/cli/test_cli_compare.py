@@ -13,7 +13,7 @@ import torchprune
 from torchprune import MagnitudeSpec, NeuronSpec, SparseGPTSpec, WandaSpec
 from torchprune.cli.spec_texts import made, parsed
 from torchprune.specs.quantize import Int4
-from torchprune.study import evaluation
+from torchprune.study.tasks import evaluation
 
 
 @pytest.fixture(scope="module")

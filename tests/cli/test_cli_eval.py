@@ -11,7 +11,7 @@ import pytest
 from commands import call, complaint, make_home, worked
 from transformers import AutoTokenizer
 
-from torchprune.study.task_results import Evaluation
+from torchprune.study.tasks.task_results import Evaluation
 
 TASKS = Path(__file__).parents[1] / "study" / "tasks"
 LOCAL = ("--task-path", TASKS, "--limit", "5")

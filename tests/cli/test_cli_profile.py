@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import complaint, make_home, worked
 
-from torchprune.study.profile_results import Profile
+from torchprune.study.speed.profile_results import Profile
 
 FAST = ("--seconds", "0.001", "--no-prospects", "--forms", "eager,bitmask")
 

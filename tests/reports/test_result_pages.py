@@ -16,7 +16,7 @@ from torchprune.reports.pieces import Bars, Grid, Heat, Lines, Page, Pair, Pairs
 from torchprune.reports.spec_calls import spec_call
 from torchprune.reports.wording import PageError
 from torchprune.study.results import Comparison, ComparisonError, Row
-from torchprune.study.text_quality import mean_of, quality_page
+from torchprune.study.tasks.text_quality import mean_of, quality_page
 from torchprune.training.level_history import History, LevelRow
 
 

@@ -217,7 +217,7 @@ def test_endless_data_are_cut_and_the_row_says_so() -> None:
         (2, {"value": 2.0}),
         (torch.tensor(0.5), {"value": 0.5}),
         ({"a": torch.tensor([1.5]), "b": 2}, {"a": 1.5, "b": 2.0}),
-        (torchprune.study.evaluation.Perplexity(1.0, 2, 8), {"perplexity": math.e}),
+        (torchprune.study.tasks.evaluation.Perplexity(1.0, 2, 8), {"perplexity": math.e}),
     ],
     ids=["int", "tensor", "mapping", "perplexity"],
 )

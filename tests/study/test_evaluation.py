@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import torchprune
-from torchprune.study.evaluation import (
+from torchprune.study.tasks.evaluation import (
     EvaluationError,
     Perplexity,
     context_of,

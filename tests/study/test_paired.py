@@ -10,8 +10,8 @@ from statistics import stdev
 
 import pytest
 
-from torchprune.study import paired
-from torchprune.study.paired import (
+from torchprune.study.tasks import paired
+from torchprune.study.tasks.paired import (
     holm,
     mcnemar,
     paired_test,

@@ -14,14 +14,14 @@ from torch import nn
 import torchprune
 from torchprune import MagnitudeSpec
 from torchprune.calibration.batches import Batch
-from torchprune.study.forms import FORMS, copied
-from torchprune.study.layer_work import flops_of, held_bytes, read_bytes
-from torchprune.study.peak_memory import highest, peak_of
-from torchprune.study.profile import profile
-from torchprune.study.profile_records import ProfileError
-from torchprune.study.prospects import kernels_for_cpu, layers_to_change, shapes_of
-from torchprune.study.row_batches import row_batches
-from torchprune.study.speed_verdicts import HALVED
+from torchprune.study.speed.forms import FORMS, copied
+from torchprune.study.speed.layer_work import flops_of, held_bytes, read_bytes
+from torchprune.study.speed.peak_memory import highest, peak_of
+from torchprune.study.speed.profile import profile
+from torchprune.study.speed.profile_records import ProfileError
+from torchprune.study.speed.prospects import kernels_for_cpu, layers_to_change, shapes_of
+from torchprune.study.speed.row_batches import row_batches
+from torchprune.study.speed.speed_verdicts import HALVED
 
 
 def steady():
@@ -419,7 +419,7 @@ def test_models_threads_and_random_numbers_are_as_before(fails, monkeypatch):
         def stop(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("torchprune.study.profile.watch_layers", stop)
+        monkeypatch.setattr("torchprune.study.speed.profile.watch_layers", stop)
         with pytest.raises(KeyboardInterrupt):
             quick(model, x, against=dense, rows=2, **options)
     else:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from torchprune.study.layer_turns import watch_layers
-from torchprune.study.spreads import changed_sum, draws, latency_of, ratio_of
-from torchprune.study.turns import Pace, orders_of, take_turns
+from torchprune.study.speed.layer_turns import watch_layers
+from torchprune.study.speed.spreads import changed_sum, draws, latency_of, ratio_of
+from torchprune.study.speed.turns import Pace, orders_of, take_turns
 
 
 class Time:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchprune.study.profile_records import (
+from torchprune.study.speed.profile_records import (
     Cell,
     Contender,
     FlopCount,
@@ -16,9 +16,9 @@ from torchprune.study.profile_records import (
     ProfileError,
     Prospect,
 )
-from torchprune.study.profile_results import Profile
-from torchprune.study.speed_verdicts import ALIKE, growth_to, judged, standing, times_as
-from torchprune.study.spreads import Latency, Ratio
+from torchprune.study.speed.profile_results import Profile
+from torchprune.study.speed.speed_verdicts import ALIKE, growth_to, judged, standing, times_as
+from torchprune.study.speed.spreads import Latency, Ratio
 
 DENSE = Contender("dense", "eager", "dense", held=1000, read=1000)
 EAGER = Contender("eager", "eager", "folded", held=1000, read=1000)

@@ -21,10 +21,10 @@ from torchprune import (
     sensitivity,
 )
 from torchprune.errors import CalibrationError, SpecError, TargetError
-from torchprune.study import sensitivity as home
-from torchprune.study.costs import Cost, SensitivityError
-from torchprune.study.damage import Judge
-from torchprune.study.sensitivities import SensitivityResult
+from torchprune.study.costs import sensitivity as home
+from torchprune.study.costs.costs import Cost, SensitivityError
+from torchprune.study.costs.damage import Judge
+from torchprune.study.costs.sensitivities import SensitivityResult
 
 QUIET: dict[str, Any] = {"progress": False}
 LOSSES = ("llama", "gpt2", "t5", "mixtral")

@@ -14,11 +14,11 @@ from torch import nn
 from torchprune import evaluate, perplexity
 from torchprune.errors import InputError
 from torchprune.reports.pieces import Bars, Grid
-from torchprune.study.evaluation import EvaluationError
-from torchprune.study.paired import holm
-from torchprune.study.score_rows import Scores
-from torchprune.study.task_results import Evaluation
-from torchprune.study.verdicts import in_unit
+from torchprune.study.tasks.evaluation import EvaluationError
+from torchprune.study.tasks.paired import holm
+from torchprune.study.tasks.score_rows import Scores
+from torchprune.study.tasks.task_results import Evaluation
+from torchprune.study.tasks.verdicts import in_unit
 
 
 class Known(nn.Module):

@@ -30,11 +30,12 @@ from transformers import (
 import torchprune
 from torchprune import HeadSpec, MagnitudeSpec, NeuronSpec, evaluate
 from torchprune.errors import MissingExtraError
-from torchprune.study import task_runs
-from torchprune.study.evaluation import EvaluationError
-from torchprune.study.generations import Request, before_stop, texts_written
-from torchprune.study.harness_tasks import load_tasks, shipped_names
-from torchprune.study.language_model import LanguageModel
+from torchprune.study.tasks import task_runs
+from torchprune.study.tasks.evaluation import EvaluationError
+from torchprune.study.tasks.generations import Request, before_stop, texts_written
+from torchprune.study.tasks.harness_tasks import load_tasks, shipped_names
+from torchprune.study.tasks.language_model import LanguageModel
+from torchprune.study.tasks.task_results import Evaluation
 
 TASKS = Path(__file__).parent / "tasks"
 ALL = ["tiny_next_word", "tiny_rolling", "tiny_last_word", "tiny_writing"]
@@ -273,8 +274,8 @@ def test_scores_are_those_of_lm_evals_own_model(words, fewshot):
     from lm_eval.evaluator import evaluate as its_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from torchprune.study.harness import drawn_by, prepare
-    from torchprune.study.harness_tasks import quiet
+    from torchprune.study.tasks.harness import drawn_by, prepare
+    from torchprune.study.tasks.harness_tasks import quiet
 
     model = make()
     model.generation_config.eos_token_id = words.eos_token_id  # else it only skips that word
@@ -438,7 +439,7 @@ def test_pruned_beside_dense_and_going_on(words, tmp_path, monkeypatch):
     torchprune.sparsify(pruned, MagnitudeSpec(sparsity=0.7))
     path = tmp_path / "found.json"
     found = asked(pruned, words, against=dense, path=path)
-    assert torchprune.study.task_results.Evaluation.from_json(path.read_text("utf-8")) == found
+    assert Evaluation.from_json(path.read_text("utf-8")) == found
     by = {(row.task, row.metric): row for row in found.rows}
     assert by["tiny_rolling", "word_perplexity"].n == 6
     assert by["tiny_next_word", "mcc"].verdict == "not tested: no score of each example"

@@ -41,8 +41,8 @@ from torchprune import (
 from torchprune.errors import InputError
 from torchprune.specs.quantize import Int4
 from torchprune.structure.specs import HeadSpec
-from torchprune.study.proof import Proof
-from torchprune.study.verify import LAWS, verify
+from torchprune.study.proofs.proof import Proof
+from torchprune.study.proofs.verify import LAWS, verify
 
 HERE = tuple(law for law in LAWS if law not in ("reload", "lower"))
 """Those that need no other process and no kernels; the others are tested beside this file."""

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
-from torchprune.study import stock_child, stock_reload, stored_runs
-from torchprune.study.onnx_weights import read_graph, weights_in
-from torchprune.study.proof import Proof
-from torchprune.study.verify import LAWS, verify
+from torchprune.study.proofs import stock_child, stock_reload, stored_runs
+from torchprune.study.proofs.onnx_weights import read_graph, weights_in
+from torchprune.study.proofs.proof import Proof
+from torchprune.study.proofs.verify import LAWS, verify
 
 HERE = tuple(law for law in LAWS if law not in ("reload", "lower"))
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -110,7 +110,7 @@ def compare(
         from torchprune.calibration.text import tokenise
         from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.study.compare import compare as side_by_side
-        from torchprune.study.evaluation import default_seqlen, perplexity
+        from torchprune.study.tasks.evaluation import default_seqlen, perplexity
 
         specs = {label: made(*one) for label, one in asked.items()}
         store = _store(output, resume)

@@ -33,7 +33,7 @@ from torchprune.cli.documents import read_documents
 from torchprune.errors import InputError
 
 if TYPE_CHECKING:
-    from torchprune.study.evaluation import Perplexity
+    from torchprune.study.tasks.evaluation import Perplexity
 
 SUFFIXES = (".html", ".json", ".md", ".png", ".svg", ".pdf")
 
@@ -122,11 +122,11 @@ def evaluate(
 
         from torchprune.calibration.text import tokenise
         from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
-        from torchprune.study.evaluation import default_seqlen, perplexity
+        from torchprune.study.tasks.evaluation import default_seqlen, perplexity
 
         transformers = import_transformers(bars)
         if names:
-            from torchprune.study.harness_tasks import check_names
+            from torchprune.study.tasks.harness_tasks import check_names
 
             check_names(names, [task_path] if task_path else [])
         where = device_of(device)
@@ -148,7 +148,7 @@ def evaluate(
             reading.__name__ = Path(str(text)).name
             asked.insert(0, reading)
 
-        from torchprune.study.task_runs import evaluate as evaluate_tasks
+        from torchprune.study.tasks.task_runs import evaluate as evaluate_tasks
 
         found = evaluate_tasks(
             net,

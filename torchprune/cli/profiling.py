@@ -78,9 +78,9 @@ def profile(
         import torch
 
         from torchprune.cli.models import device_of, import_transformers, load_model
-        from torchprune.study.forms import chosen_forms
-        from torchprune.study.profile import profile as measured
-        from torchprune.study.profile_results import check_suffix
+        from torchprune.study.speed.forms import chosen_forms
+        from torchprune.study.speed.profile import profile as measured
+        from torchprune.study.speed.profile_results import check_suffix
 
         chosen_forms(names)
         check_suffix(output)

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from torchprune.reports.pieces import Page, Pairs
 
 READERS = {
-    "evaluation.json": ("torchprune.study.task_results", "Evaluation"),
-    "profile.json": ("torchprune.study.profile_results", "Profile"),
-    "sensitivity.json": ("torchprune.study.sensitivities", "SensitivityResult"),
+    "evaluation.json": ("torchprune.study.tasks.task_results", "Evaluation"),
+    "profile.json": ("torchprune.study.speed.profile_results", "Profile"),
+    "sensitivity.json": ("torchprune.study.costs.sensitivities", "SensitivityResult"),
     "comparison.json": ("torchprune.study.results", "Comparison"),
     "history.json": ("torchprune.training.level_history", "History"),
 }
@@ -180,9 +180,9 @@ def _measured(
 ) -> list[Page | Pairs]:
     """Perplexity and generations, one model in memory at a time."""
     from torchprune.calibration.text import tokenise
-    from torchprune.study.evaluation import default_seqlen
     from torchprune.study.side_by_side import PROMPTS, greedy, pairs_of
-    from torchprune.study.text_quality import quality_page, window_losses
+    from torchprune.study.tasks.evaluation import default_seqlen
+    from torchprune.study.tasks.text_quality import quality_page, window_losses
 
     ids = None if documents is None else tokenise(tokenizer, documents)
     losses: dict[str, list[float]] = {}

@@ -115,7 +115,7 @@ def sensitivity(
 
         # Usage is right: what follows needs torch, which takes seconds to import.
         from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
-        from torchprune.study.sensitivity import sensitivity as measured
+        from torchprune.study.costs.sensitivity import sensitivity as measured
 
         spec = made(*asked)
         sources = read_sources(data or (), column, progress=bars)

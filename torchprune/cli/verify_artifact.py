@@ -65,8 +65,8 @@ def verify(
             raise InputError(f"--output {output}: a proof is written as .html or .json")
 
         from torchprune.cli.models import device_of, import_transformers, load_model
-        from torchprune.study.verify import LAWS
-        from torchprune.study.verify import verify as check
+        from torchprune.study.proofs.verify import LAWS
+        from torchprune.study.proofs.verify import verify as check
 
         bars = bars_wanted(quiet or as_json)
         options: dict[str, Any] = {"progress": bars, "onnx": onnx, "laws": law or LAWS}

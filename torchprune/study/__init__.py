@@ -1,2 +1,1 @@
-"""Models compared, evaluated and asked what pruning would cost; imports `sparsify` and what stands
-below it."""
+"""Ways to prune one model side by side; imports `sparsify` and what stands below it."""

@@ -26,8 +26,8 @@ from torchprune.specs.functions import described
 from torchprune.specs.patterns import NM
 from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
-from torchprune.study.evaluation import Perplexity
 from torchprune.study.results import Comparison, ComparisonError, Row
+from torchprune.study.tasks.evaluation import Perplexity
 
 AnySpec = Spec | StructuredSpec | LayerSpec
 Measured = SupportsFloat | Mapping[str, SupportsFloat]

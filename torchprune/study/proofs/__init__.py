@@ -1,0 +1,1 @@
+"""The laws of a saved artifact, each checked again from its files and by running it."""

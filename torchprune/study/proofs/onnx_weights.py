@@ -1,0 +1,157 @@
+"""The weights in an ONNX file, those packed as bits and nonzeros unpacked, by their names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchprune.errors import CheckpointError
+from torchprune.study.proofs.proof import Breaches
+
+_PACKED = re.compile(r"(.+)\.bits")
+_PIECE = re.compile(r"(.+)\.(\d+)")
+MOST = 1 << 34
+"""Elements of the largest weight that is unpacked."""
+
+
+@dataclass(frozen=True, eq=False)
+class GraphWeight:
+    """One weight of a graph: its name there, its values, and whether it lay packed."""
+
+    name: str
+    value: Tensor
+    packed: bool
+
+
+def read_graph(path: Path) -> dict[str, Any]:
+    """The constants of a graph by name, as the file has them.
+
+    Raises:
+        CheckpointError: it is no ONNX file, or damaged.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=True)
+    except Exception as error:  # protobuf and onnx have errors of many kinds
+        raise CheckpointError(f"{path.name}: no ONNX file, or damaged ({error!s:.200})") from None
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def weights_in(constants: Mapping[str, Any]) -> Iterator[GraphWeight]:
+    """Every weight of two or more axes.
+
+    Raises:
+        CheckpointError: bits and values of one disagree.
+    """
+    packed: dict[str, list[str]] = {}
+    for name in constants:
+        if (found := _PACKED.fullmatch(name)) and f"{found[1]}.values" in constants:
+            stem = found[1]
+            piece = _PIECE.fullmatch(stem)
+            whole = piece[1] if piece and f"{piece[1]}.shape" in constants else stem
+            packed.setdefault(whole, []).append(stem)
+    parts = {f"{stem}{end}" for stems in packed.values() for stem in stems for end in _ENDS}
+    for whole, stems in packed.items():
+        yield GraphWeight(whole, _unpacked(whole, stems, constants), True)
+    for name, constant in constants.items():
+        if name not in parts and len(constant.dims) > 1 and not name.startswith("torchprune."):
+            yield GraphWeight(name, _array(constant), False)
+
+
+_ENDS = (".bits", ".values")
+
+
+def _array(constant: Any) -> Tensor:
+    import numpy as np
+    from onnx import numpy_helper
+
+    try:
+        array = np.ascontiguousarray(numpy_helper.to_array(constant))
+        return torch.from_numpy(array.copy())
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{constant.name}: cannot be read ({error!s:.200})") from None
+
+
+def _unpacked(whole: str, stems: list[str], constants: Mapping[str, Any]) -> Tensor:
+    if f"{whole}.shape" not in constants:
+        raise CheckpointError(f"{whole}: its shape is absent")
+    shape = [int(n) for n in _array(constants[f"{whole}.shape"]).tolist()]
+    size = math.prod(shape)
+    if min(shape, default=0) < 0 or size > MOST:
+        raise CheckpointError(f"{whole}: a shape of {shape!s:.80} is no weight's")
+
+    def number(stem: str) -> int:
+        return int(stem.rpartition(".")[2]) if len(stems) > 1 else 0
+
+    flat = [_piece(stem, constants) for stem in sorted(stems, key=number)]
+    value = torch.cat(flat)
+    if not size <= value.numel() < size + 8:
+        raise CheckpointError(f"{whole}: bits of {value.numel()} weights, expected {size}")
+    return value[:size].reshape(shape)
+
+
+def _piece(stem: str, constants: Mapping[str, Any]) -> Tensor:
+    bits = _array(constants[f"{stem}.bits"])
+    values = _array(constants[f"{stem}.values"])
+    if bits.dtype != torch.uint8 or values.dim() != 1 or not len(values):
+        raise CheckpointError(f"{stem}: bits {bits.dtype} and values {tuple(values.shape)}")
+    kept = ((bits.reshape(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1).bool()
+    if int(kept.sum()) != len(values) - 1 or bool(values[0] != 0):
+        raise CheckpointError(
+            f"{stem}: {int(kept.sum())} bits set but {len(values) - 1} values after "
+            f"the zero, which is {float(values[0]):g}"
+        )
+    out = torch.zeros(len(kept), dtype=values.dtype)
+    out[kept] = values[1:]
+    return out
+
+
+def owner_of(name: str, keys: Mapping[str, object]) -> str | None:
+    """Which of a model's tensors a graph's weight is, by the longest name that ends its own."""
+    stem = name.removesuffix("_quantized")
+    parts = stem.split(".")
+    for at in range(len(parts)):
+        if (key := ".".join(parts[at:])) in keys:
+            return key
+    return None
+
+
+def compare_weight(one: GraphWeight, key: str, weight: Tensor, found: Breaches) -> None:
+    """Note where a graph's weight differs from the folded one; products may hold it turned."""
+    value = one.value
+    if value.dtype in (torch.int8, torch.uint8):
+        ways = [w for w in _ways(weight) if w.shape == value.shape]
+        others = [int(((w == 0) & (value != 0)).sum()) for w in ways]
+        if value.dtype == torch.int8 and others and min(others):
+            found.add(key, "code 0 at pruned weights in the graph", f"{min(others):,} others")
+        return
+    fits = [w.to(value.dtype) for w in _ways(weight) if w.shape == value.shape]
+    if not fits:
+        found.add(key, f"a weight {tuple(weight.shape)} in the graph", tuple(value.shape))
+        return
+    wrong = [(int((w != value).sum()), w) for w in fits]
+    least, closest = min(wrong, key=lambda pair: pair[0])
+    if not least:
+        return
+    revived = int(((closest == 0) & (value != 0)).sum())
+    if revived:
+        found.add(key, "zeros in the graph where weights are pruned", f"{revived:,} are not zero")
+    if least - revived:
+        how = "unpacked" if one.packed else "stored"
+        found.add(key, f"the folded weight, {how} in the graph", f"{least - revived:,} differ")
+
+
+def _ways(weight: Tensor) -> list[Tensor]:
+    if weight.dim() == 2:
+        return [weight, weight.T]
+    if weight.dim() == 3:
+        return [weight, weight.transpose(1, 2)]
+    return [weight]

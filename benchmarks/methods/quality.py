@@ -35,7 +35,8 @@ import torchprune
 from torchprune import PCG, ADMMSpec, BestSpec, Reconstruct, RIASpec, SparseGPTSpec, WandaSpec
 from torchprune.checkpoint.whole_files import write_whole
 from torchprune.specs.spec import Spec
-from torchprune.study.results import Comparison, Row
+from torchprune.study.comparison_rows import Row
+from torchprune.study.results import Comparison
 
 sys.path.insert(0, str(ROOT / "examples"))
 import smollm2

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from torchprune.study.results import Comparison, Row
+from torchprune.study.comparison_rows import Row
+from torchprune.study.results import Comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,8 @@ from commands import SMALL, complaint, make_home, worked
 import torchprune
 from torchprune.cli.report_page import READERS, lying_in
 from torchprune.errors import InputError
-from torchprune.study.results import Comparison, Row
+from torchprune.study.comparison_rows import Row
+from torchprune.study.results import Comparison
 
 
 @pytest.fixture(scope="module")

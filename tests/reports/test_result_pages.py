@@ -15,7 +15,8 @@ from torchprune.reports.page import page_html
 from torchprune.reports.pieces import Bars, Grid, Heat, Lines, Page, Pair, Pairs, Prose
 from torchprune.reports.spec_calls import spec_call
 from torchprune.reports.wording import PageError
-from torchprune.study.results import Comparison, ComparisonError, Row
+from torchprune.study.comparison_rows import ComparisonError, Row
+from torchprune.study.results import Comparison
 from torchprune.study.tasks.text_quality import mean_of, quality_page
 from torchprune.training.level_history import History, LevelRow
 

@@ -37,7 +37,7 @@ from torchprune import (
 from torchprune.checkpoint.whole_files import write_whole
 from torchprune.errors import CalibrationError, MissingExtraError, SpecError
 from torchprune.reports.report import runs_of
-from torchprune.study.results import ComparisonError, Row, Spread
+from torchprune.study.comparison_rows import ComparisonError, Row, Spread
 from torchprune.testing import SmallModel, small_models, specs
 
 WIDTH = 16

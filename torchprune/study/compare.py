@@ -26,7 +26,8 @@ from torchprune.specs.functions import described
 from torchprune.specs.patterns import NM
 from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
-from torchprune.study.results import Comparison, ComparisonError, Row
+from torchprune.study.comparison_rows import ComparisonError, Row
+from torchprune.study.results import Comparison
 from torchprune.study.tasks.evaluation import Perplexity
 
 AnySpec = Spec | StructuredSpec | LayerSpec

@@ -6,84 +6,35 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from torchprune.errors import TorchpruneError, did_you_mean
+from torchprune.errors import did_you_mean
 from torchprune.reports.figure import SUFFIXES, Point, Series, draw
 from torchprune.reports.page import save_result
 from torchprune.reports.pieces import Fact, Grid, Page, Section
 from torchprune.reports.tables import Column, by_rich, markdown, plain
 from torchprune.reports.wording import number
 from torchprune.study.comparison_page import metric_section
+from torchprune.study.comparison_rows import (
+    ComparisonError,
+    Row,
+    Spread,
+    mean_of,
+    plain_metrics,
+    read_metrics,
+    read_rows,
+    spread_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "torchprune comparison 1"
 
-_TEXTS = ("label", "method", "options", "pattern", "draw", "spec", "data")
-_NUMBERS = ("sparsity", "share", "seconds")
 _X_LABELS = {"sparsity": "sparsity of the pruned layers", "share": "zeros of all parameters"}
-
-
-class ComparisonError(TorchpruneError, ValueError):
-    """A comparison cannot be made, resumed or read, or holds not what is asked of it."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One spec on one draw of calibration data.
-
-    Attributes:
-        label: the spec's name in the comparison.
-        method: how weights were chosen; for whole units, the score.
-        options: the spec's other options that are not its defaults.
-        pattern: which weights are zero together: a pattern, or "heads", "neurons", "channels",
-            "layers".
-        draw: the draw's name, "" where there is only one.
-        sparsity: zeros of all weights in the layers with masks, counted by `report`; None if the
-            run failed.
-        share: these zeros of all the model's parameters, pruned layers and others; None likewise.
-        metrics: what `eval_fn` gave, by name; empty if the run failed.
-        seconds: wall time of `sparsify`, informative: one run, on a machine that may be busy.
-        peak_held_bytes: the most that waiting calibration batches held; 0 without calibration.
-        notes: the report's notes and warnings.
-        error: why the run failed, or None.
-        spec: the spec's `repr`.
-        data: a digest of the calibration batches, "" without data.
-    """
-
-    label: str
-    method: str
-    options: str
-    pattern: str
-    draw: str
-    spec: str
-    data: str = ""
-    sparsity: float | None = None
-    share: float | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    seconds: float | None = None
-    peak_held_bytes: int = 0
-    notes: tuple[str, ...] = ()
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A figure over the draws: its mean, and its least and greatest value."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if self.low == self.high or math.isnan(self.mean):
-            return f"{self.mean:.4g}"
-        return f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
 @dataclass(frozen=True)
@@ -118,7 +69,7 @@ class Comparison:
         """
         self._check(metric)
         found = {label: self._values(label, metric) for label in self.labels}
-        return {label: _spread(y.values()) for label, y in found.items() if y}
+        return {label: spread_of(y.values()) for label, y in found.items() if y}
 
     def ratio(self, metric: str, baseline_label: str) -> dict[str, Spread]:
         """r = (value - dense) / (baseline - dense) for each label: its damage beside a baseline's.
@@ -156,7 +107,7 @@ class Comparison:
             values = self._values(label, metric)
             pairs = [(values[d], baseline[d]) for d in baseline if d in values]
             if pairs:
-                found[label] = _spread([(v - dense) / (b - dense) for v, b in pairs])
+                found[label] = spread_of([(v - dense) / (b - dense) for v, b in pairs])
         return found
 
     def __str__(self) -> str:
@@ -175,8 +126,8 @@ class Comparison:
         """Everything, as `from_json` reads it; inf and nan as strings."""
         record = {
             "format": FORMAT,
-            "dense": None if self.dense is None else _plain_metrics(self.dense),
-            "rows": [{**asdict(y), "metrics": _plain_metrics(y.metrics)} for y in self.rows],
+            "dense": None if self.dense is None else plain_metrics(self.dense),
+            "rows": [{**asdict(y), "metrics": plain_metrics(y.metrics)} for y in self.rows],
         }
         return json.dumps(record, indent=1, allow_nan=False)
 
@@ -195,8 +146,8 @@ class Comparison:
             got = found.get("format") if isinstance(found, dict) else type(found).__name__
             raise ComparisonError(f"no comparison: expected the format {FORMAT!r}, got {got!r}")
         try:
-            dense = None if found["dense"] is None else _read_metrics(found["dense"])
-            return cls(tuple(_read_row(item) for item in _as(list, found["rows"])), dense)
+            dense = None if found["dense"] is None else read_metrics(found["dense"])
+            return cls(read_rows(found["rows"]), dense)
         except KeyError as error:
             raise ComparisonError(f"a damaged comparison: {error} is absent") from None
         except (TypeError, ValueError) as error:
@@ -334,7 +285,7 @@ class Comparison:
         series: dict[tuple[str, str], list[Point]] = {}
         for label, y in spreads.items():
             good = [row for row in self.rows if row.label == label and metric in row.metrics]
-            where = _spread(getattr(row, x) for row in good).mean
+            where = spread_of(getattr(row, x) for row in good).mean
             method = " ".join(filter(None, (good[0].method, good[0].options)))
             points = series.setdefault((method, good[0].pattern), [])
             points.append(Point(where, y.mean, y.low, y.high))
@@ -383,10 +334,10 @@ class Comparison:
             label,
             rows[0].method,
             rows[0].pattern,
-            _mean((row.sparsity for row in good), ".2%"),
-            _mean((row.share for row in good), ".2%"),
-            *(str(_spread(v.values())) if v else "" for v in values),
-            _mean((row.seconds for row in good), ".1f"),
+            mean_of((row.sparsity for row in good), ".2%"),
+            mean_of((row.share for row in good), ".2%"),
+            *(str(spread_of(v.values())) if v else "" for v in values),
+            mean_of((row.seconds for row in good), ".1f"),
             f"{max(row.peak_held_bytes for row in good) / 2**20:.1f}" if good else "",
         ]
 
@@ -402,54 +353,3 @@ class Comparison:
             for error, on in failed.items()
         ]
         return "; ".join(dict.fromkeys([*(n for row in rows for n in row.notes), *errors]))
-
-
-def _spread(values: Iterable[float]) -> Spread:
-    some = list(values)
-    low, high = min(some), max(some)
-    return Spread(min(max(sum(some) / len(some), low), high), low, high)  # however it rounds
-
-
-def _mean(values: Iterable[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
-    return format(sum(known) / len(known), form) if known else ""
-
-
-# -- JSON ------------------------------------------------------------------------------------------
-
-
-def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    return {name: v if math.isfinite(v) else str(v) for name, v in metrics.items()}
-
-
-def _read_metrics(found: Any) -> dict[str, float]:
-    return {
-        name: float(value) if value in ("inf", "-inf", "nan") else _number(value)
-        for name, value in _as(dict, found).items()
-    }
-
-
-def _read_row(found: Any) -> Row:
-    item = _as(dict, found)
-    texts: dict[str, Any] = {name: _as(str, item[name]) for name in _TEXTS}
-    numbers: dict[str, Any] = {
-        name: None if item[name] is None else _number(item[name]) for name in _NUMBERS
-    }
-    return Row(
-        **texts,
-        **numbers,
-        metrics=_read_metrics(item["metrics"]),
-        peak_held_bytes=_as(int, item["peak_held_bytes"]),
-        notes=tuple(_as(str, note) for note in _as(list, item["notes"])),
-        error=None if item["error"] is None else _as(str, item["error"]),
-    )
-
-
-def _number(value: Any) -> float:
-    return float(value if type(value) is int else _as(float, value))
-
-
-def _as(kind: type[Any], value: Any) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, got {value!r:.60}")
-    return value

@@ -6,6 +6,7 @@ perplexity of held-out articles after Wanda and magnitude with budgets shared by
     python benchmarks/study/sensitivity.py rank --levels 0.5 --output rank.json  # resumes
     python benchmarks/study/sensitivity.py allocate --output allocate.json  # resumes
     python benchmarks/study/sensitivity.py allocate --methods best --rules uniform,sensitivity
+    python benchmarks/study/sensitivity.py heads --windows 32  # by the loss of numbers in the text
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import torchprune
-from torchprune import BestSpec, MagnitudeSpec, Sensitivity, WandaSpec
+from torchprune import BestSpec, HeadSpec, MagnitudeSpec, Sensitivity, WandaSpec
 from torchprune.specs.allocation import OWL, LeastError, Uneven
 from torchprune.specs.spec import Spec
 from torchprune.study.costs.sensitivities import SensitivityResult
@@ -137,10 +140,55 @@ def allocate(
     print(found.to_markdown())
 
 
+def heads(
+    options: argparse.Namespace, model: nn.Module, seen: list[Tensor], unseen: Tensor
+) -> None:
+    """Heads by a task's own loss: predicting the digits of a text, beside predicting all of it."""
+    words = smollm2.load_tokenizer()
+    digit = torch.tensor([words.decode([i]).strip().isdigit() for i in range(len(words))])
+
+    def numbers(net: nn.Module, batch: Any) -> Tensor:
+        ids = batch[0]
+        return net(ids, labels=ids.masked_fill(~digit[ids], -100)).loss
+
+    losses = {"all of the text": None, "its digits": numbers}
+    costs = {}
+    for name, loss in losses.items():
+        rows = torchprune.sensitivity(model, seen, HeadSpec(), loss=loss).rows
+        costs[name] = [float(row.taylor or 0) for row in rows]
+    print(f"rank correlation of heads' costs by the two: {spearman(*costs.values()):.3f}\n")
+    judged = unseen[: options.evaluate * options.length].view(-1, 1, options.length)
+    print("| one of three head groups goes, by | loss of digits | of the rest |\n|---|---:|---:|")
+    ways = {
+        "nothing": None,
+        **{f"Taylor, {n}": HeadSpec(0.34, score="taylor", loss=x) for n, x in losses.items()},
+        "flap": HeadSpec(0.34),
+    }
+    for name, spec in ways.items():
+        net = copy.deepcopy(model)
+        if spec is not None:
+            torchprune.sparsify(net, replace(spec, refit=False), seen, progress=False)
+        total, count = torch.zeros(2), torch.zeros(2)
+        with torch.no_grad():
+            for ids in judged:
+                found = torch.nn.functional.cross_entropy(
+                    net(ids).logits[0, :-1], ids[0, 1:], reduction="none"
+                )
+                for at, which in enumerate((digit[ids[0, 1:]], ~digit[ids[0, 1:]])):
+                    total[at] += found[which].sum()
+                    count[at] += which.sum()
+        print(
+            f"| {name} | {' | '.join(f'{x:.3f}' for x in (total / count).tolist())} |", flush=True
+        )
+
+
+PARTS = {"rank": rank, "allocate": allocate, "heads": heads}
+
+
 def main() -> None:
     """Run what the arguments ask for; results are kept in the output as they come."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("rank", "allocate"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--levels", default="0.5,0.6,0.7", help="sparsities")
     parser.add_argument("--methods", default="magnitude,wanda", help="of allocate")
     parser.add_argument("--rules", default="uniform,owl,error,sensitivity", help="of allocate")
@@ -158,7 +206,7 @@ def main() -> None:
         smollm2.windows(tokenizer, calibration, options.windows, options.length, 0).split(1)
     )
     unseen = smollm2.tokens(tokenizer, held_out)
-    {"rank": rank, "allocate": allocate}[options.part](options, model, seen, unseen)
+    PARTS[options.part](options, model, seen, unseen)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -37,11 +39,11 @@ def test_the_page_of_a_directory_lies_in_it(home):
     assert said.splitlines()[-1].startswith(f"wrote {path} (")
     expected = torchprune.report(torchprune.load(home / "pruned"))
     assert data_of(path)["total"] == expected.to_dict()["total"]
-    html = path.read_text("utf-8")
-    assert "Pruning report: pruned" in html
-    assert f"torchprune prune {home / 'model'}" in html
-    assert "--pattern 2:4" in html
-    assert f"torchprune report {home / 'pruned'}" in html
+    page = path.read_text("utf-8")
+    assert "Pruning report: pruned" in page
+    assert f"torchprune prune {home / 'model'}" in page
+    assert "--pattern 2:4" in page
+    assert f"torchprune report {home / 'pruned'}" in page
     path.unlink()
 
 
@@ -54,6 +56,11 @@ def test_dense_and_pruned_are_measured_and_read_side_by_side(home, tmp_path):
     )
     data = data_of(out)
     assert list(data) == ["Pruning report: pruned", "Perplexity", "Greedy continuations"]
+    shown = html.unescape(re.sub(r"</?(pre|code)[^>]*>", "\n", out.read_text("utf-8")))
+    (again,) = [line for line in shown.splitlines() if line.startswith("torchprune report")]
+    words = shlex.split(again)
+    for pair in (["--seqlen", "16"], ["--windows", "5"], ["--tokens", "4"], ["--prompt", "w<3>"]):
+        assert words[words.index(pair[1]) - 1] == pair[0]
     quality = data["Perplexity"]
     assert (quality["windows"], quality["seqlen"], quality["text"]) == (5, 16, "text.txt")
     ids = json.loads(

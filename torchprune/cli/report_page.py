@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -31,7 +30,9 @@ from torchprune.cli.console import (
     typer,
 )
 from torchprune.cli.documents import read_documents
-from torchprune.cli.run_files import commands_of
+from torchprune.cli.registry import options_of_command
+from torchprune.cli.run_files import commands_of, spoken
+from torchprune.cli.this_run import this_run
 from torchprune.errors import InputError, TorchpruneError
 
 if TYPE_CHECKING:
@@ -122,11 +123,10 @@ def report(
                 bars=bars,
             )
         others = lying_in(directory)
-        options = {"--dense": dense, "--text": text, "--output": output}
-        again = ["torchprune", "report", str(directory)]
-        again += [word for k, v in options.items() if v is not None for word in (k, str(v))]
-        made = commands_of(directory) or list(filter(None, [page.command]))
-        command = "\n".join([*made, "# this page:", shlex.join(again)])
+        commands = commands_of(directory) or list(filter(None, [page.command]))
+        if (run := this_run()) is not None:
+            commands += ["# this page:", spoken(run, options_of_command(run.command))]
+        command = "\n".join(commands)
         together = joined(page.title, page, *others) if others or measured else page
         whole = replace(led_by(together, *measured), command=command)
         if output is None and not as_json:

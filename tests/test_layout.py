@@ -31,8 +31,8 @@ ARROWS = {
     " lowering.kernels calibration masking specs modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
     " errors",
-    "sparsify": "allocation structure passes methods reports calibration masking specs modes"
-    " errors",
+    "sparsify": "allocation checkpoint structure passes methods reports calibration masking specs"
+    " modes errors",
     "export": "checkpoint structure passes reports lowering masking errors",
     "allocation": "checkpoint structure methods calibration masking specs modes errors",
     "checkpoint": "structure methods reports lowering masking specs errors",

@@ -36,8 +36,8 @@ ARROWS = {
     "study.tasks": "training checkpoint reports calibration specs modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
     " errors",
-    "sparsify": "allocation structure passes methods reports calibration masking specs modes"
-    " errors",
+    "sparsify": "allocation checkpoint structure passes methods reports calibration masking specs"
+    " modes errors",
     "export": "checkpoint structure passes reports lowering masking errors",
     "allocation": "checkpoint structure methods calibration masking specs modes errors",
     "checkpoint": "structure methods reports lowering masking specs errors",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -18,17 +20,20 @@ from torchprune.calibration.batches import ACCEPTED_DATA, Batch, read_batches
 from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.data import Data
 from torchprune.calibration.lockstep import Calibration, Unsurveyed
+from torchprune.calibration.same_problem import problem_of
 from torchprune.calibration.sources import Unforeseen
 from torchprune.calibration.survey import MOST_BATCHES, Survey, is_plain, survey
 from torchprune.calibration.token_masks import TokenMask
+from torchprune.checkpoint.decisions import Decisions
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.shards import sharded_in, whole_of
 from torchprune.masking.targets import Plan, make_plan
-from torchprune.masking.transaction import Changes, all_or_nothing
-from torchprune.methods.decide import decider_for, without_data
+from torchprune.masking.transaction import Change, Changes, all_or_nothing
+from torchprune.methods.decide import Decider, Part, decider_for, without_data
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord, remember_run
+from torchprune.specs.functions import described
 from torchprune.specs.goals import Goal
 from torchprune.specs.options import Reconstruct
 from torchprune.specs.spec import Spec
@@ -54,6 +59,7 @@ def sparsify(
     seed: int = 0,
     tokenizer: Any = None,
     token_mask: TokenMask = None,
+    path: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Prune a model in place: every chosen layer gets a mask as a parametrization.
 
@@ -85,6 +91,11 @@ def sparsify(
         token_mask: which tokens count, instead of what is found out: the name of a column of the
             batches, a function of a batch (as it was given), or a sequence of a tensor a batch;
             each (batch, length), True where a token counts, or None to find out.
+        path: a directory to keep decided layers in as they come, for methods that take data: after
+            an interruption the same call goes on from there, to the same bits. The batches walk
+            through the model again, and what was decided is not decided again. Refused for another
+            model, spec, data or other options. Delete it when the result is saved. Not kept are
+            CUDA's random numbers.
 
     Returns:
         the same model; for an `ExportedProgram` a new one.
@@ -92,10 +103,13 @@ def sparsify(
     Raises:
         SpecError, TargetError: the spec does not fit the model. Nothing was touched.
         CalibrationError: no usable data, or a layer's statistics are not finite.
+        CheckpointError: `path` holds something else, another run, or is damaged.
         InputError: texts that cannot be read, or that the tokenizer cannot take.
         Exception: whatever the model raises. After any error the model is as it was.
     """
     _check_request(spec, hold, keep_dense and not reversible)
+    if path is not None:
+        _check_kept(model, spec)
     calibration = Data(data, tokenizer, max_batches, seed, progress, token_mask)
     if type(model).__name__ == "ExportedProgram":
         for_modules = keep_dense or not reversible or hold is not None
@@ -104,7 +118,7 @@ def sparsify(
         raise SpecError(f"model must be a Module or an ExportedProgram, got {type(model).__name__}")
     run = RunRecord(spec=spec)
     if isinstance(spec, Spec):
-        _Weights(model, spec, calibration, run, keep_dense, reversible, hold).prune()
+        _Weights(model, spec, calibration, run, keep_dense, reversible, hold, path=path).prune()
     else:
         _check_unsharded(model, spec)
         _prune_structures(model, spec, calibration, run, keep_dense, reversible, hold)
@@ -127,6 +141,18 @@ def _check_request(spec: object, hold: object, contradictory: bool) -> None:
         raise SpecError(
             "keep_dense=True keeps what densify needs and reversible=False drops it: give one of "
             "them"
+        )
+
+
+def _check_kept(model: object, spec: Spec | StructuredSpec | LayerSpec) -> None:
+    """Refuse to keep what nothing is kept of."""
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"path keeps runs over a Module, got {type(model).__name__}; leave it out")
+    if not isinstance(spec, Spec) or not spec.needs_data:
+        why = "decides by weights alone" if isinstance(spec, Spec) else "decides all units at once"
+        raise SpecError(
+            f"path keeps layers as they are decided one after another on data, and "
+            f"{type(spec).__name__} {why}; leave it out"
         )
 
 
@@ -211,6 +237,8 @@ class _Weights:
     reversible: bool
     hold: torch.dtype | None
     way: Way | None = None
+    path: str | os.PathLike[str] | None = None
+    decisions: Decisions = field(default_factory=Decisions)
 
     def prune(self) -> None:
         """Select, calibrate, and in lockstep with that score, mask and attach."""
@@ -223,6 +251,9 @@ class _Weights:
         asker, windows = type(self.spec).__name__, self.spec.windows
         batches, notes = self.data.read(self.model, asker, at_least=windows)
         self.run.notes += notes
+        if self.path is not None:
+            asked = f"{described(self.spec)} hold={self.hold} seed={self.data.seed}"
+            self.decisions = Decisions(self.path, problem_of(self.model, [batches], asked))
         plan = plan or self.plan(survey(self.model, batches))
         notes = list(self.run.notes)
         try:
@@ -261,8 +292,10 @@ class _Weights:
 
     def _by_data(self, plan: Plan, batches: Sequence[Batch], *, surveyed: bool) -> None:
         model, spec, run = self.model, self.spec, self.run
-        if self.way is None or not self.way.goals:
-            plan, notes = allocated(model, plan, spec, batches, progress=self.data.progress)
+        self.decisions.begin()
+        if spec.uneven is not None and (self.way is None or not self.way.goals):
+            allocate = partial(allocated, model, plan, spec, batches, progress=self.data.progress)
+            plan, notes = self.decisions.allocation(plan, allocate)
             run.notes += notes
         plan = self._on_the_way(plan)
         own, notes = self.data.written_on(model, batches, spec.windows)
@@ -291,6 +324,7 @@ class _Weights:
     ) -> None:
         """Calibrate foreseeing which layers share their inputs; where that fails, without."""
         for foresee in (True, False):
+            self.decisions.begin()
             with suppress(Unforeseen), self._changing(plan) as changes:
                 if not foresee:
                     self.run.notes.append(
@@ -337,10 +371,11 @@ class _Weights:
             for stop in [calibration.collect()] if ahead else calibration.stops():
                 changes.settle()
                 with modes.exact():
-                    for change in decider.changes(stop):
-                        changes.stage(change)
-                        del waiting[change.target.layer.key]
-                        bar.update()
+                    for part in decider.parts(stop):
+                        for change in self._decided(decider, part):
+                            changes.stage(change)
+                            del waiting[change.target.layer.key]
+                            bar.update()
         changes.settle()
         with modes.exact():
             for target in waiting.values():
@@ -349,6 +384,13 @@ class _Weights:
         run.warnings.extend(decider.warnings)
         if gains:
             run.notes.append(summary_of(gains))
+
+    def _decided(self, decider: Decider, part: Part) -> list[Change]:
+        """The changes of layers of the same inputs, from an interrupted run if it kept them."""
+        targets = [target for some, _ in part for target in some]
+        return self.decisions.changes(
+            targets, lambda: list(decider.decided(part)), decider.warnings
+        )
 
     def _training(
         self, plan: Plan, changes: Changes, sampled: int, gains: list[Gain]
@@ -369,7 +411,8 @@ class _Weights:
                     if (mask := target.mask) is not None:  # a layer that no batch reached has none
                         stack.enter_context(mask.transparent())
                         weights.append((target.weight, mask.mask))
-                gains.append(reconstruct(unit, weights, options, sampled=sampled))
+                learn = partial(reconstruct, unit, weights, options, sampled=sampled)
+                gains.append(self.decisions.training(unit.name, weights, learn))
 
         return Ends(plan.blocks or {"": self.model}, train, options.alpha)
 

@@ -63,7 +63,7 @@ def test_wrong_usage(home: Path, tmp_path: Path) -> None:
     assert "no such directory" in complaint("verify", tmp_path / "nowhere")
     assert "no law is called 'weights'" in complaint("verify", home / "good", "--law", "weights")
     assert "no such file" in complaint("verify", home / "good", "--onnx", tmp_path / "x.onnx")
-    assert ".html or .json" in complaint("verify", home / "good", "-o", tmp_path / "x.txt")
+    assert "one of .html, .json" in complaint("verify", home / "good", "-o", tmp_path / "x.txt")
     assert "no such directory" in complaint(
         "verify", home / "good", "--law", "dense", "--dense", "./no-model"
     )

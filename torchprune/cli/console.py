@@ -6,8 +6,9 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -62,6 +63,27 @@ QuietOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Options of how a command speaks. (See `registry` for what becomes of such a class.)"""
+
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+    debug: DebugOption = False
+
+    def say(self, text: str) -> None:
+        """Tell of progress: on standard output, or beside it where that is for JSON."""
+        if not self.quiet:
+            typer.echo(text, err=self.as_json)
+
+    @property
+    def bars(self) -> bool:
+        """Whether to draw progress bars: for a person at a terminal who did not ask for quiet."""
+        return not (self.quiet or self.as_json) and sys.stderr.isatty()
+
+
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -179,17 +201,6 @@ ResumeOption = Annotated[
 ]
 
 
-def speaker(quiet: bool) -> Callable[[str], None]:
-    """What tells of progress: on standard output, or beside it where that is for JSON."""
-    beside = json_wanted()
-
-    def say(text: str) -> None:
-        if not quiet:
-            typer.echo(text, err=beside)
-
-    return say
-
-
 def print_json(data: Mapping[str, Any]) -> None:
     """The one object of a command that was asked for `--json`; what is no number is a string."""
     typer.echo(json.dumps(_plain(data), allow_nan=False))
@@ -203,11 +214,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path) else value
-
-
-def bars_wanted(quiet: bool) -> bool:
-    """Whether to draw progress bars: for a person at a terminal who did not ask for quiet."""
-    return not quiet and sys.stderr.isatty()
 
 
 @contextmanager

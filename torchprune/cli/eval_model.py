@@ -11,25 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 from torchprune.cli.console import (
     AgainstOption,
     ColumnOption,
-    DebugOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
     MaybeText,
     ModelOption,
     OutputOption,
-    QuietOption,
     SeedOption,
     SeqlenOption,
+    Speech,
     TokenizerOption,
     WindowsOption,
-    bars_wanted,
     one_line,
     print_json,
     typer,
 )
 from torchprune.cli.documents import read_documents
+from torchprune.cli.loading import Loading
+from torchprune.cli.result_files import check_form
 from torchprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -91,11 +87,8 @@ def evaluate(
     tokenizer: TokenizerOption = None,
     seed: SeedOption = 0,
     output: OutputOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    loading: Loading = Loading(),
+    speech: Speech = Speech(),
 ) -> None:
     """Measure a pruned or a dense model: perplexity on a text, scores on tasks, or both.
 
@@ -114,24 +107,23 @@ def evaluate(
 
       torchprune eval smol-2of4 --tasks ours --task-path tasks --output found.json
     """
-    with one_line(debug):
-        bars = bars_wanted(quiet or as_json)
+    with one_line(speech.debug):
+        bars = speech.bars
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        _check(text, names, task_path, output)
+        _check(text, names, task_path)
+        check_form(output, SUFFIXES, "an evaluation")
         documents = None if text is None else read_documents(text, column, progress=bars)
 
         from torchprune.calibration.text import tokenise
-        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.study.tasks.evaluation import default_seqlen, perplexity
 
-        transformers = import_transformers(bars)
+        loader = loading.loader(bars)
         if names:
             from torchprune.study.tasks.harness_tasks import check_names
 
             check_names(names, [task_path] if task_path else [])
-        where = device_of(device)
-        net = load_model(transformers, model, dtype.to_torch(), where)
-        known = load_tokenizer(transformers, tokenizer or model, required=True)
+        net = loader.model(model)
+        known = loader.tokenizer(tokenizer or model, required=True)
         asked: list[Any] = list(names)
         if documents is not None:
             ids = tokenise(known, documents)
@@ -143,7 +135,7 @@ def evaluate(
                 return perplexity(read, ids, seqlen=length, batch_size=size, progress=bars)
 
             if not names and against is None and output is None:
-                _tell(reading(net), as_json)
+                _tell(reading(net), speech.as_json)
                 return
             reading.__name__ = Path(str(text)).name
             asked.insert(0, reading)
@@ -154,9 +146,7 @@ def evaluate(
             net,
             asked,
             tokenizer=known,
-            against=_dense(
-                against, lambda name: load_model(transformers, name, dtype.to_torch(), where)
-            ),
+            against=_dense(against, loader.model),
             limit=limit,
             batch_size=batch_size or 8,
             num_fewshot=num_fewshot,
@@ -180,16 +170,14 @@ def evaluate(
         found = replace(found, command=_command(model, options, chat_template))
         if output is not None:
             found.save(output)
-        typer.echo(found.to_json() if as_json else str(found))
+        typer.echo(found.to_json() if speech.as_json else str(found))
 
 
-def _check(text: str | None, names: list[str], folder: Path | None, output: Path | None) -> None:
+def _check(text: str | None, names: list[str], folder: Path | None) -> None:
     if text is None and not names:
         raise typer.BadParameter("Missing option: --text, --tasks or both")
     if folder is not None and not folder.is_dir():
         raise InputError(f"no such directory of tasks: {folder}")
-    if output is not None and output.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{output}: an evaluation is saved as one of {', '.join(SUFFIXES)}")
 
 
 def _dense(name: str | None, load: Callable[[str], Any]) -> Any:

@@ -7,18 +7,16 @@ from importlib import import_module
 from typing import Annotated, Any
 
 from torchprune.cli.console import (
-    DebugOption,
     Dtype,
     DtypeOption,
-    JsonOption,
     ModelOption,
     NeededOutput,
-    QuietOption,
-    bars_wanted,
+    Speech,
     one_line,
     print_json,
     typer,
 )
+from torchprune.cli.loading import Loading
 from torchprune.cli.saving import with_memory
 from torchprune.errors import InputError
 
@@ -64,9 +62,7 @@ def export(
         ),
     ] = None,
     dtype: DtypeOption = Dtype.auto,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    speech: Speech = Speech(),
 ) -> None:
     """Write a pruned model for another runtime, masks folded, and compare it with torch.
 
@@ -83,18 +79,16 @@ def export(
 
       torchprune export smol-2of4 --to hf --output smol-folded
     """
-    with one_line(debug):
+    with one_line(speech.debug):
         if (int8 or keep_float) and to is not Format.onnx:
             raise InputError("--int8 and --keep-float are for --to onnx")
 
         # Usage is right: what follows needs torch, which takes seconds to import.
-        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
-
-        transformers = import_transformers(bars_wanted(quiet or as_json))
-        net = load_model(transformers, model, dtype.to_torch(), device_of("cpu"))
+        loader = Loading(dtype, "cpu").loader(speech.bars)
+        net = loader.model(model)
         writers = import_module("torchprune.export")
         if to is Format.hf:
-            tokenizer = load_tokenizer(transformers, model, required=False)
+            tokenizer = loader.tokenizer(model, required=False)
             writers.to_hf(net, output, tokenizer=with_memory(tokenizer, model))
             told, figures = f"wrote {output}", dict[str, Any](path=str(output))
         else:
@@ -107,7 +101,7 @@ def export(
             report = getattr(writers, f"to_{to.value}")(net, output, tokens, **options)
             told = str(report)
             figures = dict(vars(report))
-        if as_json:
+        if speech.as_json:
             print_json(figures)
-        elif not quiet:
+        elif not speech.quiet:
             typer.echo(told)

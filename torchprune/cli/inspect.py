@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from torchprune.cli.console import (
-    DebugOption,
-    JsonOption,
-    QuietOption,
     SavedArgument,
+    Speech,
     one_line,
     print_json,
     typer,
@@ -20,9 +18,7 @@ from torchprune.errors import InputError
 
 def inspect(
     directory: SavedArgument,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    speech: Speech = Speech(),
 ) -> None:
     """Show what pruning did: each layer's pattern, its zeros as counted now, its error.
 
@@ -37,16 +33,16 @@ def inspect(
 
       torchprune inspect ~/models/somebodys-sparse-llama
     """
-    with one_line(debug):
+    with one_line(speech.debug):
         if not directory.is_dir():
             raise InputError(f"no such directory: {directory}")
         made_by = commands_of(directory)
         found = _found(directory)
-        if as_json:
+        if speech.as_json:
             print_json({**found.to_dict(), **({"commands": made_by} if made_by else {})})
             return
         typer.echo(str(found))
-        if made_by and not quiet:
+        if made_by and not speech.quiet:
             typer.echo("\n".join(["made by:", *(f"  {line}" for line in made_by)]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,28 @@ from torchprune.checkpoint.save_load import load
 from torchprune.cli.documents import looks_like_path
 from torchprune.cli.hub import fetched
 from torchprune.errors import InputError, MissingExtraError
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads what commands name, in one dtype and onto one device.
+
+    Attributes:
+        dtype: None is each checkpoint's own.
+        bars: whether transformers may show its progress bars.
+    """
+
+    dtype: torch.dtype | None
+    device: torch.device
+    bars: bool
+
+    def model(self, name: str) -> Any:
+        """As `load_model`."""
+        return load_model(import_transformers(self.bars), name, self.dtype, self.device)
+
+    def tokenizer(self, name: str, *, required: bool) -> Any:
+        """As `load_tokenizer`."""
+        return load_tokenizer(import_transformers(self.bars), name, required=required)
 
 
 def device_of(name: str) -> torch.device:

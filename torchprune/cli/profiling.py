@@ -6,18 +6,13 @@ from typing import Annotated
 
 from torchprune.cli.console import (
     AgainstOption,
-    DebugOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
     ModelOption,
     OutputOption,
-    QuietOption,
-    bars_wanted,
+    Speech,
     one_line,
     typer,
 )
+from torchprune.cli.loading import Loading
 
 
 def profile(
@@ -52,11 +47,8 @@ def profile(
         int | None, typer.Option(min=1, help="Default: torch's own.", show_default=False)
     ] = None,
     output: OutputOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    loading: Loading = Loading(),
+    speech: Speech = Speech(),
 ) -> None:
     """Measure a model's speed, memory and arithmetic in every form it can run in.
 
@@ -70,26 +62,22 @@ def profile(
 
       torchprune profile smol-2of4 --forms eager,bitmask --output profile.json
     """
-    with one_line(debug):
+    with one_line(speech.debug):
         wanted = _numbers(rows)
         names = None if forms is None else [name.strip() for name in forms.split(",")]
 
         # Usage is right: what follows needs torch, which takes seconds to import.
         import torch
 
-        from torchprune.cli.models import device_of, import_transformers, load_model
         from torchprune.study.speed.forms import chosen_forms
         from torchprune.study.speed.profile import profile as measured
         from torchprune.study.speed.profile_results import check_suffix
 
         chosen_forms(names)
         check_suffix(output)
-        bars = bars_wanted(quiet or as_json)
-        transformers, where = import_transformers(bars), device_of(device)
-        net = load_model(transformers, model, dtype.to_torch(), where)
-        dense = None
-        if against is not None:
-            dense = load_model(transformers, against, dtype.to_torch(), where)
+        loader = loading.loader(speech.bars)
+        net = loader.model(model)
+        dense = None if against is None else loader.model(against)
         vocabulary = net.get_input_embeddings().num_embeddings
         found = measured(
             net,
@@ -101,11 +89,11 @@ def profile(
             per_layer=per_layer,
             prospects=prospects,
             threads=threads,
-            progress=bars,
+            progress=speech.bars,
         )
         if output is not None:
             found.save(output)
-        if as_json:
+        if speech.as_json:
             typer.echo(found.to_json())
         else:
             typer.echo(str(found))

@@ -9,31 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from torchprune.cli.console import (
-    ChatOption,
-    ColumnOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    HfOption,
     IgnoreOption,
-    JsonOption,
-    LengthOption,
     ModelOption,
-    OutputOption,
-    QuietOption,
-    SamplesOption,
-    SeedOption,
+    Speech,
     TargetOption,
-    bars_wanted,
     one_line,
     print_json,
-    speaker,
     typer,
 )
-from torchprune.cli.samples import calibration_of, parted, read_sources
-from torchprune.cli.saving import check_free, new_directory, save_all
+from torchprune.cli.loading import Loading
+from torchprune.cli.samples import Calibration, parted
+from torchprune.cli.saving import Destination
 from torchprune.cli.spec import (
     Allocation,
     AllocationOption,
@@ -78,12 +64,7 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    data: DataOption = None,
-    column: ColumnOption = "text",
-    chat: ChatOption = True,
-    samples: SamplesOption = 32,
-    length: LengthOption = 512,
-    seed: SeedOption = 0,
+    calibration: Calibration = Calibration(),
     target: TargetOption = None,
     ignore: IgnoreOption = None,
     override: Annotated[
@@ -95,8 +76,7 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    output: OutputOption = None,
-    hf: HfOption = None,
+    destination: Destination = Destination(),
     effort: EffortOption = None,
     refine: RefineOption = None,
     alpha: AlphaOption = None,
@@ -104,11 +84,8 @@ def prune(
     permute: PermuteOption = False,
     allocation: AllocationOption = Allocation.uniform,
     quantize: QuantizeOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    loading: Loading = Loading(),
+    speech: Speech = Speech(),
 ) -> None:
     """Prune a causal language model and save it.
 
@@ -141,16 +118,15 @@ def prune(
 
       torchprune prune --config project.toml --sparsity 0.6
     """
-    with one_line(debug):
-        say, bars = speaker(quiet), bars_wanted(quiet or as_json)
+    with one_line(speech.debug):
+        say, bars = speech.say, speech.bars
         better = better_options(
             method, effort, refine, alpha, reconstruct, permute, allocation, quantize
         )
         other_goals = dict(map(override_of, override or ()))
-        names = [parted(item)[0] for item in data or ()]
+        names = [parted(item)[0] for item in calibration.data or ()]
 
         # Usage is right: what follows needs torch, which takes seconds to import.
-        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.reports.report import report, runs_of
         from torchprune.sparsify import sparsify
 
@@ -163,45 +139,40 @@ def prune(
             overrides=other_goals,
             **as_values(better),
         )
-        where = device_of(device)
-        if output is None and hf is None:
-            output = new_directory(_words(model, spec, better))
-        check_free(output, hf)
+        loader = loading.loader(bars)
+        place = destination.or_new(_words(model, spec, better))
+        place.check_free()
         reads = bool(names) and spec.needs_data
-        sources = read_sources(data or (), column, progress=bars) if reads else []
+        sources = calibration.sources(bars) if reads else []
         if names and not reads:
             say(f"{method.value} needs no data: {' and '.join(names)} is not read")
 
         say(f"loading {model}")
-        transformers = import_transformers(bars)
-        net = load_model(transformers, model, dtype.to_torch(), where)
-        tokenizer = load_tokenizer(transformers, model, required=reads)
+        net = loader.model(model)
+        tokenizer = loader.tokenizer(model, required=reads)
         batches, note = None, ""
         if spec.needs_data:
-            batches, note = calibration_of(
-                net,
-                tokenizer,
-                sources,
-                samples=samples,
-                length=length,
-                seed=seed,
-                chat=chat,
-                say=say,
-                progress=bars,
-            )
+            batches, note = calibration.windows(net, tokenizer, sources, say=say, progress=bars)
         say(f"pruning by {method.value} to {spec.goal}")
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=__name__)  # sparsify's own are in the report
-            sparsify(net, spec, batches, progress=bars, max_batches=samples, seed=seed)
+            sparsify(
+                net,
+                spec,
+                batches,
+                progress=bars,
+                max_batches=calibration.samples,
+                seed=calibration.seed,
+            )
         say(f"pruned in {time.perf_counter() - started:.1f} s")
         if note:
             runs_of(net)[-1].notes.append(note)
         found = report(net)
-        if not as_json:
+        if not speech.as_json:
             typer.echo(str(found))
-        saved = save_all(net, tokenizer, model, output, hf, say)
-        if as_json:
+        saved = place.save(net, tokenizer, model, say)
+        if speech.as_json:
             print_json({**found.to_dict(), **saved})
 
 

@@ -1,12 +1,18 @@
-"""How a function becomes a command: with `--config` and `--write-config`, known while it runs."""
+"""How a function becomes a command: with `--config` and `--write-config`, known while it runs.
+
+Options that commands share stand in frozen dataclasses whose fields are annotated as typer reads
+them. A parameter of such a class is, on the command line and in files, all its fields in their
+order; the defaults are those of the parameter's default, and the function is called with one value.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from torchprune.cli.console import one_line, typer
 from torchprune.cli.run_files import Option, options_of, read_options, write_options
@@ -40,7 +46,8 @@ def options_of_command(name: str) -> dict[str, Option]:
 
 
 def _told(run: Callable[..., None], name: str) -> Callable[..., None]:
-    signature = inspect.signature(run, eval_str=True)
+    written = inspect.signature(run, eval_str=True)
+    signature = spread(written)
     options = _known[name] = options_of(signature)
 
     def read(context: typer.Context, file: Path | None) -> Path | None:
@@ -62,7 +69,7 @@ def _told(run: Callable[..., None], name: str) -> Callable[..., None]:
             if target is not None:
                 with one_line(bool(given.get("debug"))):
                     write_options(target, now)
-            run(**given)
+            run(**grouped(written, given))
 
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
     added = [
@@ -74,6 +81,38 @@ def _told(run: Callable[..., None], name: str) -> Callable[..., None]:
     told.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
     del told.__wrapped__  # whose annotations are other ones
     return told
+
+
+def spread(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with the fields of shared options in their places."""
+    spread: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        kind = parameter.annotation
+        if not is_dataclass(kind):
+            spread.append(parameter)
+            continue
+        hints = get_type_hints(kind, include_extras=True)
+        spread += [
+            parameter.replace(
+                name=field.name,
+                default=getattr(parameter.default, field.name),
+                annotation=hints[field.name],
+            )
+            for field in fields(kind)
+        ]
+    return signature.replace(parameters=spread)
+
+
+def grouped(signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function is called with: shared options together again."""
+    found: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        kind = parameter.annotation
+        if isinstance(kind, type) and is_dataclass(kind):
+            found[name] = kind(**{field.name: given[field.name] for field in fields(kind)})
+        else:
+            found[name] = given[name]
+    return found
 
 
 def _config(read: Callable[..., Path | None]) -> Any:

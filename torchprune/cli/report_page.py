@@ -10,27 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from torchprune.cli.console import (
     ColumnOption,
-    DebugOption,
     DenseOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
     MaybeText,
     OutputOption,
-    QuietOption,
     SavedArgument,
     SeqlenOption,
+    Speech,
     TokenizerOption,
     WindowsOption,
-    bars_wanted,
     one_line,
     print_json,
-    speaker,
     typer,
 )
 from torchprune.cli.documents import read_documents
+from torchprune.cli.loading import Loading
 from torchprune.cli.registry import options_of_command
+from torchprune.cli.result_files import check_form
 from torchprune.cli.run_files import commands_of, spoken
 from torchprune.cli.this_run import this_run
 from torchprune.errors import InputError, TorchpruneError
@@ -70,11 +65,8 @@ def report(
         int, typer.Option(min=0, help="New tokens for each prompt; 0 writes none.")
     ] = 48,
     tokenizer: TokenizerOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    loading: Loading = Loading(),
+    speech: Speech = Speech(),
 ) -> None:
     """Write a page about a pruned model: one file, no network.
 
@@ -89,17 +81,16 @@ def report(
 
       torchprune report smol-2of4 --dense ./model --text held-out.txt --output smol.html
     """
-    with one_line(debug):
+    with one_line(speech.debug):
         if prompt and dense is None:
             raise typer.BadParameter("--prompt needs --dense: the texts stand side by side")
         if not directory.is_dir():
             raise InputError(f"no such directory: {directory}")
-        _check_suffix(output)
-        say, bars = speaker(quiet or as_json), bars_wanted(quiet or as_json)
+        check_form(output, (".html", ".json", ".png", ".svg", ".pdf"), "a report")
+        say, bars = replace(speech, quiet=speech.quiet or speech.as_json).say, speech.bars
         documents = None if text is None else read_documents(text, column, progress=bars)
 
         from torchprune.checkpoint.save_load import load
-        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.reports.page import joined, led_by, save_result
         from torchprune.reports.report import report as report_of
 
@@ -108,11 +99,11 @@ def report(
         measured: list[Page | Pairs] = []
         writes = dense is not None and tokens > 0
         if text is not None or writes:
-            transformers = import_transformers(bars)
+            loader = loading.loader(bars)
             measured = _measured(
-                lambda name: load_model(transformers, name, dtype.to_torch(), device_of(device)),
+                loader.model,
                 {**({"dense": dense} if dense else {}), "pruned": str(directory)},
-                load_tokenizer(transformers, tokenizer or str(directory), required=True),
+                loader.tokenizer(tokenizer or str(directory), required=True),
                 documents,
                 text=Path(text).name if text else "",
                 seqlen=seqlen,
@@ -129,12 +120,12 @@ def report(
         command = "\n".join(commands)
         together = joined(page.title, page, *others) if others or measured else page
         whole = replace(led_by(together, *measured), command=command)
-        if output is None and not as_json:
+        if output is None and not speech.as_json:
             output = directory / "report.html"
         if output is not None:
             save_result(output, whole, found.figure)
             say(f"wrote {output} ({output.stat().st_size:,} bytes)")
-        if as_json:
+        if speech.as_json:
             print_json(whole.data)
 
 
@@ -155,13 +146,6 @@ def lying_in(directory: Path) -> list[Page]:
             raise InputError(f"{path}: {error}") from error
         pages.append(result.page())
     return pages
-
-
-def _check_suffix(output: Path | None) -> None:
-    """Before the work and not after it."""
-    known = (".html", ".json", ".png", ".svg", ".pdf")
-    if output is not None and output.suffix.lower() not in known:
-        raise InputError(f"{output}: it is saved as one of {', '.join(known)}")
 
 
 def _measured(

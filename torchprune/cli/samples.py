@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchprune.cli.console import (
+    ChatOption,
+    ColumnOption,
+    DataOption,
+    LengthOption,
+    SamplesOption,
+    SeedOption,
+)
 from torchprune.cli.documents import read_rows
 from torchprune.errors import InputError
 
@@ -30,6 +38,61 @@ class Source:
     weight: float = 1.0
     texts: Sequence[str] = ()
     conversations: Sequence[Any] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Options of what calibrates. (See `registry` for what becomes of such a class.)"""
+
+    data: DataOption = None
+    column: ColumnOption = "text"
+    chat: ChatOption = True
+    samples: SamplesOption = 32
+    length: LengthOption = 512
+    seed: SeedOption = 0
+
+    def sources(self, progress: bool) -> list[Source]:
+        """What `--data` names, read.
+
+        Raises:
+            InputError: as for `read_sources`.
+        """
+        return read_sources(self.data or (), self.column, progress=progress)
+
+    def windows(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sources: Sequence[Source],
+        *,
+        say: Say,
+        progress: bool,
+        writer: Any = None,
+    ) -> tuple[list[Tensor] | None, str]:
+        """Windows (1, length) for a model, and what to note of them.
+
+        Args:
+            sources: what was given; none, and the model writes them itself.
+            writer: who writes in the model's place.
+
+        Returns:
+            no windows where none are given and the writer can write none.
+        """
+        from torchprune.calibration.synthesis import can_synthesise, synthesise
+
+        writer = model if writer is None else writer
+        count, length = self.samples, fitting(model, self.length, say)
+        own = "the model itself" if writer is model else "the teacher"
+        say(f"taking {count} windows of {length} tokens of {named(sources) if sources else own}")
+        note = f"calibrated on {count} windows of {length} tokens "
+        if sources:
+            found = drawn(tokenizer, sources, count, length, self.seed, chat=self.chat, say=say)
+            return found, note + f"of {named(sources)}"
+        if not can_synthesise(writer):
+            return None, ""
+        how: dict[str, Any] = {"seed": self.seed, "progress": progress}
+        windows = synthesise(writer, sequences=count, length=length, **how)
+        return windows, note + f"sampled from {own}"
 
 
 def read_sources(data: Sequence[str], column: str, *, progress: bool = False) -> list[Source]:
@@ -161,41 +224,3 @@ def fitting(model: Any, length: int, say: Say) -> int:
     if length > context:
         say(f"the model's context is {context} tokens: windows are cut to that")
     return min(length, context)
-
-
-def calibration_of(
-    model: Any,
-    tokenizer: Any,
-    sources: Sequence[Source],
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    chat: bool,
-    say: Say,
-    progress: bool,
-    writer: Any = None,
-) -> tuple[list[Tensor] | None, str]:
-    """Windows (1, length) for a model, and what to note of them.
-
-    Args:
-        sources: what was given; none, and the model writes them itself.
-        writer: who writes in the model's place.
-
-    Returns:
-        no windows where none are given and the writer can write none.
-    """
-    from torchprune.calibration.synthesis import can_synthesise, synthesise
-
-    writer = model if writer is None else writer
-    length = fitting(model, length, say)
-    own = "the model itself" if writer is model else "the teacher"
-    say(f"taking {samples} windows of {length} tokens of {named(sources) if sources else own}")
-    note = f"calibrated on {samples} windows of {length} tokens "
-    if sources:
-        found = drawn(tokenizer, sources, samples, length, seed, chat=chat, say=say)
-        return found, note + f"of {named(sources)}"
-    if not can_synthesise(writer):
-        return None, ""
-    batches = synthesise(writer, sequences=samples, length=length, seed=seed, progress=progress)
-    return batches, note + f"sampled from {own}"

@@ -2,43 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from torchprune.cli.console import HfOption, OutputOption
 from torchprune.cli.registry import options_of_command
 from torchprune.cli.run_files import RUN_FILE, remembered, toml_writer
 from torchprune.cli.this_run import this_run
 from torchprune.errors import InputError
 
 
-def new_directory(words: list[str]) -> Path:
-    """A directory named after the work.
+@dataclass(frozen=True)
+class Destination:
+    """Options of where a model goes. (See `registry` for what becomes of such a class.)"""
 
-    Raises:
-        InputError: it is there. What its name does not tell (data, scope, seed, ...) may differ.
-    """
-    directory = Path("-".join(words))
-    if directory.exists():
-        raise InputError(f"{directory} exists; name one with --output, or this one to replace it")
-    return directory
+    output: OutputOption = None
+    hf: HfOption = None
 
+    @property
+    def named(self) -> bool:
+        """Whether any place was named."""
+        return self.output is not None or self.hf is not None
 
-def check_free(output: Path | None, hf: Path | None) -> None:
-    """Refuse to write over anything but an earlier result, before the work and not after it.
+    @property
+    def main(self) -> Path:
+        """The place that what lies beside the result is named after."""
+        return self.output or self.hf or Path()
 
-    Raises:
-        InputError: something else is there.
-        MissingExtraError: what a save needs is absent.
-    """
-    from torchprune.checkpoint.manifest import is_saved
+    def or_new(self, words: Sequence[str]) -> Destination:
+        """This one, or where none was named a new directory named after the work.
 
-    toml_writer()
-    _check(output, is_saved)
-    _check(hf, lambda directory: (directory / "torchprune.json").is_file())
-    if output is not None and hf is not None and output.resolve() == hf.resolve():
-        raise InputError(f"--output and --hf are both {output}; name two directories")
+        Raises:
+            InputError: it is there. What its name does not tell (data, scope, seed, ...) may
+                differ.
+        """
+        if self.named:
+            return self
+        directory = Path("-".join(words))
+        if directory.exists():
+            raise InputError(
+                f"{directory} exists; name one with --output, or this one to replace it"
+            )
+        return replace(self, output=directory)
+
+    def progress(self, resume: bool, say: Callable[[str], None]) -> Path:
+        """Where a run is kept until it ends.
+
+        Raises:
+            InputError: an earlier one lies there, and nobody asked to go on with it.
+        """
+        place = self.main.with_name(f"{self.main.name}.progress")
+        if place.exists() and not resume:
+            raise InputError(
+                f"{place} holds an interrupted run: go on with --resume, or delete it to begin anew"
+            )
+        if resume and not place.exists():
+            say(f"no progress at {place}: beginning from the start")
+        return place
+
+    def check_free(self) -> None:
+        """Refuse to write over anything but an earlier result, before the work and not after it.
+
+        Raises:
+            InputError: something else is there.
+            MissingExtraError: what a save needs is absent.
+        """
+        from torchprune.checkpoint.manifest import is_saved
+
+        toml_writer()
+        _check(self.output, is_saved)
+        _check(self.hf, lambda directory: (directory / "torchprune.json").is_file())
+        both = [place.resolve() for place in (self.output, self.hf) if place is not None]
+        if len(both) > len(set(both)):
+            raise InputError(f"--output and --hf are both {self.output}; name two directories")
+
+    def save(
+        self, net: Any, tokenizer: Any, source: str, say: Callable[[str], None]
+    ) -> dict[str, str]:
+        """Save a model wherever it was asked for, each directory with its `run.toml`.
+
+        Args:
+            source: the directory or name that the command began from.
+
+        Returns:
+            what was written: option -> path.
+        """
+        from torchprune.checkpoint.save_load import save
+
+        along = with_memory(tokenizer, source)
+        written = {}
+        if self.output is not None:
+            save(net, self.output, tokenizer=along)
+            say(f"saved weights and masks to {self.output}")
+            written["output"] = str(self.output)
+        if self.hf is not None:
+            # by name: type checkers do not see where pyproject.toml puts this package
+            import_module("torchprune.export").to_hf(net, self.hf, tokenizer=along)
+            say(f"saved a plain transformers model to {self.hf}")
+            written["hf"] = str(self.hf)
+        return written
 
 
 def _check(directory: Path | None, ours: Callable[[Path], bool]) -> None:
@@ -46,38 +111,6 @@ def _check(directory: Path | None, ours: Callable[[Path], bool]) -> None:
         return
     if not directory.is_dir() or any(directory.iterdir()):
         raise InputError(f"{directory} exists and is no empty directory; name another")
-
-
-def save_all(
-    net: Any,
-    tokenizer: Any,
-    source: str,
-    output: Path | None,
-    hf: Path | None,
-    say: Callable[[str], None],
-) -> dict[str, str]:
-    """Save a model wherever it was asked for, each directory with its `run.toml`.
-
-    Args:
-        source: the directory or name that the command began from.
-
-    Returns:
-        what was written: option -> path.
-    """
-    from torchprune.checkpoint.save_load import save
-
-    along = with_memory(tokenizer, source)
-    written = {}
-    if output is not None:
-        save(net, output, tokenizer=along)
-        say(f"saved weights and masks to {output}")
-        written["output"] = str(output)
-    if hf is not None:
-        # by name: type checkers do not see where pyproject.toml puts this package
-        import_module("torchprune.export").to_hf(net, hf, tokenizer=along)
-        say(f"saved a plain transformers model to {hf}")
-        written["hf"] = str(hf)
-    return written
 
 
 def with_memory(tokenizer: Any, source: str) -> Any:

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 from torchprune.cli.console import (
-    ChatOption,
-    ColumnOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    LengthOption,
     ModelOption,
     OutputOption,
-    QuietOption,
     ResumeOption,
-    SamplesOption,
-    SeedOption,
-    bars_wanted,
+    Speech,
     one_line,
     print_json,
-    speaker,
     typer,
 )
-from torchprune.cli.samples import calibration_of, read_sources
+from torchprune.cli.loading import Loading
+from torchprune.cli.result_files import check_form, store_of
+from torchprune.cli.samples import Calibration
 from torchprune.cli.spec_texts import made, parsed
-from torchprune.errors import InputError
 
 _FORMS = (".json", ".html", ".svg", ".png", ".pdf")
 
@@ -81,19 +68,11 @@ def sensitivity(
             show_default=False,
         ),
     ] = None,
-    data: DataOption = None,
-    column: ColumnOption = "text",
-    chat: ChatOption = True,
-    samples: SamplesOption = 32,
-    length: LengthOption = 512,
-    seed: SeedOption = 0,
+    calibration: Calibration = Calibration(),
     resume: ResumeOption = False,
     output: OutputOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    loading: Loading = Loading(),
+    speech: Speech = Speech(),
 ) -> None:
     """Find out what pruning each layer, head or block alone would cost. Nothing is pruned.
 
@@ -108,32 +87,21 @@ def sensitivity(
 
       torchprune sensitivity ./model --what heads --mode exact --output heads.json --resume
     """
-    with one_line(debug):
-        say, bars = speaker(quiet), bars_wanted(quiet or as_json)
+    with one_line(speech.debug):
+        say, bars = speech.say, speech.bars
         asked, tried = parsed(what), _levels(levels)
-        store = _store(output, mode, resume)
+        check_form(output, _FORMS, "a sensitivity")
+        store = store_of(output, resume) if mode is Mode.exact or resume else None
 
         # Usage is right: what follows needs torch, which takes seconds to import.
-        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.study.costs.sensitivity import sensitivity as measured
 
-        spec = made(*asked)
-        sources = read_sources(data or (), column, progress=bars)
+        spec, loader = made(*asked), loading.loader(bars)
+        sources = calibration.sources(bars)
         say(f"loading {model}")
-        transformers = import_transformers(bars)
-        net = load_model(transformers, model, dtype.to_torch(), device_of(device))
-        tokenizer = load_tokenizer(transformers, model, required=bool(sources))
-        batches, _ = calibration_of(
-            net,
-            tokenizer,
-            sources,
-            samples=samples,
-            length=length,
-            seed=seed,
-            chat=chat,
-            say=say,
-            progress=bars,
-        )
+        net = loader.model(model)
+        tokenizer = loader.tokenizer(model, required=bool(sources))
+        batches, _ = calibration.windows(net, tokenizer, sources, say=say, progress=bars)
         found = measured(
             net,
             batches,
@@ -143,11 +111,11 @@ def sensitivity(
             max_windows=judges,
             progress=bars,
             path=store,
-            max_batches=samples,
-            seed=seed,
+            max_batches=calibration.samples,
+            seed=calibration.seed,
         )
         shared = None if overrides is None else found.overrides(overrides)
-        if as_json:
+        if speech.as_json:
             extra = {} if shared is None else {"overrides": shared}
             print_json({**json.loads(found.to_json()), **extra})
         else:
@@ -170,26 +138,3 @@ def _levels(text: str | None) -> list[Any] | None:
         except ValueError:
             found.append(part)
     return found
-
-
-def _store(output: Path | None, mode: Mode, resume: bool) -> Path | None:
-    """The file that keeps results as they come.
-
-    Raises:
-        InputError: there are earlier results and nobody asked to go on, or another suffix.
-    """
-    if output is None:
-        if resume:
-            raise typer.BadParameter(
-                "nothing is kept without --output, so there is nothing to go on with",
-                param_hint="--resume",
-            )
-        return None
-    if output.suffix.lower() not in _FORMS:
-        raise InputError(f"{output}: a sensitivity is saved as one of {', '.join(_FORMS)}")
-    if mode is Mode.cheap and not resume:
-        return None
-    store = output.with_suffix(".json")
-    if store.exists() and not resume:
-        raise InputError(f"{store} exists: go on with it by --resume, or name another --output")
-    return store

@@ -8,31 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from torchprune.cli.console import (
-    ChatOption,
-    ColumnOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    HfOption,
     IgnoreOption,
-    JsonOption,
-    LengthOption,
     ModelOption,
-    OutputOption,
-    QuietOption,
-    SamplesOption,
-    SeedOption,
+    Speech,
     TargetOption,
-    bars_wanted,
     one_line,
     print_json,
-    speaker,
     typer,
 )
-from torchprune.cli.samples import calibration_of, read_sources
-from torchprune.cli.saving import check_free, new_directory, save_all
+from torchprune.cli.loading import Loading
+from torchprune.cli.samples import Calibration
+from torchprune.cli.saving import Destination
 from torchprune.cli.spec import ReconstructOption
 from torchprune.errors import InputError
 
@@ -97,24 +83,15 @@ def shrink(
         ),
     ] = True,
     reconstruct: ReconstructOption = False,
-    data: DataOption = None,
-    column: ColumnOption = "text",
-    chat: ChatOption = True,
-    samples: SamplesOption = 32,
-    length: LengthOption = 512,
-    seed: SeedOption = 0,
+    calibration: Calibration = Calibration(),
     target: TargetOption = None,
     ignore: IgnoreOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, and remove and write nothing.")
     ] = False,
-    output: OutputOption = None,
-    hf: HfOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    destination: Destination = Destination(),
+    loading: Loading = Loading(),
+    speech: Speech = Speech(),
 ) -> None:
     """Remove whole units, so that a plain, smaller model is left. The plan is printed first.
 
@@ -132,56 +109,48 @@ def shrink(
 
       torchprune shrink ./masked --output ./small
     """
-    with one_line(debug):
-        say, bars = speaker(quiet), bars_wanted(quiet or as_json)
+    with one_line(speech.debug):
+        say, bars = speech.say, speech.bars
         amounts = {"heads": heads, "neurons": neurons, "channels": channels, "layers": layers}
         asked = {name: amount for name, amount in amounts.items() if amount}
-        if dry_run and (output is not None or hf is not None):
+        if dry_run and destination.named:
             raise typer.BadParameter(
                 "--dry-run writes nothing; leave --output and --hf out", param_hint="--dry-run"
             )
 
         # Usage is right: what follows needs torch, which takes seconds to import.
-        from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.structure.plan import plan_shrink
         from torchprune.structure.shrink import shrink as remove
 
         for name, amount in asked.items():
             _unit_spec(name, amount, {})  # refused here, if it is
-        where = device_of(device)
+        loader = loading.loader(bars)
         if not dry_run:
-            if output is None and hf is None:
-                words = [f"{name}-{amount}" for name, amount in asked.items()]
-                output = new_directory([Path(model).resolve().name, *(words or ["shrunk"])])
-            check_free(output, hf)
-        sources = read_sources(data or (), column, progress=bars)
+            words = [f"{name}-{amount}" for name, amount in asked.items()] or ["shrunk"]
+            destination = destination.or_new([Path(model).resolve().name, *words])
+            destination.check_free()
+        sources = calibration.sources(bars)
         say(f"loading {model}")
-        transformers = import_transformers(bars)
-        net = load_model(transformers, model, dtype.to_torch(), where)
-        tokenizer = load_tokenizer(transformers, model, required=bool(sources))
+        net = loader.model(model)
+        tokenizer = loader.tokenizer(model, required=bool(sources))
         if asked or sources:
-            batches, _ = calibration_of(
-                net,
-                tokenizer,
-                sources,
-                samples=samples,
-                length=length,
-                seed=seed,
-                chat=chat,
-                say=say,
-                progress=bars,
-            )
+            batches, _ = calibration.windows(net, tokenizer, sources, say=say, progress=bars)
         else:
             batches = [net.dummy_inputs["input_ids"] % net.config.get_text_config().vocab_size]
         if not batches:
             raise InputError(f"{model} writes no text itself; give some with --data")
-        options = {"score": score.value, "refit": refit, "reconstruct": reconstruct, "seed": seed}
+        options = {
+            "score": score.value,
+            "refit": refit,
+            "reconstruct": reconstruct,
+            "seed": calibration.seed,
+        }
         choice = {"targets": target or None, "ignore": tuple(ignore or ())}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=__name__)  # sparsify's own are in the report
             _mask_units(net, asked, options, choice, batches, bars)
         plan = plan_shrink(net, batches[0])
-        if not as_json:
+        if not speech.as_json:
             typer.echo(str(plan))
         saved: dict[str, str] = {}
         if not dry_run:
@@ -191,8 +160,8 @@ def shrink(
                     "or --layers"
                 )
             remove(net, plan)
-            saved = save_all(net, tokenizer, model, output, hf, say)
-        if as_json:
+            saved = destination.save(net, tokenizer, model, say)
+        if speech.as_json:
             print_json({**_told(plan), **saved, "dry_run": dry_run})
 
 

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from torchprune.cli.console import (
-    DebugOption,
     DenseOption,
-    JsonOption,
     OutputOption,
-    QuietOption,
     SavedArgument,
-    bars_wanted,
+    Speech,
     one_line,
     print_json,
     typer,
 )
+from torchprune.cli.loading import Loading
+from torchprune.cli.result_files import check_form
 from torchprune.errors import InputError
 
 
@@ -40,9 +39,7 @@ def verify(
         ),
     ] = None,
     output: OutputOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    speech: Speech = Speech(),
 ) -> None:
     """Check every law of a saved artifact again, and print the proof.
 
@@ -58,27 +55,24 @@ def verify(
 
       torchprune verify smol-2of4 --dense HuggingFaceTB/SmolLM2-135M --json
     """
-    with one_line(debug):
+    with one_line(speech.debug):
         if not directory.is_dir():
             raise InputError(f"no such directory: {directory}")
-        if output is not None and output.suffix.lower() not in (".html", ".json"):
-            raise InputError(f"--output {output}: a proof is written as .html or .json")
+        check_form(output, (".html", ".json"), "a proof")
 
-        from torchprune.cli.models import device_of, import_transformers, load_model
         from torchprune.study.proofs.verify import LAWS
         from torchprune.study.proofs.verify import verify as check
 
-        bars = bars_wanted(quiet or as_json)
-        options: dict[str, Any] = {"progress": bars, "onnx": onnx, "laws": law or LAWS}
+        options: dict[str, Any] = {"progress": speech.bars, "onnx": onnx, "laws": law or LAWS}
         if dense is not None:
-            transformers, device = import_transformers(bars), device_of("cpu")
-            options["dense"] = lambda: load_model(transformers, dense, None, device)
+            loader = Loading(device="cpu").loader(speech.bars)
+            options["dense"] = lambda: loader.model(dense)
         proof = check(directory, **options)
         if output is not None:
             proof.save(output)
-        if as_json:
+        if speech.as_json:
             print_json(proof.to_dict())
-        elif not quiet:
+        elif not speech.quiet:
             typer.echo(str(proof))
         else:
             typer.echo("\n".join([*proof.wrongs(), proof.verdict]))

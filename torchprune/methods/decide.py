@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from torchprune.specs.patterns import NM
 from torchprune.specs.spec import Spec
 
 _ROWS_MEASURED = 128
+
+Part = list[tuple[list[Target], Moments]]
+"""Layers of the same inputs, those of the same goal together."""
 
 
 def without_data(targets: Sequence[Target], spec: Spec) -> Iterator[Change]:
@@ -64,9 +68,19 @@ class Decider:
 
     def changes(self, stop: Sequence[tuple[Target, Moments]]) -> Iterator[Change]:
         """The changes of the layers of one stop."""
+        for part in self.parts(stop):
+            yield from self.decided(part)
+
+    def parts(self, stop: Sequence[tuple[Target, Moments]]) -> Iterator[Part]:
+        """The layers of one stop in order, in parts of which none hangs on another's work."""
         if self.spec.scope == "global" and not self.chosen:
             self.choose([t for t, _ in stop], [scores_of(self.spec, t, m) for t, m in stop])
-        for targets, moments in _solved_together(stop):
+        for _, part in groupby(_solved_together(stop), key=lambda some: id(some[1])):
+            yield list(part)
+
+    def decided(self, part: Part) -> Iterator[Change]:
+        """The changes of the layers of a part."""
+        for targets, moments in part:
             if self.spec.needs_gram:
                 yield from self._solved(targets, moments)
                 continue

@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchprune import modes
+from torchprune.checkpoint.progress import Facts, Progress
 from torchprune.errors import CalibrationError, SpecError
 from torchprune.masking.mask import Mask, masked_layers
 from torchprune.training.lessons import Lesson, tokens_in
 from torchprune.training.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
+from torchprune.training.optimizer_files import into_optimizer, of_optimizer
 from torchprune.training.pace import Pace, share_of_rate
-from torchprune.training.progress_files import (
-    Facts,
-    into_optimizer,
-    of_optimizer,
-    write_progress,
-)
 from torchprune.training.trainable import Learning, only_these_learn, to_train
 from torchprune.training.tutor import Tutor
+
+RECOVERY = Progress("torchprune.recovery", "progress of a recovery")
 
 SAVE_SECONDS = 180.0
 """How often a run is kept in its directory."""
@@ -211,7 +209,7 @@ class Course:
             "pace": [pace.step, pace.elapsed(), pace.seconds],
             "course": [self.tokens, self.before, self.best, self.judged_at],
         }
-        write_progress(self.path, {**tensors, **moved}, facts)
+        RECOVERY.write(self.path, {**tensors, **moved}, facts)
         self.saved_at = pace.elapsed()
 
     def _tensors(self, learn: Learning) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from torchprune.methods.precision import pays_in_bfloat16
 from torchprune.reports.report import RunRecord, remember_run
 from torchprune.specs.options import check_above_zero, check_share, check_whole
 from torchprune.specs.recovery import RecoverySpec
-from torchprune.training.course import RATES, Course, Earlier, MakeOptimizer
+from torchprune.training.course import RATES, RECOVERY, Course, Earlier, MakeOptimizer
 from torchprune.training.lessons import (
     Lesson,
     Loss,
@@ -33,7 +33,6 @@ from torchprune.training.lessons import (
 from torchprune.training.mask_lora import MaskLoRA
 from torchprune.training.objectives import Objective, as_objectives
 from torchprune.training.pace import PASSES, Pace
-from torchprune.training.progress_files import forget_progress, read_progress
 from torchprune.training.trainable import check_trainable, to_train
 from torchprune.training.tutor import Tutor
 
@@ -143,7 +142,7 @@ def recover(
     pace = Pace(None, minutes * 60) if minutes is not None else Pace(passes * a_pass, None)
     notes.append(course.run(pace, earlier))
     if path is not None:
-        forget_progress(path)
+        RECOVERY.forget(path)
     record = RecoverySpec(
         train=str(train),
         objective=" + ".join(map(str, objectives)),
@@ -265,7 +264,7 @@ def _earlier(path: str | os.PathLike[str], name: str) -> Earlier | None:
     Raises:
         CheckpointError: it was another run.
     """
-    found = read_progress(path)
+    found = RECOVERY.read(path)
     if found is not None and found[1].get("run") != name:
         raise CheckpointError(
             f"recover: {path} holds the progress of another run: of another model, other data or "

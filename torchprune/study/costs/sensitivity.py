@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from torchprune.calibration.data import Data
+from torchprune.calibration.same_problem import problem_of
 from torchprune.calibration.token_masks import TokenMask
 from torchprune.errors import SpecError
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
@@ -20,7 +21,7 @@ from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.study.costs.bench import Asked, Bench
 from torchprune.study.costs.costs import MEASURES, SensitivityError
-from torchprune.study.costs.half_done import HalfDone, problem_of
+from torchprune.study.costs.half_done import HalfDone
 from torchprune.study.costs.layer_runs import run_layers
 from torchprune.study.costs.layer_trials import Level, goals_of
 from torchprune.study.costs.sensitivities import SensitivityResult

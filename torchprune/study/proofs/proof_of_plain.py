@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,50 +9,25 @@ from torch import Tensor, nn
 
 from torchprune.checkpoint.checked_files import plain_file, read_json
 from torchprune.checkpoint.skeleton import CONFIG
-from torchprune.errors import CheckpointError, InputError
+from torchprune.errors import CheckpointError
 from torchprune.masking.packing import zeros_in
 from torchprune.masking.plain_state import slots_of
 from torchprune.study.proofs.artifact import NOTE, PlainArtifact, key_of, read_artifact
 from torchprune.study.proofs.dense_beside import check_dense
 from torchprune.study.proofs.detected import detected
-from torchprune.study.proofs.proof import Breaches, Check, broken, unchecked
-from torchprune.study.proofs.proof_of_saved import Dense, checks_of_graphs
+from torchprune.study.proofs.proof import Breaches, broken, unchecked
+from torchprune.study.proofs.proof_steps import ProofSteps
 from torchprune.study.proofs.seeded_inputs import outputs_of, seeded_inputs
-from torchprune.study.proofs.stock_reload import check_reload
 from torchprune.study.proofs.stored_counts import CountLaws
 from torchprune.study.proofs.stored_files import check_support, finite_or_nan
 from torchprune.study.proofs.stored_layers import of_plain
-from torchprune.study.proofs.stored_runs import check_lower
 
 NO_MASKS = "a plain checkpoint has no masks, records or dense values"
 
 
-class PlainProof:
-    """The checks as they are made.
-
-    Attributes:
-        checks: so far.
-        at: the law that is looked at.
-        weights, layers: of recorded layers, or of those with zeros.
-    """
-
-    def __init__(
-        self,
-        home: Path,
-        dense: Dense,
-        graphs: Sequence[Path],
-        laws: set[str],
-        say: Callable[[str], Any],
-    ) -> None:
-        self.home, self.dense, self.graphs, self.laws = home, dense, graphs, laws
-        self.checks: list[Check] = []
-        self.at, self.weights, self.layers = "files", 0, 0
-        self._say = say
-
-    @property
-    def name(self) -> str:
-        """What errors call the artifact."""
-        return self.home.name
+class PlainProof(ProofSteps):
+    """The checks as they are made; `layers` and `weights` are of recorded layers, or of those with
+    zeros."""
 
     def run(self) -> None:
         """Make all checks."""
@@ -86,11 +58,6 @@ class PlainProof:
         if model is not None and not found.count:
             self._of_model(model, artifact)
 
-    def _begin(self, law: str) -> bool:
-        self.at = law
-        self._say(law)
-        return law in self.laws
-
     def _of_model(self, model: nn.Module, artifact: PlainArtifact) -> None:
         keys = slots_of(model)
         records = {str(key_of(n, keys)): r for n, r in artifact.records.items()}
@@ -99,15 +66,7 @@ class PlainProof:
         outputs: list[Tensor] = []
         with self._law("reload"):
             outputs = outputs_of(model, inputs) if inputs else []
-        if self._begin("reload"):
-            with self._law("reload"):
-                self.checks.append(check_reload(model, self.home, inputs, outputs))
-        if self._begin("onnx"):
-            with self._law("onnx"):
-                self.checks += checks_of_graphs(model, self.graphs, dict.fromkeys(records))
-        if self._begin("lower"):
-            with self._law("lower"):
-                self.checks.append(check_lower(model, inputs, outputs))
+        self._elsewhere(model, inputs, outputs, plain=self.home, pruned=dict.fromkeys(records))
 
     def _layers(self, model: nn.Module, artifact: PlainArtifact, records: dict[str, Any]) -> None:
         self._begin("support")
@@ -153,8 +112,9 @@ class PlainProof:
             why = "nothing records whether kept weights were changed"
             self.checks.append(unchecked("dense", why))
             return
-        dense = self.dense if isinstance(self.dense, nn.Module) else self.dense()
-        self.dense = None
+        dense = self._dense_model()
+        assert dense is not None
+        self.dense = None  # its memory may go
         others = {
             key: slot.tensor.detach()
             for key, slot in slots_of(model).items()
@@ -162,15 +122,3 @@ class PlainProof:
         }
         layers = of_plain(model, records)
         self.checks.append(check_dense(dense, layers, others, [], resized=False))
-
-    @contextmanager
-    def _law(self, law: str) -> Iterator[None]:
-        """An error within is that law's, and the next ones go on."""
-        self.at = law
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:
-            what = f"{type(error).__name__}: {error!s:.300}"
-            self.checks.append(broken(law, self.name, "what can be computed", what))

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from torchprune.checkpoint.encoding import Decoded
 from torchprune.checkpoint.manifest import Manifest, read_manifest
 from torchprune.checkpoint.save_load import converter_of
-from torchprune.errors import CheckpointError, InputError
+from torchprune.errors import CheckpointError
 from torchprune.masking.mask import masked_layers
 from torchprune.masking.plain_state import slots_of
 from torchprune.study.proofs.artifact import loaded
 from torchprune.study.proofs.dense_beside import check_dense, keeps_values
-from torchprune.study.proofs.onnx_parity import check_onnx
-from torchprune.study.proofs.proof import Breaches, Check, broken, unchecked
+from torchprune.study.proofs.proof import Breaches, broken, unchecked
+from torchprune.study.proofs.proof_steps import ProofSteps
 from torchprune.study.proofs.seeded_inputs import seeded_inputs
-from torchprune.study.proofs.stock_reload import check_reload
 from torchprune.study.proofs.stored_counts import CountLaws
 from torchprune.study.proofs.stored_files import (
     Seals,
@@ -35,41 +31,15 @@ from torchprune.study.proofs.stored_layers import StoredLayer, of_file, of_model
 from torchprune.study.proofs.stored_runs import (
     check_densify,
     check_fold,
-    check_lower,
     check_round_trip,
     check_sizes,
 )
 
-Dense = nn.Module | Callable[[], nn.Module] | None
 UNBUILT = "its class is not of transformers, and no model was given to read it into"
 
 
-class SavedProof:
-    """The checks as they are made.
-
-    Attributes:
-        checks: so far.
-        at: the law that is looked at.
-        weights, layers: of masked layers, as they are read.
-    """
-
-    def __init__(
-        self,
-        home: Path,
-        dense: Dense,
-        graphs: Sequence[Path],
-        laws: set[str],
-        say: Callable[[str], Any],
-    ) -> None:
-        self.home, self.dense, self.graphs, self.laws = home, dense, graphs, laws
-        self.checks: list[Check] = []
-        self.at, self.weights, self.layers = "files", 0, 0
-        self._say = say
-
-    @property
-    def name(self) -> str:
-        """What errors call the artifact."""
-        return self.home.name
+class SavedProof(ProofSteps):
+    """The checks as they are made; `layers` and `weights` are of masked layers, as read."""
 
     def run(self) -> None:
         """Make all checks, those of one part of the files after the other."""
@@ -89,12 +59,6 @@ class SavedProof:
             return
         self._by_model(model, manifest)
         self._computed(model, manifest)
-
-    def _begin(self, law: str) -> bool:
-        """Say which law comes now; whether it is wanted."""
-        self.at = law
-        self._say(law)
-        return law in self.laws
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -156,18 +120,15 @@ class SavedProof:
 
     def _model(self, manifest: Manifest) -> nn.Module | None:
         self._begin("manifest")
-        model = loaded(self.home, manifest, self._dense() if manifest.config is None else None)
+        model = loaded(
+            self.home, manifest, self._dense_model() if manifest.config is None else None
+        )
         tensors = len(manifest.tensors)
         said = "tensors, header and class agree: none missing, none more, dtypes and shapes"
         if model is None:
             said = f"tensors and header agree; {UNBUILT}"
         self.checks.append(Breaches().judge("manifest", said, tensors=tensors))
         return model
-
-    def _dense(self) -> nn.Module | None:
-        if self.dense is not None and not isinstance(self.dense, nn.Module):
-            self.dense = self.dense()
-        return self.dense
 
     # -- layers ------------------------------------------------------------------------------------
 
@@ -182,7 +143,7 @@ class SavedProof:
         self._laws_of_layers(of_model(model), manifest)
         if not self._begin("dense"):
             return
-        dense = self._dense()
+        dense = self._dense_model()
         if dense is None:
             self.checks.append(unchecked("dense", "no dense model was given"))
             return
@@ -231,46 +192,17 @@ class SavedProof:
         if self._begin("shrink"):
             with self._law("shrink"):
                 self.checks.append(check_sizes(model, resized))
-        if self._begin("reload"):
-            with self._law("reload"):
-                plain = self.home if manifest.beside else None
-                self.checks.append(check_reload(model, plain, inputs, outputs))
-        if self._begin("onnx"):
-            with self._law("onnx"):
-                self.checks += checks_of_graphs(model, self.graphs, pruned)
-        if self._begin("lower"):
-            with self._law("lower"):
-                self.checks.append(check_lower(model, inputs, outputs))
+        plain = self.home if manifest.beside else None
+        self._elsewhere(model, inputs, outputs, plain=plain, pruned=pruned)
 
     def _reversal(self, manifest: Manifest) -> None:
         masked = [e for e in manifest.tensors.values() if e.encoding == "masked"]
         if not masked or not all(e.dense or (e.hidden and e.reversible) for e in masked):
             return
-        again = loaded(self.home, manifest, self._dense())
+        again = loaded(self.home, manifest, self._dense_model())
         if again is None:
             return
         found = Breaches()
         layers = check_densify(again, found)
         said = "densify of what is stored gives the dense values back, bit for bit"
         self.checks.append(found.judge("reversal", said, layers=layers))
-
-    @contextmanager
-    def _law(self, law: str) -> Iterator[None]:
-        """An error within is that law's, and the next ones go on."""
-        self.at = law
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:
-            what = f"{type(error).__name__}: {error!s:.300}"
-            self.checks.append(broken(law, self.name, "what can be computed", what))
-
-
-def checks_of_graphs(
-    model: nn.Module, graphs: Sequence[Path], pruned: dict[str, None]
-) -> list[Check]:
-    """The check of every ONNX file."""
-    if not graphs:
-        return [unchecked("onnx", "no .onnx file lies beside it, and none was given")]
-    return [check_onnx(model, path, pruned) for path in graphs]

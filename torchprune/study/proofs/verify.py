@@ -21,6 +21,7 @@ from torchprune.study.proofs.artifact import KINDS, kind_of
 from torchprune.study.proofs.proof import Check, Proof, State, broken, unchecked
 from torchprune.study.proofs.proof_of_plain import PlainProof
 from torchprune.study.proofs.proof_of_saved import SavedProof
+from torchprune.study.proofs.proof_steps import ProofSteps
 
 LAWS = (
     "files",
@@ -40,8 +41,6 @@ LAWS = (
     "lower",
 )
 """All of them, in the order in which they are told."""
-
-Steps = SavedProof | PlainProof
 
 
 def verify(
@@ -90,11 +89,8 @@ def verify(
         return Proof(str(home), "nothing that is known", [check], 0, 0, 0.0)
     wanted = set(laws)
     with _quietly(), _told(progress) as say:
-        steps: Steps = (
-            PlainProof(home, dense, graphs, wanted, say)
-            if kind == "plain"
-            else SavedProof(home, dense, graphs, wanted, say)
-        )
+        proof = PlainProof if kind == "plain" else SavedProof
+        steps = proof(home, dense, graphs, wanted, say)
         told = _guarded(steps)
     checks = [check for check in told if check.law in wanted]
     order = {law: at for at, law in enumerate(LAWS)}
@@ -103,7 +99,7 @@ def verify(
     return Proof(str(home), KINDS[kind], checks, steps.weights, steps.layers, seconds)
 
 
-def _guarded(steps: Steps) -> list[Check]:
+def _guarded(steps: ProofSteps) -> list[Check]:
     """The checks; an error that nobody foresaw breaks the law at which it was met."""
     try:
         steps.run()

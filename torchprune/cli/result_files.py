@@ -1,0 +1,42 @@
+"""Files that results are written to: their forms looked at before the work, and what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchprune.cli.console import typer
+from torchprune.errors import InputError
+
+
+def check_form(output: Path | None, forms: Sequence[str], what: str) -> None:
+    """Refuse a file whose suffix says none of the forms that there are.
+
+    Args:
+        what: is saved there: "a comparison".
+
+    Raises:
+        InputError: it does.
+    """
+    if output is not None and output.suffix.lower() not in forms:
+        raise InputError(f"{output}: {what} is saved as one of {', '.join(forms)}")
+
+
+def store_of(output: Path | None, resume: bool) -> Path | None:
+    """The `.json` of that name, which keeps results as they come; none without a name.
+
+    Raises:
+        typer.BadParameter: going on is asked for, and nothing is named.
+        InputError: there are earlier results, and nobody asked to go on.
+    """
+    if output is None:
+        if resume:
+            raise typer.BadParameter(
+                "nothing is kept without --output, so there is nothing to go on with",
+                param_hint="--resume",
+            )
+        return None
+    store = output if output.suffix.lower() == ".json" else output.with_suffix(".json")
+    if store.exists() and not resume:
+        raise InputError(f"{store} exists: go on with it by --resume, or name another --output")
+    return store

@@ -91,7 +91,8 @@ def test_after_ctrl_c_only_the_rest_is_run(home, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "perplexity", perplexity)
     result = call(*comparing(home, *MANY, *out))
-    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
+    last = f"error: interrupted; --resume goes on from {out[1]}\n"
+    assert (result.exit_code, result.stderr) == (130, last)
     assert "by --resume" in complaint(*comparing(home, *MANY, *out))
     said = complaint(*comparing(home, *MANY, *out, "--resume", "--seqlen", "8"))
     assert "is of --seqlen 16, and not 8" in said

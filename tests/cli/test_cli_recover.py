@@ -79,7 +79,8 @@ def test_after_ctrl_c_it_goes_on_to_the_same_bits(home, tmp_path, monkeypatch):
 
     monkeypatch.setattr(course.Course, "_save", save)
     result = call(*recovering(home, parts))
-    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
+    last = f"error: interrupted; --resume goes on from {parts}.progress\n"
+    assert (result.exit_code, result.stderr) == (130, last)
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts.progress"}
     assert "go on with --resume, or delete it" in complaint(*recovering(home, parts))
     other = complaint(*recovering(home, parts, "--resume", "--seed", "1"))

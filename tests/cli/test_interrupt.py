@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a prune: one line, code 130, nothing half-written, and the same again."""
+"""Ctrl-C in the middle of a prune: one line, code 130, no half files, and then it goes on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from commands import SMALL, make_home, worked
+from commands import SMALL, complaint, make_home, worked
 
 import torchprune
 
@@ -28,7 +28,7 @@ main()
 """
 
 
-def test_a_prune_that_is_interrupted_leaves_nothing(tmp_path):
+def test_a_prune_that_is_interrupted_goes_on_to_the_same_bits(tmp_path):
     home = make_home(tmp_path / "home")
     arguments = ("prune", home / "model", "--method", "sparsegpt", "--data", home / "text.txt")
     places = tmp_path / "places"
@@ -43,14 +43,21 @@ def test_a_prune_that_is_interrupted_leaves_nothing(tmp_path):
         | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])},
     )
     assert done.returncode == 130, done.stderr
-    assert done.stderr == "error: interrupted\n"
+    assert done.stderr == "error: interrupted; --resume goes on from out.progress\n"
     assert "pruning by sparsegpt" in done.stdout
     assert "pruned in" not in done.stdout
-    assert list(places.iterdir()) == []
-    states = []
-    for out in (places / "out", places / "again"):
-        worked(*arguments, *SMALL, "--output", out)
-        states.append(torchprune.fold(torchprune.load(out)).state_dict())
+    assert [place.name for place in places.iterdir()] == ["out.progress"]
+    out = ("--output", places / "out")
+    refused = complaint(*arguments, *SMALL, *out)
+    assert "out.progress holds an interrupted run: go on with --resume, or delete it" in refused
+    other = complaint(*arguments, *SMALL, *out, "--sparsity", "0.6", "--resume")
+    assert "the progress of another run" in other
+    worked(*arguments, *SMALL, *out, "--resume")
+    said = worked(*arguments, *SMALL, "--output", places / "again", "--resume")
+    assert "again.progress: beginning from the start" in said
+    assert {place.name for place in places.iterdir()} == {"out", "again"}
+    models = [torchprune.load(places / name) for name in ("out", "again")]
+    states = [torchprune.fold(model).state_dict() for model in models]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 

@@ -18,6 +18,7 @@ from torchprune.cli.console import (
     Speech,
     TextOption,
     WindowsOption,
+    kept_in,
     one_line,
     print_json,
     typer,
@@ -112,15 +113,16 @@ def compare(
                 batches[f"seed {number}"], _ = replace(calibration, seed=number).windows(
                     net, tokenizer, sources, say=say, progress=bars
                 )
-        found = side_by_side(
-            lambda: copy.deepcopy(net),
-            specs,
-            batches or None,
-            lambda pruned: perplexity(pruned, ids, seqlen=seqlen),
-            max_batches=calibration.samples,
-            progress=bars,
-            path=store,
-        )
+        with kept_in(store):
+            found = side_by_side(
+                lambda: copy.deepcopy(net),
+                specs,
+                batches or None,
+                lambda pruned: perplexity(pruned, ids, seqlen=seqlen),
+                max_batches=calibration.samples,
+                progress=bars,
+                path=store,
+            )
         if speech.as_json:
             print_json({**json.loads(found.to_json()), **({"output": output} if output else {})})
         else:

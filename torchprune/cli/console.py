@@ -235,11 +235,22 @@ def one_line(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except typer.BadParameter as error:
-        _fail(error, error.format_message(), 2)
+        _fail(error, error.format_message() if error.param_hint else error.message, 2)
     except KeyboardInterrupt as error:
-        _fail(error, "interrupted", INTERRUPTED)
+        _fail(error, str(error) or "interrupted", INTERRUPTED)
     except Exception as error:
         _fail(error, _message(error), 1)
+
+
+@contextmanager
+def kept_in(place: Path | None) -> Iterator[None]:
+    """Have Ctrl-C say where what was done is kept, if it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if place is None or not place.exists():
+            raise
+        raise KeyboardInterrupt(f"interrupted; --resume goes on from {place}") from None
 
 
 def _fail(error: BaseException, message: str, code: int) -> NoReturn:

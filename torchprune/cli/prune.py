@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from torchprune.cli.console import (
     IgnoreOption,
     ModelOption,
+    ResumeOption,
     Speech,
     TargetOption,
+    kept_in,
     one_line,
     print_json,
     typer,
@@ -76,6 +78,7 @@ def prune(
             show_default=False,
         ),
     ] = None,
+    resume: ResumeOption = False,
     destination: Destination = Destination(),
     effort: EffortOption = None,
     refine: RefineOption = None,
@@ -90,7 +93,9 @@ def prune(
     """Prune a causal language model and save it.
 
     Without --output and --hf the directory is a new one, named after the model, the method, its
-    options and the goal.
+    options and the goal. Layers are kept as they are decided, in a directory named as the output
+    with ".progress": after Ctrl-C the same command with --resume goes on from there, and it is
+    removed at the end.
 
     [bold]Examples[/bold]
 
@@ -127,6 +132,7 @@ def prune(
         names = [parted(item)[0] for item in calibration.data or ()]
 
         # Usage is right: what follows needs torch, which takes seconds to import.
+        from torchprune.checkpoint.decisions import forget_decisions
         from torchprune.reports.report import report, runs_of
         from torchprune.sparsify import sparsify
 
@@ -142,6 +148,9 @@ def prune(
         loader = loading.loader(bars)
         place = destination.or_new(_words(model, spec, better))
         place.check_free()
+        progress = place.progress(resume, say) if spec.needs_data else None
+        if resume and progress is None:
+            say(f"{method.value} needs no data: nothing is kept, and it begins from the start")
         reads = bool(names) and spec.needs_data
         sources = calibration.sources(bars) if reads else []
         if names and not reads:
@@ -155,7 +164,7 @@ def prune(
             batches, note = calibration.windows(net, tokenizer, sources, say=say, progress=bars)
         say(f"pruning by {method.value} to {spec.goal}")
         started = time.perf_counter()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), kept_in(progress):
             warnings.filterwarnings("ignore", module=__name__)  # sparsify's own are in the report
             sparsify(
                 net,
@@ -164,6 +173,7 @@ def prune(
                 progress=bars,
                 max_batches=calibration.samples,
                 seed=calibration.seed,
+                path=progress,
             )
         say(f"pruned in {time.perf_counter() - started:.1f} s")
         if note:
@@ -171,7 +181,10 @@ def prune(
         found = report(net)
         if not speech.as_json:
             typer.echo(str(found))
-        saved = place.save(net, tokenizer, model, say)
+        with kept_in(progress):
+            saved = place.save(net, tokenizer, model, say)
+        if progress is not None:
+            forget_decisions(progress)
         if speech.as_json:
             print_json({**found.to_dict(), **saved})
 

@@ -10,6 +10,7 @@ from torchprune.cli.console import (
     ModelOption,
     ResumeOption,
     Speech,
+    kept_in,
     one_line,
     print_json,
     typer,
@@ -112,17 +113,18 @@ def recover(
         }
         level: Any = (effort or Effort.balanced).value
         say(f"training {train.value} for " + (f"{minutes:g} minutes" if minutes else level))
-        train_back(
-            net,
-            batches,
-            teacher=dense,
-            effort=level,
-            minutes=minutes,
-            train=kinds[train],
-            seed=calibration.seed,
-            path=progress,
-            progress=bars,
-        )
+        with kept_in(progress):
+            train_back(
+                net,
+                batches,
+                teacher=dense,
+                effort=level,
+                minutes=minutes,
+                train=kinds[train],
+                seed=calibration.seed,
+                path=progress,
+                progress=bars,
+            )
         note = runs_of(net)[-1].notes[-1]
         if not speech.as_json:
             typer.echo(note)

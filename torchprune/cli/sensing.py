@@ -11,6 +11,7 @@ from torchprune.cli.console import (
     OutputOption,
     ResumeOption,
     Speech,
+    kept_in,
     one_line,
     print_json,
     typer,
@@ -102,18 +103,19 @@ def sensitivity(
         net = loader.model(model)
         tokenizer = loader.tokenizer(model, required=bool(sources))
         batches, _ = calibration.windows(net, tokenizer, sources, say=say, progress=bars)
-        found = measured(
-            net,
-            batches,
-            spec,
-            levels=tried,
-            mode=mode.value,
-            max_windows=judges,
-            progress=bars,
-            path=store,
-            max_batches=calibration.samples,
-            seed=calibration.seed,
-        )
+        with kept_in(store):
+            found = measured(
+                net,
+                batches,
+                spec,
+                levels=tried,
+                mode=mode.value,
+                max_windows=judges,
+                progress=bars,
+                path=store,
+                max_batches=calibration.samples,
+                seed=calibration.seed,
+            )
         shared = None if overrides is None else found.overrides(overrides)
         if speech.as_json:
             extra = {} if shared is None else {"overrides": shared}

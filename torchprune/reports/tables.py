@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 Cells = Sequence[str]
 
 WIDTH = 140
-"""Characters in a line of a table by rich; columns that fold take what the others leave."""
+"""Characters in a line of a table by rich, in a terminal at most its own; columns that fold take
+what the others leave."""
+
+_FOLDED = 20
+"""Characters that a column that folds should have."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,10 @@ class Column:
 
 
 def by_rich(columns: Sequence[Column], rows: Sequence[Cells], total: Cells = ()) -> str | None:
-    """The table, `total` below a rule; None where the cli extra's rich is not installed."""
+    """The table, `total` below a rule; None where the cli extra's rich is not installed.
+
+    In a terminal that is too narrow for it, what all rows have in common is said once, below.
+    """
     try:
         from rich import box
         from rich.console import Console
@@ -36,21 +45,57 @@ def by_rich(columns: Sequence[Column], rows: Sequence[Cells], total: Cells = ())
         from rich.text import Text
     except ImportError:
         return None
+    width, common = _width(), ""
+    if _wanted(columns, [*rows, total]) > width:
+        columns, rows, total, common = _without_common(columns, rows, total)
+    narrow = _wanted(columns, [*rows, total]) > width
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(
             column.head,
             justify="right" if column.right else "left",
-            overflow="fold" if column.fold else "ellipsis",
+            overflow="fold" if column.fold or narrow else "ellipsis",
         )
     for row in rows:
         table.add_row(*map(Text, row))
     if total:
         table.add_section()
         table.add_row(*map(Text, total))
-    console = Console(width=WIDTH, record=True, file=io.StringIO())
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
-    return console.export_text().rstrip() + "\n"
+    return console.export_text().rstrip() + "\n" + common
+
+
+def _width() -> int:
+    return min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+
+
+def _wanted(columns: Sequence[Column], lines: Sequence[Cells]) -> int:
+    """How wide a table is in which nothing has to give way."""
+    found = 0
+    for place, column in enumerate(columns):
+        longest = max(len(column.head), *(len(line[place]) for line in lines if line))
+        found += (min(longest, _FOLDED) if column.fold else longest) + 3
+    return found
+
+
+def _without_common(
+    columns: Sequence[Column], rows: Sequence[Cells], total: Cells
+) -> tuple[list[Column], list[Cells], Cells, str]:
+    """The table without columns that say the same in all rows, and a line that says it."""
+    told: dict[int, str] = {}
+    for place in range(1, len(columns)):
+        cells = {row[place] for row in rows}
+        if len(rows) > 1 and len(cells) == 1 and not (total and total[place]):
+            told[place] = cells.pop()
+    left = [place for place in range(len(columns)) if place not in told]
+    said = ", ".join(f"{columns[place].head} {cell}" for place, cell in told.items() if cell)
+    return (
+        [columns[place] for place in left],
+        [[row[place] for place in left] for row in rows],
+        [total[place] for place in left] if total else (),
+        f"in all rows: {said}\n" if said else "",
+    )
 
 
 def plain(columns: Sequence[Column], rows: Sequence[Cells]) -> str:

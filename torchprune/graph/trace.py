@@ -20,8 +20,9 @@ from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, exported, place
 from torchprune.graph.context import Context, Product
 from torchprune.graph.labels import Labels, Resolved, axes_of
+from torchprune.graph.numbering import Numbering
 from torchprune.graph.rules import follow, tensors_in
-from torchprune.graph.values import Value, filled
+from torchprune.graph.values import Value, filled, sizes_of
 from torchprune.masking.mask import mask_of
 from torchprune.masking.plain_state import slots_of, ties_of
 
@@ -118,6 +119,7 @@ class _Walk:
         """Every node of a graph; the products of the first graph are counted."""
         env: dict[Node, Any] = {}
         sources = sources_of(self.model, program)
+        numbering = Numbering(program.graph_module.graph)
         shown = set(program.graph_signature.user_outputs)
         closed = {
             f"{path}.{name}" if path else name
@@ -139,8 +141,10 @@ class _Walk:
             elif node.op == "output":
                 given = [n for n in node.all_input_nodes if n.name in shown]
                 for value in _values([env.get(n) for n in given]):
-                    for tag in value.tags:
+                    for tag in value.held():
                         self.labels.freeze(tag, "it is an output of the model")
+            elif (first := numbering.first_like(node)) is not node and _is_mask(node):
+                env[node] = env[first]
             else:
                 self._step(env, node)
         self.counting = False
@@ -208,7 +212,7 @@ class _Walk:
             env[node] = held[cast(int, node.args[1])] if isinstance(held, tuple) else held
             return
         kwargs = cast(dict[str, Any], torch.fx.map_arg(node.kwargs, env.get))
-        shapes = [tuple(int(s) for s in t.shape) for t in tensors_in(node.meta.get("val"))]
+        shapes = [sizes_of(t) for t in tensors_in(node.meta.get("val"))]
         module = _module_of(node)
         products = self.products if self.counting else []
         example = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
@@ -253,6 +257,11 @@ def _values(nested: Any) -> Iterator[Value]:
             yield from _values(item)
     elif isinstance(nested, dict):
         yield from _values(list(nested.values()))
+
+
+def _is_mask(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _module_of(node: Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from sweeps import share
 from torch import Tensor, nn
 
 import torchprune
+from torchprune.errors import ShrinkError
 from torchprune.graph.groups import structure_of
 
 Function = Callable[[Tensor], Tensor]
@@ -71,6 +73,57 @@ def _halves_filled(t: Tensor) -> Tensor:
 def _every_second(t: Tensor) -> Tensor:
     out = torch.empty_like(t).copy_(t)
     out[:, :, ::2] = -t[:, :, 1::2]
+    return out
+
+
+def _raised_where_positive(t: Tensor) -> Tensor:
+    out = t.clone()
+    out[out > 0] += 1
+    return out
+
+
+def _doubled_where_negative(t: Tensor) -> Tensor:
+    out = t.clone()
+    out[t < 0] = t[t < 0] * 2 - 1
+    return out
+
+
+def _filled_in_place(t: Tensor) -> Tensor:
+    return t.clone().masked_fill_(t < 0, 0.5)
+
+
+def _set_where(t: Tensor) -> Tensor:
+    out = t.clone()
+    out[out.abs() < 0.1] = 3.0
+    return out
+
+
+def _masked_rows(t: Tensor) -> Tensor:
+    out = t.clone()
+    out[:, :, torch.arange(8) > 3] = 0.0
+    return out
+
+
+def _put_at_two(t: Tensor) -> Tensor:
+    out = t.clone()
+    out[:, :, torch.tensor([0, 2]), torch.tensor([1, 1])] = 1.0
+    return out
+
+
+def _scattered_back(t: Tensor) -> Tensor:
+    mask = t > 0
+    return t.masked_scatter(mask, t.masked_select(mask).exp())
+
+
+def _shuffled_picks(t: Tensor) -> Tensor:
+    out = t.clone()
+    out[t > 0] = t[t > 0].flip(0)
+    return out
+
+
+def _of_another_mask(t: Tensor) -> Tensor:
+    out = t.clone()
+    out[t > 0] = (t + 0)[t * 1 > 0]
     return out
 
 
@@ -168,6 +221,17 @@ GO: dict[str, tuple[int, int, Function]] = {
     "added to a view": pointwise(_first_row_raised),
     "filled by halves": pointwise(_halves_filled),
     "every second written": pointwise(_every_second),
+    "raised under a mask": pointwise(_raised_where_positive),
+    "written under a mask": pointwise(_doubled_where_negative),
+    "filled under a mask": pointwise(_filled_in_place),
+    "set under a mask": pointwise(_set_where),
+    "multiplied by a mask": pointwise(lambda t: t.clone().mul_(t > 0)),
+    "written back where picked": pointwise(_scattered_back),
+    "rows under a mask": pointwise(_masked_rows),
+    "two indices": pointwise(lambda t: t[:, :, [0, 2], [1, 1]][..., None]),
+    "written at two indices": pointwise(_put_at_two),
+    "mirrored channels": pointwise(lambda t: t.flip(1)),
+    "reflected": pointwise(lambda t: F.pad(t, (1, 1, 1, 1), mode="reflect")),
     "copied": pointwise(lambda t: torch.empty_like(t).copy_(t)),
 }
 
@@ -178,6 +242,12 @@ STAY: dict[str, tuple[int, int, Function]] = {
     "a product with a constant": (0, 16, lambda t: torch.tensordot(t, torch.ones(16, 16), 1)),
     "products of activations": (0, 16, lambda t: torch.einsum("bij,bkj->bik", t, t) @ t),
     "random": pointwise(lambda t: t * (1 + 0 * torch.randn_like(t))),
+    "picked and shuffled": pointwise(_shuffled_picks),
+    "picked elsewhere": pointwise(_of_another_mask),
+    "picked and summed": pointwise(lambda t: t + t[t > 0].sum()),
+    "picked by count": pointwise(lambda t: t * torch.nonzero(t > 0).sum()),
+    "rolled whole": pointwise(lambda t: t.roll(3)),
+    "taken in a row": pointwise(lambda t: t.masked_scatter(t > 0, t * 2)),
     "distances": (0, 16, lambda t: torch.cdist(t, t) @ t),
 }
 
@@ -212,6 +282,17 @@ def test_what_an_operator_reads_as_a_whole_stays_with_a_reason(name: str) -> Non
     assert ("first.weight", 0) in stays or any(g.kind == "heads" for g in own) or unread
     if ("first.weight", 0) in stays:
         assert "aten." in stays["first.weight", 0] or "no other tensor" in stays["first.weight", 0]
+
+
+def _branching_on_a_count(t: Tensor) -> Tensor:
+    return t * 2 if len(t[t > 0]) > 4 else t  # the line
+
+
+def test_code_that_asks_how_much_a_mask_picked_is_refused_with_its_line() -> None:
+    line = inspect.getsourcelines(_branching_on_a_count)[1] + 1
+    net, x = made(pointwise(_branching_on_a_count))
+    with pytest.raises(ShrinkError, match=rf"at test_operators\.py:{line}: "):
+        structure_of(net, x)
 
 
 def test_operators_of_ones_own_freeze() -> None:

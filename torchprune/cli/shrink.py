@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from torchprune.structure.plan import ShrinkPlan
+    from torchprune.structure.shrink_plan import ShrinkPlan
 
 _AMOUNTS = "What goes"
 
@@ -157,7 +157,7 @@ def shrink(
             if not plan:
                 raise InputError(
                     "nothing to remove: no unit is all zero; give --heads, --neurons, --channels "
-                    "or --layers"
+                    f"or --layers. In the way stood {'; '.join(plan.in_the_way)}"
                 )
             remove(net, plan)
             saved = destination.save(net, tokenizer, model, say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 import warnings
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 
 from torchprune import modes
 from torchprune.calibration.batches import Batch, read_batches
@@ -73,7 +75,7 @@ def exported(model: nn.Module, call: Call) -> ExportedProgram:
             program = torch.export.export(model, call.batch.args, call.batch.kwargs, strict=False)
             return program.run_decompositions({}) if _writes_parts(program) else program
     except Exception as error:
-        where = _place_of(error)
+        where = place_of(error)
         raise ShrinkError(
             f"torch.export cannot capture this {type(model).__name__}{where}: "
             f"{type(error).__name__}: {_first_line(error)}. Structures are read off the exported "
@@ -108,11 +110,24 @@ _WHOLE = {
 """In-place operators on a whole tensor: the same to labels as what they are in place of."""
 
 
-def _place_of(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """The innermost line of the model's own code on the way to an error."""
     walk = traceback.walk_tb(error.__traceback__)
     lines = [(frame.f_code.co_filename, line) for frame, line in walk]
     return place([line for line in lines if _of_the_model(line[0])])
+
+
+def place_of_node(node: Node) -> str:
+    """The innermost line of the model's own code that made a node; of torch's, if it is all."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return place([line for line in lines if _of_the_model(line[0])] or lines)
+
+
+def module_of_node(node: Node) -> str:
+    """The path of the module whose code runs a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    return re.sub(r"@\d+$", "", paths[-1]) if paths else ""
 
 
 def place(lines: Sequence[tuple[str, object]]) -> str:

@@ -55,7 +55,7 @@ class Context:
         """All labels of some values."""
         for value in values:
             if isinstance(value, Value):
-                for tag in value.tags:
+                for tag in value.held():
                     self.labels.freeze(tag, self.why)
             elif isinstance(value, list | tuple):
                 self.freeze(*value)

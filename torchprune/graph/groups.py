@@ -63,11 +63,12 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Frozen:
-    """An axis on which nothing can go, and why."""
+    """An axis on which nothing can go, why, and how many numbers its tensor holds."""
 
     key: str
     axis: int
     why: str
+    numbers: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,15 +92,49 @@ class Structure:
 
 
 def reasons_of(frozen: Iterable[Frozen]) -> list[str]:
-    """A line for each reason, with the first axes that it holds for."""
-    by_reason: dict[str, list[str]] = {}
-    for f in frozen:
-        by_reason.setdefault(f.why, []).append(f"{f.key}[{f.axis}]")
-    lines = []
-    for why, axes in by_reason.items():
-        more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
-        lines.append(f"frozen by {why}: {', '.join(axes[:3])}{more}")
-    return lines
+    """A line for each reason, with the first axes that it holds for; the largest tensors first."""
+    by_reason: dict[str, list[Frozen]] = {}
+    for one in frozen:
+        by_reason.setdefault(one.why, []).append(one)
+    ordered = sorted(by_reason.items(), key=lambda held: -numbers_of(held[1]))
+    return [f"frozen by {why}: {_listed(held)}" for why, held in ordered]
+
+
+def numbers_of(frozen: Iterable[Frozen]) -> int:
+    """How many numbers the tensors of some axes hold, each tensor once."""
+    return sum({one.key: one.numbers for one in frozen}.values())
+
+
+def _listed(frozen: list[Frozen]) -> str:
+    more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+    return ", ".join(f"{one.key}[{one.axis}]" for one in frozen[:3]) + more
+
+
+def in_the_way(structure: Structure, most: int = 5) -> list[str]:
+    """What keeps units where they are, in order of the parameters that stay for it.
+
+    Where nothing does, a group could go and has no unit that is zero.
+    """
+    sizes = _sizes(structure.trace)
+    found: dict[str, list[Frozen]] = {}
+    for one in structure.frozen:
+        found.setdefault(one.why, []).append(one)
+    for group in structure.groups:
+        why = f"none of its {group.count} {group.kind} is zero"
+        found[f"{group.name}: {why}"] = [
+            Frozen(m.key, m.axis, why, sizes[m.key]) for m in group.members
+        ]
+    ordered = sorted(found.items(), key=lambda held: -numbers_of(held[1]))
+    lines = [f"{numbers_of(held):,} parameters: {why} ({_listed(held)})" for why, held in ordered]
+    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
+
+
+def _sizes(traced: Trace) -> dict[str, int]:
+    """How many numbers each tensor holds."""
+    sizes: dict[str, int] = {}
+    for axis in traced.axes:
+        sizes[axis.key] = sizes.get(axis.key, 1) * len(axis.labels)
+    return sizes
 
 
 def structure_of(model: nn.Module, example_inputs: Any) -> Structure:
@@ -129,13 +164,14 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
     units: dict[int, Tensor] = {}  # signature -> its classes, in order of first appearance
     stays: list[Frozen] = []
     modules = dict(model.named_modules())
+    sizes = _sizes(traced)
     for at, (axis, here) in enumerate(zip(traced.axes, own, strict=True)):
         free = here[~frozen[here]]
         if not len(free):
             if axis.axis >= 2 and _is_kernel(axis.key, modules):
                 continue
             why = traced.resolved.reasons.get(int(here[0]), "a fixed size of the model's code")
-            stays.append(Frozen(axis.key, axis.axis, why))
+            stays.append(Frozen(axis.key, axis.axis, why, sizes[axis.key]))
             continue
         for mark in signature[free].unique().tolist():
             owners.setdefault(mark, []).append(at)
@@ -165,7 +201,7 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
     for at, why in dict(idle).items():
         axis = traced.axes[at]
         if at not in grouped and not (axis.axis >= 2 and _is_kernel(axis.key, modules)):
-            stays.append(Frozen(axis.key, axis.axis, why))
+            stays.append(Frozen(axis.key, axis.axis, why, sizes[axis.key]))
     return Structure(groups, stays, traced, names)
 
 

@@ -55,19 +55,27 @@ def contract(
 
 
 def linear(ctx: Context, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    """A sum over the last axis of input and weight."""
     return _plus(ctx, contract(ctx, x.inserted(-2), weight), bias)
 
 
 def addmm(ctx: Context, bias: Value, x: Value, y: Value, **_: Any) -> Value:
+    """A matrix product, and what is added to it."""
     return _plus(ctx, matmul(ctx, x, y), bias)
 
 
 def matmul(ctx: Context, x: Value, y: Value) -> Value:
+    """A sum over one axis; what lies on leading axes is kept apart, as heads are."""
     if y.dim == 1:
         return contract(ctx, x, y)
     if x.dim == 1:
         return contract(ctx, x, turned(y))
     return _rows_by_columns(ctx, x, turned(y))
+
+
+def dotted(ctx: Context, x: Value, y: Value, *, dim: int = -1) -> Value:
+    """Products of vectors on one axis, for all others apart."""
+    return contract(ctx, x, y, [dim])
 
 
 def _rows_by_columns(ctx: Context, x: Value, y: Value) -> Value:
@@ -177,6 +185,7 @@ def convolution(
     *options: Any,
     **named: Any,
 ) -> Value:
+    """Channels as in a matrix product, positions as they come; groups and depthwise too."""
     groups = named.get("groups", options[3] if len(options) > 3 else 1)
     return _convolved(ctx, x, weight, bias, int(groups), swapped=False)
 
@@ -189,8 +198,25 @@ def transposed_convolution(
     *options: Any,
     **named: Any,
 ) -> Value:
+    """As a convolution, with the weight's first axis read."""
     groups = named.get("groups", options[3] if len(options) > 3 else 1)
     return _convolved(ctx, x, weight, bias, int(groups), swapped=True)
+
+
+def any_convolution(
+    ctx: Context,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Value:
+    """The one operator that all convolutions become."""
+    return _convolved(ctx, x, weight, bias, groups, swapped=transposed)
 
 
 def _convolved(
@@ -280,6 +306,22 @@ def _extent(shape: Sequence[int]) -> int:
 def _scaled(product: Product, times: int) -> Product:
     tags = tuple(tag.unsqueeze(0) for tag in product.tags)
     return Product((times, *product.shape), tags, product.module)
+
+
+def distances(ctx: Context, x: Value, y: Value, *_: Any, **__: Any) -> Value:
+    """Every row of one with every row of the other, over all of their last axis."""
+    pairs = met(ctx.labels, [x.inserted(-2), y.inserted(-3)], ctx.why)
+    return squeezed(
+        reduced_to_one(pairs, ctx.whole(pairs, [-1]).tags, [pairs.dim - 1]), [pairs.dim - 1]
+    )
+
+
+def bag(ctx: Context, weight: Value, indices: Value, offsets: Value, *options: Any) -> Any:
+    """Sums of an embedding's rows: columns pass, rows are chosen by the input."""
+    ctx.freeze(indices, offsets, *options)
+    kept = ctx.whole(weight, [0])
+    out = Value(ctx.shape, kept.tags, weight.weight)
+    return tuple(out if shape == ctx.shape else Value(shape) for shape in ctx.shapes)
 
 
 def embedding(ctx: Context, weight: Value, indices: Value, *_: Any) -> Value:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchprune.graph.context import Context
 from torchprune.graph.labels import axes_of
@@ -16,10 +17,19 @@ from torchprune.graph.values import Value, indexed, met, reduced_to_one, squeeze
 def layer_norm(
     ctx: Context, x: Value, shape: Sequence[int], weight: Any = None, bias: Any = None, *_: Any
 ) -> Value:
-    """Also rms_norm, which has no bias."""
+    """The normed axes are read as a whole; the others pass."""
     out = ctx.whole(x, range(x.dim - len(shape), x.dim), keep=True)
     parts = [v for v in (weight, bias) if isinstance(v, Value)]
     return met(ctx.labels, [out, *parts], ctx.why)
+
+
+def layer_norm_and_moments(
+    ctx: Context, x: Value, shape: Sequence[int], weight: Any, bias: Any, *_: Any
+) -> tuple[Value, Value, Value]:
+    """A layer norm that tells its means and deviations too."""
+    axes = range(x.dim - len(shape), x.dim)
+    moments = reduced_to_one(x, ctx.whole(x, axes).tags, axes)
+    return layer_norm(ctx, x, shape, weight, bias), moments, moments
 
 
 def by_channel(ctx: Context, x: Value, *statistics: Any, **_: Any) -> Value:
@@ -50,6 +60,28 @@ def batch_norm(
     if training or mean is None:
         x = ctx.whole(x, [axis for axis in range(x.dim) if axis != 1], keep=True)
     return by_channel(ctx, x, weight, bias, mean, variance)
+
+
+def batch_norm_and_moments(ctx: Context, x: Value, *given: Any) -> tuple[Value, Value, Value]:
+    """A batch norm that tells its means and deviations too; statistics may be absent."""
+    at = next(place for place, held in enumerate(given) if not isinstance(held, Value | None))
+    weight, bias, *statistics = given[:at]
+    mean, variance = statistics or (None, None)
+    training = given[at] is True  # else it is a number: without training there is no such flag
+    out = batch_norm(ctx, x, weight, bias, mean, variance, training)
+    moments = Value((x.shape[1],), _of_channels(ctx, out), x.weight)
+    return out, *(moments if shape == moments.shape else Value(shape) for shape in ctx.shapes[1:])
+
+
+def _of_channels(ctx: Context, out: Value) -> tuple[Tensor, ...]:
+    """The tags of one number for each index of the second axis."""
+    tag = out.on(1)
+    if tag is None:
+        return ()
+    if axes_of(tag) != (1,):
+        ctx.freeze(out)
+        return ()
+    return (tag.reshape(-1),)
 
 
 def instance_norm(
@@ -93,6 +125,29 @@ def group_norm(
     return out
 
 
+def group_norm_and_moments(
+    ctx: Context,
+    x: Value,
+    weight: Any,
+    bias: Any,
+    samples: int,
+    channels: int,
+    places: int,
+    groups: int,
+    *_: Any,
+) -> tuple[Value, Value, Value]:
+    """A group norm that tells its means and deviations too."""
+    out = group_norm(ctx, x, groups, weight, bias)
+    tags = []
+    for tag in out.tags:
+        if tag.shape[1] > 1:
+            tags.append(tag.reshape(groups, -1)[:, 0].reshape(1, -1))
+        elif tag.shape[0] > 1:
+            tags.append(tag.reshape(-1, 1))
+    moments = Value((samples, groups), tuple(tags), x.weight)
+    return out, moments, moments
+
+
 def normalised(ctx: Context, x: Value, dim: Any = None, *_: Any, **__: Any) -> Value:
     """Softmax, cumulated sums and whatever else reads along an axis and keeps it."""
     axes = range(x.dim) if dim is None else [dim] if isinstance(dim, int) else dim
@@ -122,6 +177,7 @@ def along(default: int | None, place: int = 0, name: str = "dim") -> Any:
     """
 
     def rule(ctx: Context, x: Value, *args: Any, **named: Any) -> Any:
+        """One axis is read as a whole, each of the others index by index."""
         dim = named.get(name, args[place] if len(args) > place else default)
         dims = range(x.dim) if dim is None else [dim] if isinstance(dim, int) else dim
         axes = sorted({axis % x.dim for axis in dims})
@@ -138,6 +194,12 @@ def along(default: int | None, place: int = 0, name: str = "dim") -> Any:
         return out if len(ctx.shapes) == 1 else tuple(out for _ in ctx.shapes)
 
     return rule
+
+
+def edged(ctx: Context, x: Value, pad: Sequence[int], *_: Any) -> Value:
+    """Padding from what lies at the edges: the padded axes are read as a whole, and others pass."""
+    axes = range(x.dim - len(pad) // 2, x.dim)
+    return replace(ctx.whole(x, axes), shape=ctx.shape)
 
 
 def unfolded(ctx: Context, x: Value, dim: int, *_: Any) -> Value:
@@ -181,7 +243,7 @@ def from_patches(ctx: Context, x: Value, *_: Any) -> Value:
 def sampled(ctx: Context, x: Value, grid: Value, *_: Any) -> Value:
     """Positions are chosen by the grid, for all channels alike."""
     ctx.freeze(grid)
-    return replace(ctx.whole(x, range(2, x.dim)), shape=ctx.shape)
+    return replace(ctx.whole(x, [0, *range(2, x.dim)]), shape=ctx.shape)
 
 
 def unpooled(ctx: Context, x: Value, indices: Value, *_: Any) -> Value:
@@ -192,17 +254,23 @@ def unpooled(ctx: Context, x: Value, indices: Value, *_: Any) -> Value:
 
 
 def bucketed(ctx: Context, x: Value, boundaries: Value, *_: Any, **__: Any) -> Value:
+    """Elements are looked up one by one in boundaries that stay."""
     ctx.freeze(boundaries)
     return x
 
 
 def normed(ctx: Context, x: Value, _: Any = None, dim: Any = None, *__: Any, **___: Any) -> Any:
+    """A norm over some axes."""
     return reduced(ctx, x, dim)
 
 
-def pooled(ctx: Context, x: Value, *_: Any, **__: Any) -> Any:
-    """Pools and resampling over the last axes, which here all have fixed sizes."""
-    space = [axis for axis in range(x.dim) if axis > 1 or x.shape[axis] != ctx.shape[axis]]
-    out = ctx.whole(x, space)
-    made = Value(ctx.shape, out.tags, x.weight)
-    return made if len(ctx.shapes) == 1 else tuple(made for _ in ctx.shapes)
+def pooled(space: int) -> Any:
+    """The rule of pools and resampling over so many last axes."""
+
+    def rule(ctx: Context, x: Value, *_: Any, **__: Any) -> Any:
+        """The last axes, of space, keep their sizes; the others pass."""
+        out = ctx.whole(x, range(x.dim - space, x.dim))
+        made = Value(ctx.shape, out.tags, x.weight)
+        return made if len(ctx.shapes) == 1 else tuple(made for _ in ctx.shapes)
+
+    return rule

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from torchprune.graph import products, reductions, views
+from torchprune.graph import indexing, products, reductions, views
 from torchprune.graph.context import Context, unknown
 from torchprune.graph.derived import parts_of
-from torchprune.graph.values import Value, filled, met
+from torchprune.graph.reasons import reason_for
+from torchprune.graph.values import UNKNOWN, Value, filled, met, sizes_of
 
 Rule = Callable[..., Any]
 
@@ -22,6 +23,7 @@ _aten = torch.ops.aten
 
 
 def pointwise(ctx: Context, *args: Any, **named: Any) -> Any:
+    """Elements that meet go together."""
     values = [v for v in (*args, *named.values()) if isinstance(v, Value)]
     return met(ctx.labels, values, ctx.why)
 
@@ -42,9 +44,17 @@ def _named(*names: str) -> list[Any]:
     return [getattr(_aten, name) for name in names if hasattr(_aten, name)]
 
 
+_POOLS = (
+    *("max_pool{}d", "avg_pool{}d", "max_pool{}d_with_indices", "fractional_max_pool{}d"),
+    *("adaptive_avg_pool{}d", "adaptive_max_pool{}d", "_adaptive_avg_pool{}d"),
+    *("upsample_nearest{}d", "_upsample_nearest_exact{}d"),
+)
+_MODES = {1: ["linear"], 2: ["bilinear", "bicubic"], 3: ["trilinear"]}
+
 _OPERATORS: dict[Rule, list[Any]] = {
     products.linear: _named("linear"),
-    products.addmm: _named("addmm", "baddbmm"),
+    products.addmm: _named("addmm", "baddbmm", "addmv"),
+    products.dotted: _named("linalg_vecdot"),
     products.matmul: _named("matmul", "mm", "bmm", "mv", "dot"),
     products.attention: _named("scaled_dot_product_attention"),
     products.einsum: _named("einsum"),
@@ -52,14 +62,27 @@ _OPERATORS: dict[Rule, list[Any]] = {
     products.transposed_convolution: _named(
         "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
     ),
+    products.any_convolution: _named("convolution"),
     products.embedding: _named("embedding"),
+    products.bag: _named("_embedding_bag", "_embedding_bag_forward_only"),
+    products.distances: _named("cdist", "_cdist_forward"),
     reductions.layer_norm: _named("layer_norm", "rms_norm"),
+    reductions.layer_norm_and_moments: _named("native_layer_norm"),
     reductions.batch_norm: _named("batch_norm"),
+    reductions.batch_norm_and_moments: _named(
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit_functional",
+        "native_batch_norm",
+    ),
     reductions.by_channel: _named("prelu"),
     reductions.instance_norm: _named("instance_norm"),
     reductions.weight_norm: _named("_weight_norm"),
     reductions.group_norm: _named("group_norm"),
-    reductions.normalised: _named("softmax", "log_softmax", "_softmax", "cumsum", "logcumsumexp"),
+    reductions.group_norm_and_moments: _named("native_group_norm"),
+    reductions.normalised: _named(
+        "softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "logcumsumexp"
+    ),
     reductions.reduced: _named(
         "mean",
         "sum",
@@ -78,38 +101,19 @@ _OPERATORS: dict[Rule, list[Any]] = {
         "var_mean",
     ),
     reductions.normed: _named("linalg_vector_norm", "norm"),
-    reductions.pooled: _named(
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "max_pool2d_with_indices",
-        "_adaptive_avg_pool2d",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-        "upsample_bilinear2d",
-        "upsample_bicubic2d",
-        "upsample_linear1d",
-        "upsample_trilinear3d",
-        "_upsample_nearest_exact1d",
-        "_upsample_nearest_exact2d",
-        "_upsample_nearest_exact3d",
-        "_upsample_bilinear2d_aa",
-        "_upsample_bicubic2d_aa",
-        "adaptive_max_pool3d",
-        "max_pool3d_with_indices",
-        "_adaptive_avg_pool3d",
-    ),
+    **{
+        reductions.pooled(space): _named(
+            *(name.format(space) for name in _POOLS),
+            *(f"upsample_{how}{space}d" for how in _MODES[space]),
+            *(f"_upsample_{how}{space}d_aa" for how in _MODES[space]),
+        )
+        for space in (1, 2, 3)
+    },
     reductions.sampled: _named("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"),
     reductions.unpooled: _named("max_unpool2d"),
+    reductions.edged: _named(
+        *(f"{how}_pad{n}d" for how in ("reflection", "replication") for n in (1, 2, 3))
+    ),
     reductions.unfolded: _named("unfold"),
     reductions.diagonal: _named("diagonal"),
     reductions.patches: _named("im2col"),
@@ -135,7 +139,6 @@ _OPERATORS: dict[Rule, list[Any]] = {
     views.written: _named("slice_scatter"),
     views.written_at: _named("select_scatter"),
     views.overwritten: _named("copy"),
-    views.put: _named("index_put"),
     views.parted_complex: _named("view_as_real"),
     views.viewed: _named(
         "view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"
@@ -174,8 +177,14 @@ _OPERATORS: dict[Rule, list[Any]] = {
     views.concatenated: _named("cat", "concat", "concatenate"),
     views.stacked: _named("stack"),
     views.padded: _named("constant_pad_nd", "pad"),
-    views.kept_along: _named("roll", "flip"),
-    views.looked_up: _named("index"),
+    views.mirrored: _named("flip"),
+    views.doubled: _named("native_dropout"),
+    views.rolled: _named("roll"),
+    views.as_complex: _named("view_as_complex"),
+    indexing.look_up: _named("index"),
+    indexing.put: _named("index_put"),
+    indexing.masked_select: _named("masked_select"),
+    indexing.masked_scatter: _named("masked_scatter"),
     pointwise: _named(
         "where",
         "masked_fill",
@@ -187,8 +196,10 @@ _OPERATORS: dict[Rule, list[Any]] = {
         "hardswish_",
         "hardsigmoid_",
         "complex",
+        "polar",
         "real",
         "imag",
+        "fill",
     ),
 }
 _RULES = {packet: rule for rule, packets in _OPERATORS.items() for packet in packets}
@@ -207,6 +218,7 @@ _FILLED = _named(
     "ones_like",
     "full_like",
     "empty_like",
+    "empty_strided",
 )
 """They make one value over and over, in whatever size the code asks for."""
 
@@ -219,12 +231,21 @@ def follow(ctx: Context, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if getattr(target, "overloadpacket", None) in _FILLED:
         made = filled(ctx.labels, ctx.shape, range(len(ctx.shape)))
         return Value(ctx.shape, tuple(made), weight=True)
-    if not any(v.tags for v in values):
+    if not any(v.held() for v in values):
         weight = all(v.weight for v in values)
         plain = tuple(Value(shape, weight=weight) for shape in ctx.shapes)
         return plain if len(plain) != 1 else plain[0]
     rule = rule_for(target)
-    if rule is unknown and ctx.example is not None:
+    if any(isinstance(v, indexing.Picked) for v in values):
+        if rule in (pointwise, views.same):
+            rule = indexing.each
+        elif rule not in (indexing.put, indexing.masked_scatter):
+            rule = unknown
+    elif any(UNKNOWN in v.shape for v in values):
+        rule = unknown
+    if reason := reason_for(target):
+        ctx = replace(ctx, why=f"{ctx.why}: {reason}")
+    elif rule is unknown and ctx.example is not None:
         parts = parts_of(target, *ctx.example)
         if parts is not None:
             return _by_parts(ctx, parts, values)
@@ -243,7 +264,7 @@ def _by_parts(ctx: Context, parts: GraphModule, given: list[Value]) -> Any:
     env: dict[Node, Any] = {}
     rest = iter(given)
     for node in parts.graph.nodes:
-        shapes = [tuple(t.shape) for t in tensors_in(node.meta.get("val"))]
+        shapes = [sizes_of(t) for t in tensors_in(node.meta.get("val"))]
         if node.op == "placeholder":
             env[node] = next(rest)
         elif node.op == "get_attr":  # a constant of the operator's own

@@ -6,7 +6,7 @@ No list of architectures: whatever `torch.export` can capture is followed operat
 from __future__ import annotations
 
 import operator
-import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from torchprune.errors import ShrinkError
-from torchprune.graph.capture import Call, exported, place
+from torchprune.graph.capture import Call, exported, module_of_node, place_of_node
 from torchprune.graph.context import Context, Product
 from torchprune.graph.labels import Labels, Resolved, axes_of
+from torchprune.graph.numbering import Numbering
 from torchprune.graph.rules import follow, tensors_in
-from torchprune.graph.values import Value, filled
+from torchprune.graph.values import Value, filled, sizes_of
 from torchprune.masking.mask import mask_of
 from torchprune.masking.plain_state import slots_of, ties_of
 
@@ -47,6 +49,16 @@ class Size:
     tag: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """A number in the code that is the size of an axis: the line, and the tag on that axis."""
+
+    module: str
+    place: str
+    axis: int
+    tag: Tensor
+
+
 @dataclass
 class Trace:
     """A graph followed to its end.
@@ -59,6 +71,7 @@ class Trace:
         read: (labels,) bool, whether a label is an input index of a weight in some product.
         edges: pairs of flat tensors: labels that were joined, element by element.
         unread: the parameters that no graph reads.
+        asks: where the code gives sizes as numbers, in order.
     """
 
     axes: list[Axis]
@@ -68,6 +81,7 @@ class Trace:
     read: Tensor
     edges: list[tuple[Tensor, Tensor]] = field(repr=False)
     unread: list[str] = field(default_factory=list)
+    asks: list[Ask] = field(default_factory=list, repr=False)
 
 
 def trace(model: nn.Module, calls: Sequence[Call], *, closed: bool = False) -> Trace:
@@ -111,6 +125,8 @@ class _Walk:
         self.axes: list[Axis] = []
         self.products: list[Product] = []
         self.sizes: list[Size] = []
+        self.asks: list[Ask] = []
+        self.extents: dict[str, dict[int, deque[tuple[int, Tensor]]]] = {}
         self.known: dict[str, Value] = {}
         self.counting = True
 
@@ -118,6 +134,7 @@ class _Walk:
         """Every node of a graph; the products of the first graph are counted."""
         env: dict[Node, Any] = {}
         sources = sources_of(self.model, program)
+        numbering = Numbering(program.graph_module.graph)
         shown = set(program.graph_signature.user_outputs)
         closed = {
             f"{path}.{name}" if path else name
@@ -139,8 +156,10 @@ class _Walk:
             elif node.op == "output":
                 given = [n for n in node.all_input_nodes if n.name in shown]
                 for value in _values([env.get(n) for n in given]):
-                    for tag in value.tags:
+                    for tag in value.held():
                         self.labels.freeze(tag, "it is an output of the model")
+            elif (first := numbering.first_like(node)) is not node and _is_mask(node):
+                env[node] = env[first]
             else:
                 self._step(env, node)
         self.counting = False
@@ -183,6 +202,7 @@ class _Walk:
             read,
             self.labels.edges,
             self.unread(),
+            self.asks,
         )
 
     def _source(self, node: Node, key: str | None) -> Any:
@@ -208,8 +228,8 @@ class _Walk:
             env[node] = held[cast(int, node.args[1])] if isinstance(held, tuple) else held
             return
         kwargs = cast(dict[str, Any], torch.fx.map_arg(node.kwargs, env.get))
-        shapes = [tuple(int(s) for s in t.shape) for t in tensors_in(node.meta.get("val"))]
-        module = _module_of(node)
+        shapes = [sizes_of(t) for t in tensors_in(node.meta.get("val"))]
+        module = module_of_node(node)
         products = self.products if self.counting else []
         example = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         context = Context(self.labels, _why(node), shapes, module, products, example)
@@ -218,6 +238,14 @@ class _Walk:
         for value in _values(made):
             for tag in value.tags:
                 self.sizes += [Size(module, axis, tag) for axis in axes_of(tag)]
+        known = self.extents.setdefault(module, {})
+        for value in (*_values(args), *_values(made)):
+            for tag in value.tags:
+                for axis in axes_of(tag):
+                    known.setdefault(value.shape[axis], deque(maxlen=_LATEST)).append((axis, tag))
+        for size in _numbers(node) & known.keys():
+            where = place_of_node(node).removeprefix(" at ")
+            self.asks += [Ask(module, where, axis, tag) for axis, tag in known[size]]
 
 
 def sources_of(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
@@ -255,14 +283,21 @@ def _values(nested: Any) -> Iterator[Value]:
         yield from _values(list(nested.values()))
 
 
-def _module_of(node: Node) -> str:
-    """The path of the module whose code runs a node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    return re.sub(r"@\d+$", "", paths[-1]) if paths else ""
+_LATEST = 8
+"""Of so many axes of one length in a module, those seen last, a number may be the size."""
+
+
+def _is_mask(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _why(node: Node) -> str:
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    module = _module_of(node)
-    return f"{node.target}{place(lines)}" + (f" in {module}" if module else "")
+    module = module_of_node(node)
+    return f"{node.target}{place_of_node(node)}" + (f" in {module}" if module else "")
+
+
+def _numbers(node: Node) -> set[int]:
+    """The whole numbers that a node is given, but for those that are rarely sizes."""
+    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    return {leaf for leaf in leaves if type(leaf) is int and leaf > 1}

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from torchprune.graph.labels import UNLABELLED, Labels, axes_of, collapsed
 
+UNKNOWN = -1
+"""A size that depends on the values of the input."""
+
 
 @dataclass(frozen=True, eq=False)
 class Value:
     """A tensor of the graph.
 
     Attributes:
-        shape: its sizes on the example inputs.
+        shape: its sizes on the example inputs; `UNKNOWN` where values decide.
         tags: how its elements depend on labels; no two tags vary along the same axis. An axis of
             more than one index on which no tag varies has a fixed size.
         weight: whether it is made of parameters, buffers and constants alone.
@@ -29,6 +32,10 @@ class Value:
     @property
     def dim(self) -> int:
         return len(self.shape)
+
+    def held(self) -> tuple[Tensor, ...]:
+        """Every tag on which what it holds depends."""
+        return self.tags
 
     def tagged(self) -> set[int]:
         """The axes on which some tag varies."""
@@ -215,6 +222,11 @@ def turned(value: Value) -> Value:
     order = [*range(value.dim)]
     order[-2:] = order[-1], order[-2]
     return value.permuted(order)
+
+
+def sizes_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor of the graph, `UNKNOWN` where values decide."""
+    return tuple(size if type(size) is int else UNKNOWN for size in tensor.shape)
 
 
 def squeezed(x: Value, axes: Sequence[int]) -> Value:

@@ -28,14 +28,17 @@ def viewed(ctx: Context, x: Value, *_: Any, **__: Any) -> Value:
 
 
 def same(ctx: Context, x: Value, *_: Any, **__: Any) -> Value:
+    """Each element by itself, or as it is."""
     return x
 
 
 def permuted(ctx: Context, x: Value, order: Sequence[int]) -> Value:
+    """Labels go with their axes."""
     return x.permuted(order)
 
 
 def transposed(ctx: Context, x: Value, one: int = 0, two: int = 1) -> Value:
+    """Labels go with their axes."""
     if x.dim < 2:
         return x
     order = [*range(x.dim)]
@@ -44,6 +47,7 @@ def transposed(ctx: Context, x: Value, one: int = 0, two: int = 1) -> Value:
 
 
 def moved(ctx: Context, x: Value, source: Any, target: Any) -> Value:
+    """Labels go with their axes."""
     sources = [a % x.dim for a in ([source] if isinstance(source, int) else source)]
     targets = [a % x.dim for a in ([target] if isinstance(target, int) else target)]
     order = [-1] * x.dim
@@ -54,27 +58,33 @@ def moved(ctx: Context, x: Value, source: Any, target: Any) -> Value:
 
 
 def turned(ctx: Context, x: Value) -> Value:
+    """Labels go with their axes."""
     return x.permuted(list(reversed(range(x.dim)))) if x.dim > 1 else x
 
 
 def turned_last(ctx: Context, x: Value) -> Value:
+    """Labels go with their axes."""
     return values.turned(x)
 
 
 def inserted(ctx: Context, x: Value, axis: int) -> Value:
+    """An axis of size 1 more."""
     return x.inserted(axis)
 
 
 def squeezed(ctx: Context, x: Value, dim: Any = None) -> Value:
+    """Axes of size 1 less."""
     axes = range(x.dim) if dim is None else [dim] if isinstance(dim, int) else dim
     return values.squeezed(x, [a % x.dim for a in axes if x.shape[a] == 1])
 
 
 def repeated_view(ctx: Context, x: Value, *_: Any, **__: Any) -> Value:
+    """A value along an axis, as often as the code asks for."""
     return expanded(ctx.labels, x, ctx.shape)
 
 
 def repeated(ctx: Context, x: Value, times: Sequence[int]) -> Value:
+    """An axis several times over; each copy has the labels of the first."""
     wide = x.widened(len(times))
     for axis, count in enumerate(times):
         if count > 1 and wide.shape[axis] == 1:
@@ -86,6 +96,7 @@ def repeated(ctx: Context, x: Value, times: Sequence[int]) -> Value:
 
 
 def interleaved(ctx: Context, x: Value, times: Any, dim: int | None = None, **_: Any) -> Any:
+    """Every index of an axis several times."""
     if not isinstance(times, int) or dim is None:
         return unknown(ctx, x)
     return indexed(x, dim, torch.arange(x.shape[dim]).repeat_interleave(times))
@@ -99,18 +110,22 @@ def sliced(
     end: int | None = None,
     step: int = 1,
 ) -> Value:
+    """Indices of one axis."""
     return indexed(x, dim, torch.arange(x.shape[dim])[slice(start, end, step)])
 
 
 def narrowed(ctx: Context, x: Value, dim: int, start: int, length: int) -> Value:
+    """Indices of one axis."""
     return indexed(x, dim, torch.arange(start, start + length))
 
 
 def chosen(ctx: Context, x: Value, dim: int, index: int) -> Value:
+    """One index of one axis."""
     return selected(x, dim, index)
 
 
 def unbound(ctx: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    """The indices of one axis, one by one."""
     return tuple(selected(x, dim, i) for i in range(x.shape[dim]))
 
 
@@ -120,11 +135,13 @@ def cut(ctx: Context, x: Value, _: Any, dim: int = 0) -> tuple[Value, ...]:
 
 
 def concatenated(ctx: Context, parts: Sequence[Value], dim: int = 0) -> Value:
+    """End to end along an axis; along the others they meet."""
     full = [v for v in parts if 0 not in v.shape]
     return joined(ctx.labels, full, dim, ctx.why)
 
 
 def stacked(ctx: Context, parts: Sequence[Value], dim: int = 0) -> Value:
+    """Along a new axis; along the others they meet."""
     axis = dim % (parts[0].dim + 1)
     return joined(ctx.labels, [v.inserted(axis) for v in parts], axis, ctx.why)
 
@@ -174,21 +191,6 @@ def overwritten(ctx: Context, x: Value, source: Value, *_: Any) -> Value:
     return met(ctx.labels, [x, expanded(ctx.labels, source, x.shape)], ctx.why)
 
 
-def put(ctx: Context, x: Value, indices: Sequence[Value | None], source: Value, *_: Any) -> Any:
-    """`x[:, index] = source` with one index: that axis is read as a whole."""
-    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or given[0][1].dim != 1:
-        return unknown(ctx, x, source, [index for _, index in given])
-    axis, index = given[0]
-    ctx.freeze(index)
-    kept = ctx.whole(x, [axis], keep=True)
-    own = source.widened(x.dim) if source.dim < x.dim else source
-    if own.shape[axis] > 1:
-        own = ctx.whole(own, [axis])
-        own = replace(own, shape=tuple(1 if a == axis else n for a, n in enumerate(own.shape)))
-    return met(ctx.labels, [kept, own], ctx.why)
-
-
 def parted_complex(ctx: Context, x: Value) -> Value:
     """Real and imaginary parts on a new last axis."""
     return replace(x.inserted(x.dim), shape=ctx.shape)
@@ -200,22 +202,25 @@ def padded(ctx: Context, x: Value, pad: Sequence[int], *_: Any, **__: Any) -> Va
     return replace(ctx.whole(x, axes), shape=ctx.shape)
 
 
-def kept_along(ctx: Context, x: Value, *args: Any, **named: Any) -> Value:
-    """`roll`, `flip`: the axes that they permute keep their sizes."""
-    dims = named.get("dims", args[-1] if args else [])
+def mirrored(ctx: Context, x: Value, dims: Any) -> Value:
+    """Indices in reverse order: without some of them it is the reverse of the others."""
+    for axis in [dims] if isinstance(dims, int) else dims:
+        x = indexed(x, axis, torch.arange(x.shape[axis]).flip(0))
+    return x
+
+
+def doubled(ctx: Context, x: Value, *_: Any) -> tuple[Value, ...]:
+    """What keeps its input's shape, and a mask of that shape."""
+    return tuple(x for _ in ctx.shapes)
+
+
+def rolled(ctx: Context, x: Value, _: Any, dims: Any = ()) -> Value:
+    """The axes that are turned keep their sizes: all of them where none is named."""
     axes = [dims] if isinstance(dims, int) else list(dims)
     return ctx.whole(x, axes or range(x.dim), keep=True)
 
 
-def looked_up(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Any:
-    """`x[:, index]` along one axis, as a table is read; other forms freeze."""
-    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if len(given) != 1:
-        return unknown(ctx, x, [index for _, index in given])
-    axis, index = given[0]
-    ctx.freeze(index)
-    kept = ctx.whole(x, [axis])
-    ones = (1,) * index.dim
-    tags = tuple(t.reshape(*t.shape[:axis], *ones, *t.shape[axis + 1 :]) for t in kept.tags)
-    shape = (*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
-    return Value(shape, tags, x.weight and index.weight)
+def as_complex(ctx: Context, x: Value) -> Value:
+    """Real and imaginary parts on the last axis become one number."""
+    kept = ctx.whole(x, [-1])
+    return values.squeezed(values.reduced_to_one(kept, kept.tags, [x.dim - 1]), [x.dim - 1])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchprune.masking.plain_state import slots_of
-from torchprune.structure.plan import Removal
+from torchprune.structure.shrink_plan import Removal
 
 _HEADS = re.compile(r".*(heads?|n_head)$")
 _WIDTHS = re.compile(r".*(intermediate|ffn|d_ff|n_inner|mlp|feed_forward|hidden_dim).*")

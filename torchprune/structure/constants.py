@@ -30,10 +30,11 @@ _DRAWS = 2
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What a layer's bias gains when constants that it reads go."""
+    """What a layer's bias gains when a group's constants, which it reads, go."""
 
     key: str
     gain: Tensor
+    group: Group
 
 
 @dataclass
@@ -66,7 +67,6 @@ def find_constants(
     spans = [_seen(model, readers, calls[0].batch, seed) for seed in range(_DRAWS)]
     here = _seen(model, readers, calls[0].batch, None)
     trains = any(call.training for call in calls)
-    gains: dict[str, Tensor] = {}
     for group in asked:
         gone, reading = maybe[id(group)], [m for m in group.members if m.reads]
         if any(m.key not in span for m in reading for span in (*spans, here)):
@@ -79,10 +79,9 @@ def find_constants(
         if trains:  # statistics of batches may make another constant of it there
             for member in reading:
                 gone = gone & _by_unit(here[member.key][0] == 0, member, group.count)
-        gone = _foldable(group, gone, slots, here, gains, found.notes)
+        gone = _foldable(group, gone, slots, here, found)
         if gone.any():
             found.gone[id(group)] = gone
-    found.folds = [Fold(key, gain) for key, gain in gains.items()]
     return found
 
 
@@ -207,10 +206,9 @@ def _foldable(
     gone: Tensor,
     slots: Mapping[str, Slot],
     here: Mapping[str, tuple[Tensor, Tensor]],
-    gains: dict[str, Tensor],
-    notes: list[str],
+    found: Constants,
 ) -> Tensor:
-    """The units that can go, their constants added to the gains of what reads them."""
+    """The units that can go, their constants noted as gains of what reads them."""
     for member in (m for m in group.members if m.reads):
         values = here[member.key][0]
         if problem := _why_not(slots[member.key].module):
@@ -218,7 +216,7 @@ def _foldable(
             stays = torch.zeros_like(gone)
             stays[alive] = True
             if (stays & gone).any():
-                notes.append(
+                found.notes.append(
                     f"{group.name}: {int((stays & gone).sum())} {group.kind} are constant and not "
                     f"zero, and stay: {member.key.rpartition('.')[0]} reads them, which {problem}"
                 )
@@ -230,8 +228,7 @@ def _foldable(
             weight = effective(slots[member.key]).double().movedim(member.axis, -1)
             own = weight[..., columns] * values[columns].to(weight)
             owner = member.key.removesuffix("weight") + "bias"
-            gain = own.flatten(1).sum(1)
-            gains[owner] = gains[owner] + gain if owner in gains else gain
+            found.folds.append(Fold(owner, own.flatten(1).sum(1), group))
     return gone
 
 
@@ -249,6 +246,7 @@ def _pads(padding: Any) -> bool:
     return padding != "valid" if isinstance(padding, str) else any(padding)
 
 
-def folded(bias: Tensor, fold: Fold) -> Tensor:
+def folded(bias: Tensor, folds: Sequence[Fold]) -> Tensor:
     """A bias with what goes into it."""
-    return (bias.double() + fold.gain.to(bias.device)).to(bias.dtype)
+    gain = sum((fold.gain for fold in folds[1:]), folds[0].gain)
+    return (bias.double() + gain.to(bias.device)).to(bias.dtype)

@@ -18,7 +18,7 @@ from torchprune.calibration.lockstep import Calibration, Usage
 from torchprune.calibration.moments import Moments
 from torchprune.errors import CalibrationError, SpecError, TargetError
 from torchprune.graph.capture import Call
-from torchprune.graph.groups import Group, Member, read_groups
+from torchprune.graph.groups import Group, Member, in_the_way, read_groups
 from torchprune.graph.trace import trace
 from torchprune.masking.mask import Record, attach, mask_of, obstacle, original_of
 from torchprune.masking.matrices import view_of
@@ -185,7 +185,9 @@ def _choose(
         why = "; ".join(f"{k}: {v}" for k, v in list(run.skipped.items())[:3])
         raise TargetError(
             f"{type(spec).__name__}: no {spec.kind} to prune in this {type(model).__name__}; it "
-            f"has groups of {there}" + (f" ({why})" if why else "")
+            f"has groups of {there}"
+            + (f" ({why})" if why else "")
+            + f". In the way stood {'; '.join(in_the_way(structure))}"
         )
     return choices
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from torchprune import modes
 from torchprune.calibration.left_as_is import left_as_is
-from torchprune.graph.capture import Call
+from torchprune.graph.capture import Call, place_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of outputs before and after, of the largest output: sums are reordered."""
@@ -37,33 +38,71 @@ def seen_of(model: nn.Module, calls: Sequence[Call]) -> list[Seen]:
     return found
 
 
-def difference(model: nn.Module, seen: Sequence[Seen]) -> str:
-    """How outputs differ from what was seen; empty if they do not. Of drawn ones only shapes."""
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a smaller model.
+
+    Attributes:
+        problem: as the end of a sentence about the model.
+        module: the path of the module that failed; empty if none did.
+        place: the line of the model's own code that failed, as `file:line`; empty if none did.
+    """
+
+    problem: str
+    module: str = ""
+    place: str = ""
+
+    def __str__(self) -> str:
+        where = (f" in {self.module}" if self.module else "") + (
+            f" at {self.place}" if self.place else ""
+        )
+        return self.problem + where
+
+
+def difference(model: nn.Module, seen: Sequence[Seen]) -> Fault | None:
+    """How outputs differ from what was seen; None if they do not. Of drawn ones only shapes."""
     for one in seen:
-        if problem := _difference(model, one):
+        if fault := _difference(model, one):
             several = f" for example {seen.index(one) + 1}" if len(seen) > 1 else ""
-            return problem + (" in training" if one.call.training else "") + several
-    return ""
+            training = " in training" if one.call.training else ""
+            return replace(fault, problem=fault.problem + training + several)
+    return None
 
 
-def _difference(model: nn.Module, seen: Seen) -> str:
+def fault_of(model: nn.Module, error: Exception) -> Fault:
+    """What an error of a model's own code tells."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    problem = f"fails with {type(error).__name__}: {lines[0]}"
+    return Fault(problem, _module_in(model, error), place_of(error).removeprefix(" at "))
+
+
+def _module_in(model: nn.Module, error: Exception) -> str:
+    """The innermost module of the model whose code was running."""
+    names = {id(module): path for path, module in model.named_modules()}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [names.get(id(frame.f_locals.get("self"))) for frame in frames]
+    return next((path for path in reversed(found) if path), "")
+
+
+def _difference(model: nn.Module, seen: Seen) -> Fault | None:
     try:
         found = _outputs(model, seen.call, 0)
     except Exception as error:
-        lines = str(error).strip().splitlines() or ["no reason given"]
-        return f"fails with {type(error).__name__}: {lines[0]}"
+        return fault_of(model, error)
     if len(found) != len(seen.tensors):
-        return f"gives {len(found)} tensors, not {len(seen.tensors)}"
+        return Fault(f"gives {len(found)} tensors, not {len(seen.tensors)}")
     for got, want in zip(found, seen.tensors, strict=True):
         if got.shape != want.shape:
-            return f"gives {tuple(got.shape)}, not {tuple(want.shape)}"
+            return Fault(f"gives {tuple(got.shape)}, not {tuple(want.shape)}")
         if seen.drawn or not want.is_floating_point():
             continue
         largest = float(want.abs().max()) if want.numel() else 0.0
         apart = float((got - want).abs().max()) if want.numel() else 0.0
         if not apart <= TOLERANCE.get(want.dtype, 1e-1) * largest + 1e-6:
-            return f"gives outputs that differ by {apart:.3g} where the largest is {largest:.3g}"
-    return ""
+            return Fault(
+                f"gives outputs that differ by {apart:.3g} where the largest is {largest:.3g}"
+            )
+    return None
 
 
 def _outputs(model: nn.Module, call: Call, seed: int) -> list[Tensor]:

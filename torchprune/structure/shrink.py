@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,9 +22,9 @@ from torchprune.structure.config import (
     is_native,
     native_settings,
 )
-from torchprune.structure.constants import folded
+from torchprune.structure.constants import Fold, folded
 from torchprune.structure.generating import differing, generated
-from torchprune.structure.plan import Removal, ShrinkPlan, check_fits
+from torchprune.structure.refusals import told, without_refused
 from torchprune.structure.resize import (
     Attributes,
     drop_blocks,
@@ -32,7 +33,15 @@ from torchprune.structure.resize import (
     restate,
     set_attributes,
 )
-from torchprune.structure.same_outputs import TOLERANCE, Seen, difference, seen_of
+from torchprune.structure.same_outputs import (
+    TOLERANCE,
+    Fault,
+    Seen,
+    difference,
+    fault_of,
+    seen_of,
+)
+from torchprune.structure.shrink_plan import Removal, ShrinkPlan, check_fits
 from torchprune.structure.size_record import Resized, keep_resized, resized_of
 from torchprune.structure.snapshot import Snapshot
 
@@ -57,27 +66,20 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
 
     Raises:
         ShrinkError: the plan was made for another model, or the model's own code fails or computes
-            otherwise with the new sizes. The model is then as it was.
+            otherwise with the new sizes; the message has the module that fails, the line of its
+            code, and the layers to leave alone. The model is then as it was.
     """
     slots = slots_of(model)
     check_fits(plan, slots)
     if not plan:
         return model
-    expected = seen_of(model, plan.calls)
-    spoken = _spoken(model, plan.example)
+    known = _known(model, plan)
     snapshot = Snapshot(model)
     try:
-        shared_key = {path for path, m in model.named_modules() if key_heads(m) == 1}
-        before = dict(model.named_modules())
-        recorded = _drop(model, plan.blocks)
-        _cut(slots, plan)
-        for module in model.modules():
-            restate(module)
-        settings, original = _configure(model, plan.removals)
-        attributes = _fit(model, plan, expected, shared_key, before)
-        _check_generating(model, plan, spoken)
-        record = Resized(recorded, attributes, settings, original)
-        _remember(model, record, before)
+        _carry_out(model, plan, slots, known)
+    except _RefusedError as refused:
+        snapshot.restore()
+        raise _explained(model, plan, refused.fault, known) from refused.__cause__
     except BaseException:
         snapshot.restore()
         raise
@@ -87,24 +89,110 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     return model
 
 
+def accepted(model: nn.Module, plan: ShrinkPlan, slots: Mapping[str, Slot]) -> ShrinkPlan:
+    """The part of a plan that the model's own code allows; the notes say what is left, and why.
+
+    The removals are tried; the model stays as it is.
+
+    Raises:
+        ShrinkError: the model refuses whichever units go, as where blocks cannot.
+    """
+    known = _known(model, plan)
+    fault = _tried(model, plan, known)
+    if fault is None or plan.structure is None:
+        return plan
+    found = without_refused(plan, plan.structure, slots, fault, partial(_tried, model, known=known))
+    if found is None:
+        raise ShrinkError(f"the smaller {type(model).__name__} {fault}")
+    rest, left = found
+    notes = [f"left as it is: {one}; without them the model {one.fault}" for one in left]
+    return replace(rest, notes=[*rest.notes, *notes])
+
+
+class _RefusedError(ShrinkError):
+    """The model's own code fails, or computes otherwise, with the new sizes."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What a model gives before it is changed: outputs, and what it generates, if it can."""
+
+    seen: list[Seen]
+    spoken: list[Tensor] | None
+
+
+def _known(model: nn.Module, plan: ShrinkPlan) -> _Known:
+    return _Known(seen_of(model, plan.calls), _spoken(model, plan.example))
+
+
+def _carry_out(
+    model: nn.Module, plan: ShrinkPlan, slots: Mapping[str, Slot], known: _Known
+) -> None:
+    """Change the model; if this fails, it is left half changed."""
+    shared_key = {path for path, m in model.named_modules() if key_heads(m) == 1}
+    before = dict(model.named_modules())
+    recorded = _drop(model, plan.blocks)
+    _cut(slots, plan)
+    for module in model.modules():
+        restate(module)
+    settings, original = _configure(model, plan.removals)
+    attributes = _fit(model, plan, known.seen, shared_key, before)
+    _check_generating(model, plan, known.spoken)
+    _remember(model, Resized(recorded, attributes, settings, original), before)
+
+
+def _tried(model: nn.Module, plan: ShrinkPlan, known: _Known) -> Fault | None:
+    """What is wrong once a plan is carried out. The model is left as it was."""
+    snapshot = Snapshot(model)
+    try:
+        _carry_out(model, plan, slots_of(model), known)
+    except _RefusedError as refused:
+        return refused.fault
+    finally:
+        snapshot.restore()
+    return None
+
+
+def _explained(model: nn.Module, plan: ShrinkPlan, fault: Fault, known: _Known) -> ShrinkError:
+    """The error of a refused plan: what it is that cannot go is found by trying."""
+    name = type(model).__name__
+    found = None
+    if plan.structure is not None:
+        tried = partial(_tried, model, known=known)
+        found = without_refused(plan, plan.structure, slots_of(model), fault, tried)
+    if found is None:
+        what = ", ".join(plan.blocks) or "the units that go"
+        return ShrinkError(
+            f"without {what} the smaller {name} {fault}; keep some of them with ignore= in the "
+            "spec that masked them"
+        )
+    return ShrinkError(told(name, fault, found[1]))
+
+
 # -- tensors and blocks ----------------------------------------------------------------------------
 
 
-def _cut(slots: dict[str, Slot], plan: ShrinkPlan) -> None:
+def _cut(slots: Mapping[str, Slot], plan: ShrinkPlan) -> None:
     """Replace every tensor that loses indices, its mask too; tied ones stay one tensor."""
     made: dict[int, Tensor] = {}
     masks: set[int] = set()
     todo: dict[int, list[Any]] = {}
     for cut in plan.cuts:
         todo.setdefault(id(slots[cut.key].tensor), []).append(cut)
-    gains = {id(slots[fold.key].tensor): fold for fold in plan.folds}
+    gains: dict[int, list[Fold]] = {}
+    for fold in plan.folds:
+        gains.setdefault(id(slots[fold.key].tensor), []).append(fold)
     for slot in slots.values():
-        cuts, fold = todo.get(id(slot.tensor), []), gains.get(id(slot.tensor))
-        if not cuts and fold is None:
+        cuts, folds = todo.get(id(slot.tensor), []), gains.get(id(slot.tensor))
+        if not cuts and not folds:
             continue
         if id(slot.tensor) not in made:
             whole = slot.tensor.detach()
-            short = _shortened(whole if fold is None else folded(whole, fold), cuts)
+            short = _shortened(folded(whole, folds) if folds else whole, cuts)
             if isinstance(slot.tensor, nn.Parameter):
                 short = nn.Parameter(short, slot.tensor.requires_grad)
             made[id(slot.tensor)] = short
@@ -178,24 +266,16 @@ def _fit(
     """Find the attributes by which the modules' code asks for the new sizes, and set them."""
     names = _renamed(model, before)
     modules = {old: model.get_submodule(new) for old, new in names.items()}
-    problem = "no attribute fits"
+    first: Fault | None = None
     for attempt in _attempts(modules, plan, shared_key):
         inner = Snapshot(model)
         set_attributes(modules, attempt)
-        problem = difference(model, expected)
-        if not problem:
+        fault = difference(model, expected)
+        if fault is None:
             return {names[path]: values for path, values in attempt.items()}
+        first = first or fault
         inner.restore()
-    changed = "; ".join(
-        f"{path or 'the model'} ({', '.join(f'{a} -> {min(b)}' for a, b in sizes.items())})"
-        for path, sizes in list(plan.sizes.items())[:4]
-        if path not in modules or not type(modules[path]).__module__.startswith("torch.nn.")
-    )
-    raise ShrinkError(
-        f"the smaller {type(model).__name__} {problem}. Its code asks for sizes that no attribute "
-        f"of its modules gives: {changed}. Let that code read its sizes from its tensors, or from "
-        "an integer attribute of the module"
-    )
+    raise _RefusedError(first or Fault("has no sizes that fit"))
 
 
 def _spoken(model: nn.Module, example: Batch) -> list[Tensor] | None:
@@ -213,15 +293,12 @@ def _check_generating(model: nn.Module, plan: ShrinkPlan, spoken: list[Tensor] |
         found = generated(model, plan.example)
         tolerance = TOLERANCE.get(spoken[0].dtype, 1e-1)
         problem = "generates nothing" if found is None else differing(found, spoken, tolerance)
+        fault = Fault(problem) if problem else None
     except Exception as error:
-        lines = str(error).strip().splitlines() or ["no reason given"]
-        problem = f"fails with {type(error).__name__}: {lines[0]}"
-    if problem:
-        what = ", ".join(plan.blocks) or "the units that go"
-        raise ShrinkError(
-            f"without {what} the smaller {type(model).__name__} {problem} when it generates with "
-            "its cache; keep some of them with ignore= in the spec that masked them"
-        )
+        fault = fault_of(model, error)
+    if fault is not None:
+        when = f"{fault.problem} when it generates with its cache"
+        raise _RefusedError(replace(fault, problem=when))
 
 
 def _renamed(model: nn.Module, before: Mapping[str, nn.Module]) -> dict[str, str]:

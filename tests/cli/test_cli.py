@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import torchprune
 from torchprune.calibration.text import draw_windows, some_documents
+from torchprune.cli.app import app
 from torchprune.cli.documents import looks_like_path, read_documents
+from torchprune.cli.registry import prose
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,13 @@ def test_help_teaches(command):
     assert "torchprune inspect smol-2of4" in said or "Examples" in said
 
 
+def test_help_wraps_where_the_terminal_ends():
+    text = "One line.\n\nTwo lines that\n--are one paragraph.\n\n  as it\n  stands"
+    assert prose(text) == "One line.\n\nTwo lines that --are one paragraph.\n\n  as it\n  stands"
+    for command in app.registered_commands:
+        assert all(p.startswith(" ") or "\n" not in p for p in (command.help or "").split("\n\n"))
+
+
 def test_the_version():
     assert worked("--version").split() == ["torchprune", torchprune.__version__]
 
@@ -348,8 +357,8 @@ def test_without_typer_a_line_names_the_extra():
 def test_help_imports_neither_transformers_nor_datasets():
     code = """
 import sys
-from torchprune.cli.app import app
 sys.argv = ["torchprune", "prune", "--help"]
+from torchprune.cli.app import app
 try:
     app()
 finally:

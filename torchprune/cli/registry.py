@@ -37,7 +37,16 @@ def add_command(
         panel: the heading it is listed under.
     """
     word = name or run.__name__
-    app.command(name=word, rich_help_panel=panel)(_told(run, word))
+    app.command(name=word, help=prose(run.__doc__ or ""), rich_help_panel=panel)(_told(run, word))
+
+
+def prose(docstring: str) -> str:
+    """Its paragraphs as one line each, so that they wrap where the terminal ends and not where the
+    source does; indented ones stay as they are."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    return "\n\n".join(
+        part if part.startswith(" ") else part.replace("\n", " ") for part in paragraphs
+    )
 
 
 def options_of_command(name: str) -> dict[str, Option]:

@@ -241,7 +241,7 @@ def test_output_that_would_overwrite_is_refused_before_the_work(home, tmp_path):
         ("latin.txt", b"caf\xe9", "is not UTF-8 text"),
         ("broken.jsonl", b'{"text": "w1"}\n{"text', "line 2 is no JSON"),
         ("list.jsonl", b"[1]", "line 1 is a list, not an object"),
-        ("other.jsonl", b'{"texts": "w1"}', "has no column 'text'; did you mean 'texts'?"),
+        ("other.jsonl", b'{"texts": "w1"}', "has no column 'text' (did you mean 'texts'?"),
         ("number.jsonl", b'{"text": 3}', "'text' is a int, not text"),
     ],
 )
@@ -432,7 +432,7 @@ def test_export_writes_an_archive_and_int8(pruned: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert "int8 is what is faster" in said
     assert "for --to onnx" in complaint(
-        "export", pruned, "--to", "pt2", "-o", tmp_path / "x.pt2", "--int8"
+        "export", pruned, "--to", "pt2", "-o", tmp_path / "x.pt2", "--int8", code=2
     )
 
 

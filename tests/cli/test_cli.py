@@ -451,3 +451,15 @@ def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
     assert "bfloat16" in complaint("export", pruned, *out, "--dtype", "bfloat16")
     assert call("export", pruned, "--to", "gguf", "--output", tmp_path / "x").exit_code == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("to", "form"),
+    [("onnx", ".onnx"), ("pt2", ".pt2"), ("openvino", ".xml"), ("executorch", ".pte")],
+)
+def test_export_looks_at_the_suffix_before_anything_else(tmp_path, to, form):
+    mine = tmp_path / "notes.txt"
+    mine.write_text("mine", "utf-8")
+    said = complaint("export", "./nowhere", "--to", to, "--output", mine)
+    assert f"notes.txt: what {to} reads is saved as one of {form}" in said
+    assert mine.read_text("utf-8") == "mine"

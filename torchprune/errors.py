@@ -56,6 +56,6 @@ class MissingExtraError(TorchpruneError, ImportError):
 
 
 def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """A hint such as `; did you mean 'pattern'?`, or nothing when no name is close."""
+    """A hint such as ` (did you mean 'pattern'?)`, or nothing when no name is close."""
     close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""

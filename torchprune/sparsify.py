@@ -251,10 +251,10 @@ class _Weights:
         asker, windows = type(self.spec).__name__, self.spec.windows
         batches, notes = self.data.read(self.model, asker, at_least=windows)
         self.run.notes += notes
+        plan = plan or self.plan(survey(self.model, batches))
         if self.path is not None:
             asked = f"{described(self.spec)} hold={self.hold} seed={self.data.seed}"
             self.decisions = Decisions(self.path, problem_of(self.model, [batches], asked))
-        plan = plan or self.plan(survey(self.model, batches))
         notes = list(self.run.notes)
         try:
             self._by_data(plan, batches, surveyed=not plain)

@@ -27,7 +27,7 @@ from torchprune import (
 )
 from torchprune.checkpoint import decisions
 from torchprune.checkpoint.decisions import Decisions, forget_decisions
-from torchprune.errors import CheckpointError, SpecError
+from torchprune.errors import CheckpointError, SpecError, TorchpruneError
 from torchprune.masking.mask import masked_layers
 
 BATCHES = [torch.arange(i, i + 12)[None] % 31 for i in range(3)]
@@ -296,6 +296,19 @@ def test_what_decides_at_once_keeps_nothing(spec, tmp_path):
     with pytest.raises(SpecError, match=f"{type(spec).__name__} decides .*leave it out"):
         prune(fresh(), spec, path=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_that_is_refused_leaves_nothing(tmp_path):
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    for spec, data in (
+        (WandaSpec(0.5, targets="nothing"), [torch.randn(4, 8)]),
+        (WandaSpec(0.5), [torch.full((4, 8), torch.nan)]),
+        (WandaSpec(0.5, allocation=Search()), [torch.randn(4, 8)]),  # it gives no loss
+        (WandaSpec(0.5), []),
+    ):
+        with pytest.raises(TorchpruneError):
+            prune(mlp, spec, data, path=tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_decided_again_that_was_kept(half, monkeypatch):

@@ -250,7 +250,7 @@ def test_output_that_would_overwrite_is_refused_before_the_work(home, tmp_path):
         ("latin.txt", b"caf\xe9", "is not UTF-8 text"),
         ("broken.jsonl", b'{"text": "w1"}\n{"text', "line 2 is no JSON"),
         ("list.jsonl", b"[1]", "line 1 is a list, not an object"),
-        ("other.jsonl", b'{"texts": "w1"}', "has no column 'text'; did you mean 'texts'?"),
+        ("other.jsonl", b'{"texts": "w1"}', "has no column 'text' (did you mean 'texts'?"),
         ("number.jsonl", b'{"text": 3}', "'text' is a int, not text"),
     ],
 )
@@ -441,7 +441,7 @@ def test_export_writes_an_archive_and_int8(pruned: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert "int8 is what is faster" in said
     assert "for --to onnx" in complaint(
-        "export", pruned, "--to", "pt2", "-o", tmp_path / "x.pt2", "--int8"
+        "export", pruned, "--to", "pt2", "-o", tmp_path / "x.pt2", "--int8", code=2
     )
 
 
@@ -460,3 +460,15 @@ def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
     assert "bfloat16" in complaint("export", pruned, *out, "--dtype", "bfloat16")
     assert call("export", pruned, "--to", "gguf", "--output", tmp_path / "x").exit_code == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("to", "form"),
+    [("onnx", ".onnx"), ("pt2", ".pt2"), ("openvino", ".xml"), ("executorch", ".pte")],
+)
+def test_export_looks_at_the_suffix_before_anything_else(tmp_path, to, form):
+    mine = tmp_path / "notes.txt"
+    mine.write_text("mine", "utf-8")
+    said = complaint("export", "./nowhere", "--to", to, "--output", mine)
+    assert f"notes.txt: what {to} reads is saved as one of {form}" in said
+    assert mine.read_text("utf-8") == "mine"

@@ -127,12 +127,12 @@ def test_a_spec_that_fails_is_a_row_and_all_failing_is_an_error(home):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--spec", "wandaa"), 2, "channels, layers; did you mean 'wanda'?"),
+        (("--spec", "wandaa"), 2, "channels, layers (did you mean 'wanda'?"),
         (("--spec", "wanda,=2"), 2, "is not NAME=VALUE"),
         (("--spec", "wanda", "--spec", "wanda"), 2, "is given twice"),
         (("--spec", "wanda,sparsity=0.5,sparsity=0.6"), 2, "gives sparsity twice"),
         (("--spec", "wanda", "--resume"), 2, "nothing is kept without --output"),
-        (("--spec", "wanda,sparsty=0.5"), 1, "has no option 'sparsty'; did you mean 'sparsity'"),
+        (("--spec", "wanda,sparsty=0.5"), 1, "has no option 'sparsty' (did you mean 'sparsity'"),
         (("--spec", "wanda", "--output", "c.csv"), 1, "is saved as one of .json, .html, .md"),
         (("--spec", "wanda", "--data", "absent.txt"), 1, "no such file"),
     ],

@@ -49,7 +49,9 @@ def test_both_beside_the_dense_model(home, tmp_path):
     text = ("--text", home / "text.txt", "--seqlen", "16")
     out = tmp_path / "found.json"
     asked = ("eval", home / "pruned", *text, "--tasks", "tiny_next_word", *LOCAL, "--seed", "3")
-    said = worked(*asked, "--against", home / "model", "--output", out, "--json")
+    result = call(*asked, "--against", home / "model", "--output", out, "--json")
+    assert (result.exit_code, result.stderr) == (0, f"wrote {out}\n")
+    said = result.stdout
     found = Evaluation.from_json(said)
     assert Evaluation.from_json(out.read_text("utf-8")) == found
     first = found.rows[0]

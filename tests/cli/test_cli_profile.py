@@ -50,7 +50,7 @@ def test_json_is_all_that_is_printed(home):
     [
         (("--rows", "1,x"), 2, "--rows '1,x' is not N,N,... such as 1,8,64"),
         (("--rows", "0"), 2, "--rows '0' is not"),
-        (("--forms", "bitmsk"), 1, "there is no form 'bitmsk'; did you mean 'bitmask'"),
+        (("--forms", "bitmsk"), 1, "there is no form 'bitmsk' (did you mean 'bitmask'"),
         (("--output", "it.txt"), 1, "it.txt: a profile is saved as one of .html"),
         (("--against", "./absent"), 1, "no such directory: ./absent"),
         (("--rows", "33"), 1, "33 tokens are no whole texts of the model's context, 32"),

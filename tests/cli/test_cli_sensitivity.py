@@ -36,8 +36,10 @@ def test_exact_goes_on_where_it_was(home, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says", "code"),
     [
-        (("--what", "wandaa"), "wandaa", 2),
+        (("--what", "wandaa"), "--what: 'wandaa'", 2),
         (("--levels", "0.5,2:9x"), "2:9x", 1),
+        (("--levels", "1.5"), "0 <= sparsity < 1", 1),
+        (("--what", "heads", "--levels", "0.5"), "heads go one by one", 1),
         (("--output", "x.txt"), "saved as one of", 1),
         (("--resume",), "--output", 2),
     ],
@@ -47,3 +49,4 @@ def test_what_cannot_be_is_said(home, tmp_path, monkeypatch, options, says, code
     result = call("sensitivity", home / "model", "--data", home / "text.txt", *options)
     assert says in result.stderr
     assert result.exit_code == code
+    assert result.stdout == ""  # before anything is loaded

@@ -235,14 +235,14 @@ def test_writing_keeps_other_tables(home, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[prune]\nmodel = "m"\n\nsparsty = 0.5', "line 4: [prune] has no option 'sparsty'; did"),
+        ('[prune]\nmodel = "m"\n\nsparsty = 0.5', "line 4: [prune] has no option 'sparsty' (did"),
         ("[prune]\nsparsity = '0.5'", "line 2: sparsity: expected a number, got '0.5'"),
         ("[prune]\nsamples = 3.0", "line 2: samples: expected a whole number, got 3.0"),
         ("[prune]\nsamples = true", "samples: expected a whole number, got True"),
         ("[prune]\npermute = 1", "permute: expected true or false, got 1"),
         ('[prune]\nmethod = "wandaa"', "method: 'wandaa' is none of 'magnitude', 'wanda'"),
         ("[prune]\ndata = [1]", "data: expected a string, got 1"),
-        ("[prun]\nseed = 1", "line 1: [prun] is no command of torchprune; did you mean 'prune'?"),
+        ("[prun]\nseed = 1", "line 1: [prun] is no command of torchprune (did you mean 'prune'?"),
         ("seed = 1", "line 1: 'seed' stands outside of a table such as [prune]"),
         ("[eval]\nseqlen = 4", "has no table [prune]; it has [eval]"),
         ("", "has no table [prune]; it has no table at all"),

@@ -460,7 +460,7 @@ def test_an_error_inside_a_function_says_where_it_came_up() -> None:
         (lambda: SolverSpec(solve=wanda), "must be a function .*sparsity.* -> .*weight, mask"),
         (lambda: ScoreSpec(score=wanda, needs="squares"), "did you mean 'square'.*'gram'"),
         (lambda: ScoreSpec(score=wanda, needs=["gram"]), "not understood"),
-        (lambda: ScoreSpec(scores=wanda), "no option 'scores'; did you mean 'score'"),
+        (lambda: ScoreSpec(scores=wanda), "no option 'scores' .did you mean 'score'"),
         (lambda: SolverSpec(solve=refitted, refine="swaps"), "Swaps betters the mask"),
         (lambda: SolverSpec(solve=refitted, scope="global"), "'global' is not offered"),
         (lambda: ScoreSpec(score=wanda, alpha=0.5), "alpha says what changed weights"),

@@ -181,7 +181,7 @@ def test_a_sparsity_may_repeat_its_pattern_but_not_contradict_it(kind: type[Spec
 
 @each_spec
 def test_misspelt_options_are_refused_with_a_hint(kind: type[Spec]) -> None:
-    with pytest.raises(SpecError, match=rf"{kind.__name__} has no option 'patern'; did you mean"):
+    with pytest.raises(SpecError, match=rf"{kind.__name__} has no option 'patern' .did you mean"):
         kind(patern="2:4")
     with pytest.raises(SpecError, match="it accepts sparsity, pattern, scope, targets"):
         kind(xyzzy=1)

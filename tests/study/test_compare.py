@@ -693,7 +693,7 @@ def test_ratio_of_one_draw(dense: float, base: float, value: float) -> None:
         ([row("base", 2.0)], None, "m", "base", r"needs the dense model's: .*dense=True"),
         ([row("base", 2.0)], {"other": 1.0}, "m", "base", "needs the dense model's"),
         ([row("base", 2.0)], {"m": 1.0}, "n", "base", "no metric 'n'.*measured: 'm'"),
-        ([row("base", 2.0)], {"m": 1.0}, "m", "bas", "no row is labelled 'bas'; did you mean"),
+        ([row("base", 2.0)], {"m": 1.0}, "m", "bas", "no row is labelled 'bas' .did you mean"),
         ([row("base", None)], {"m": 1.0}, "m", "base", "'base' has no 'm': Failed: so"),
         ([row("base", 1.0)], {"m": 1.0}, "m", "base", "'m' is 1, the dense model's 1; they must"),
         ([row("base", math.inf)], {"m": 1.0}, "m", "base", "is inf, the dense .* finite"),

@@ -357,7 +357,7 @@ def test_rows_that_the_model_does_not_take_are_lines_too():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"forms": ("eagre",)}, "there is no form 'eagre'; did you mean 'eager'"),
+        ({"forms": ("eagre",)}, "there is no form 'eagre' .did you mean 'eager'"),
         ({"forms": ()}, "forms is empty; there are 'masked'"),
         ({"against_forms": "x", "against": nn.Linear(4, 4)}, "there is no form 'x'"),
         ({"against": 3}, "against must be a Module, got int"),

@@ -62,12 +62,9 @@ class Decisions:
     def __init__(self, path: str | os.PathLike[str] | None = None, problem: str = "") -> None:
         self._path = None if path is None else Path(path)
         self._known = self._next = self._attempt = 0
-        if self._path is None:
-            return
-        earlier = _run_in(self._path)
-        if earlier is None:
-            random = {_RANDOM: torch.get_rng_state()}
-            PRUNING.write(self._path / _RUN, random, {"problem": problem})
+        self._problem, self._begun_with = problem, torch.get_rng_state()
+        earlier = None if self._path is None else _run_in(self._path)
+        if self._path is None or earlier is None:
             return
         tensors, facts = earlier
         if facts.get("problem") != problem:
@@ -179,6 +176,9 @@ class Decisions:
 
     def _keep(self, tensors: dict[str, Tensor], facts: Facts) -> None:
         if self._path is not None:
+            if self._next == 1:  # not before: a call that is refused leaves nothing
+                begun = {_RANDOM: self._begun_with}
+                PRUNING.write(self._path / _RUN, begun, {"problem": self._problem})
             whole = {**tensors, _RANDOM: torch.get_rng_state()}
             DECISION.write(_place(self._path, self._next), whole, {**self._asked, **facts})
 

@@ -243,14 +243,18 @@ def one_line(debug: bool) -> Iterator[None]:
 
 
 @contextmanager
-def kept_in(place: Path | None) -> Iterator[None]:
-    """Have Ctrl-C say where what was done is kept, if it is."""
+def kept_in(place: Path | None, how: str = "--resume") -> Iterator[None]:
+    """Have Ctrl-C say where what was done is kept, if it is.
+
+    Args:
+        how: one goes on from there.
+    """
     try:
         yield
     except KeyboardInterrupt:
         if place is None or not place.exists():
             raise
-        raise KeyboardInterrupt(f"interrupted; --resume goes on from {place}") from None
+        raise KeyboardInterrupt(f"interrupted; {how} goes on from {place}") from None
 
 
 def _fail(error: BaseException, message: str, code: int) -> NoReturn:

@@ -19,6 +19,7 @@ from torchprune.cli.console import (
     Speech,
     TokenizerOption,
     WindowsOption,
+    kept_in,
     one_line,
     print_json,
     typer,
@@ -142,20 +143,22 @@ def evaluate(
 
         from torchprune.study.tasks.task_runs import evaluate as evaluate_tasks
 
-        found = evaluate_tasks(
-            net,
-            asked,
-            tokenizer=known,
-            against=_dense(against, loader.model),
-            limit=limit,
-            batch_size=batch_size or 8,
-            num_fewshot=num_fewshot,
-            chat=chat_template,
-            task_path=task_path,
-            seed=seed,
-            progress=bars,
-            path=output if output is not None and output.suffix == ".json" else None,
-        )
+        store = output if output is not None and output.suffix.lower() == ".json" else None
+        with kept_in(store, "the same command"):
+            found = evaluate_tasks(
+                net,
+                asked,
+                tokenizer=known,
+                against=_dense(against, loader.model),
+                limit=limit,
+                batch_size=batch_size or 8,
+                num_fewshot=num_fewshot,
+                chat=chat_template,
+                task_path=task_path,
+                seed=seed,
+                progress=bars,
+                path=store,
+            )
         options = {
             "text": text,
             "tasks": tasks,
@@ -170,6 +173,7 @@ def evaluate(
         found = replace(found, command=_command(model, options, chat_template))
         if output is not None:
             found.save(output)
+            speech.say(f"wrote {output}")
         typer.echo(found.to_json() if speech.as_json else str(found))
 
 

@@ -17,8 +17,8 @@ from torchprune.cli.console import (
     typer,
 )
 from torchprune.cli.loading import Loading
+from torchprune.cli.result_files import check_form
 from torchprune.cli.saving import with_memory
-from torchprune.errors import InputError
 
 
 class Format(StrEnum):
@@ -29,6 +29,15 @@ class Format(StrEnum):
     hf = "hf"
     openvino = "openvino"
     executorch = "executorch"
+
+
+_SUFFIXES = {
+    Format.onnx: ".onnx",
+    Format.pt2: ".pt2",
+    Format.openvino: ".xml",
+    Format.executorch: ".pte",
+}
+"""Of the files; hf is a directory."""
 
 
 def export(
@@ -81,7 +90,9 @@ def export(
     """
     with one_line(speech.debug):
         if (int8 or keep_float) and to is not Format.onnx:
-            raise InputError("--int8 and --keep-float are for --to onnx")
+            raise typer.BadParameter(f"--int8 and --keep-float are for --to onnx, not {to.value}")
+        if to in _SUFFIXES:
+            check_form(output, [_SUFFIXES[to]], f"what {to.value} reads")
 
         # Usage is right: what follows needs torch, which takes seconds to import.
         loader = Loading(dtype, "cpu").loader(speech.bars)

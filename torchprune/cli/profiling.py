@@ -93,6 +93,7 @@ def profile(
         )
         if output is not None:
             found.save(output)
+            speech.say(f"wrote {output}")
         if speech.as_json:
             typer.echo(found.to_json())
         else:

@@ -29,6 +29,13 @@ class Trained(StrEnum):
     lora = "lora"
 
 
+_TOLD = {
+    Trained.all: "all weights but embeddings",
+    Trained.norms: "biases and the scales of norms",
+    Trained.lora: "low-rank factors, biases and the scales of norms",
+}
+
+
 def recover(
     model: ModelOption,
     teacher: Annotated[
@@ -112,7 +119,8 @@ def recover(
             Trained.lora: MaskLoRA(rank=rank, seed=calibration.seed),
         }
         level: Any = (effort or Effort.balanced).value
-        say(f"training {train.value} for " + (f"{minutes:g} minutes" if minutes else level))
+        how = f"for {minutes:g} minutes" if minutes else f"with effort {level}"
+        say(f"training {_TOLD[train]} {how}")
         with kept_in(progress):
             train_back(
                 net,

@@ -83,8 +83,9 @@ class Calibration:
         writer = model if writer is None else writer
         count, length = self.samples, fitting(model, self.length, say)
         own = "the model itself" if writer is model else "the teacher"
-        say(f"taking {count} windows of {length} tokens of {named(sources) if sources else own}")
-        note = f"calibrated on {count} windows of {length} tokens "
+        taken = f"{count} {'window' if count == 1 else 'windows'} of {length} tokens"
+        say(f"taking {taken} of {named(sources) if sources else own}")
+        note = f"calibrated on {taken} "
         if sources:
             found = drawn(tokenizer, sources, count, length, self.seed, chat=self.chat, say=say)
             return found, note + f"of {named(sources)}"

@@ -90,14 +90,17 @@ def sensitivity(
     """
     with one_line(speech.debug):
         say, bars = speech.say, speech.bars
-        asked, tried = parsed(what), _levels(levels)
+        asked, tried = parsed(what, "--what"), _levels(levels)
         check_form(output, _FORMS, "a sensitivity")
         store = store_of(output, resume) if mode is Mode.exact or resume else None
 
         # Usage is right: what follows needs torch, which takes seconds to import.
         from torchprune.study.costs.sensitivity import sensitivity as measured
+        from torchprune.study.costs.sensitivity import tried_on
 
-        spec, loader = made(*asked), loading.loader(bars)
+        spec = made(*asked)
+        tried_on(spec, tried)  # refused here, if it is
+        loader = loading.loader(bars)
         sources = calibration.sources(bars)
         say(f"loading {model}")
         net = loader.model(model)

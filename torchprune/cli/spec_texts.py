@@ -18,8 +18,11 @@ UNITS = {"heads": "HeadSpec", "neurons": "NeuronSpec", "channels": "ChannelSpec"
 _WORDS = {"true": True, "false": False, "none": None}
 
 
-def parsed(text: str) -> tuple[str, dict[str, Any]]:
+def parsed(text: str, option: str = "--spec") -> tuple[str, dict[str, Any]]:
     """A method, and its options as Python values.
+
+    Args:
+        option: that the text was given by, for errors.
 
     Raises:
         typer.BadParameter: no such method, or an option that is not NAME=VALUE.
@@ -29,15 +32,15 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
     if method not in known:
         raise typer.BadParameter(
             f"{text!r} begins with none of {', '.join(known)}{did_you_mean(method, known)}",
-            param_hint="--spec",
+            param_hint=option,
         )
     options: dict[str, Any] = {}
     for part in parts:
         name, found, value = part.partition("=")
         if not name or (found and not value):
-            raise typer.BadParameter(f"{text!r}: {part!r} is not NAME=VALUE", param_hint="--spec")
+            raise typer.BadParameter(f"{text!r}: {part!r} is not NAME=VALUE", param_hint=option)
         if name in options:
-            raise typer.BadParameter(f"{text!r} gives {name} twice", param_hint="--spec")
+            raise typer.BadParameter(f"{text!r} gives {name} twice", param_hint=option)
         options[name] = _value(value) if found else True
     return method, options
 

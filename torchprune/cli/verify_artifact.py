@@ -70,6 +70,7 @@ def verify(
         proof = check(directory, **options)
         if output is not None:
             proof.save(output)
+            speech.say(f"wrote {output}")
         if speech.as_json:
             print_json(proof.to_dict())
         elif not speech.quiet:

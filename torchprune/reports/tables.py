@@ -63,7 +63,8 @@ def by_rich(columns: Sequence[Column], rows: Sequence[Cells], total: Cells = ())
         table.add_row(*map(Text, total))
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
-    return console.export_text().rstrip() + "\n" + common
+    lines = console.export_text().rstrip().splitlines()
+    return "\n".join(line.rstrip() for line in lines) + "\n" + common
 
 
 def _width() -> int:

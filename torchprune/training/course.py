@@ -107,11 +107,12 @@ class Course:
             stack.callback(self._put_back)
             stack.enter_context(only_these_learn(self.model, list(chosen.values())))
             self._learn(list(chosen.values()), pace, earlier)
-        count = sum(p.numel() for p in chosen.values())
+        count, judges = sum(p.numel() for p in chosen.values()), len(self.judging)
         return (
             f"recovered: trained {count:,} values ({self.train}) on {self.tokens:,} tokens "
-            f"in {pace.elapsed() / 60:.3g} minutes; on {len(self.judging)} held-out batches the "
-            f"objective went from {self.before:.4g} to {self.best:.4g}"
+            f"in {pace.elapsed() / 60:.3g} minutes; on {judges} held-out "
+            f"{'batch' if judges == 1 else 'batches'} the objective went from {self.before:.4g} "
+            f"to {self.best:.4g}"
         )
 
     def _learn(self, chosen: list[nn.Parameter], pace: Pace, earlier: Earlier | None) -> None:

@@ -17,6 +17,7 @@ from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.shards import sharded_in
 from torchprune.specs.allocation import Loss
 from torchprune.specs.functions import described
+from torchprune.specs.goals import Goal
 from torchprune.specs.spec import Spec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.study.costs.bench import Asked, Bench
@@ -110,12 +111,8 @@ def sensitivity(
             else.
     """
     _check(model, spec, mode, metric, probes, max_windows)
-    units = _units_of(spec)
-    goals, asker = {}, "sensitivity"
-    if units not in ("blocks", "heads"):
-        goals = goals_of(levels, spec if isinstance(spec, Spec) else None)
-    elif levels is not None:
-        raise SpecError(f"levels are for weights, neurons and channels; {units} go one by one")
+    units, goals = tried_on(spec, levels)
+    asker = "sensitivity"
     batches, notes = Data(data, tokenizer, max_batches, seed, progress, token_mask).read(
         model, asker
     )
@@ -161,6 +158,22 @@ def _check(
         raise SpecError(
             f"{name} is sharded over processes; measure a whole copy before fully_shard"
         )
+
+
+def tried_on(
+    spec: Spec | StructuredSpec | LayerSpec, levels: Sequence[Level] | None
+) -> tuple[str, dict[str, Goal]]:
+    """What a spec is tried on, and the goals of its levels by what they are called.
+
+    Raises:
+        SpecError: the spec or a level is not understood, or there are none for these units.
+    """
+    units = _units_of(spec)
+    if units not in ("blocks", "heads"):
+        return units, goals_of(levels, spec if isinstance(spec, Spec) else None)
+    if levels is not None:
+        raise SpecError(f"levels are for weights, neurons and channels; {units} go one by one")
+    return units, {}
 
 
 def _units_of(spec: Spec | StructuredSpec | LayerSpec) -> str:

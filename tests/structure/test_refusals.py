@@ -87,7 +87,7 @@ def test_an_error_names_module_and_line_and_the_way_around() -> None:
     message = str(caught.value)
     assert "fails with RuntimeError: shape '[2, 5, 3, 4, 4]' is invalid" in message
     assert f" in parts.1 at {HEADS}. " in message
-    assert f"parts.1 (4 -> 2 heads), since parts.1 at {HEADS} asks for 4 as a number" in message
+    assert f"parts.1 (4 -> 2 heads), since the code of parts.1 at {HEADS} works with 4, " in message
     assert "ignore=('parts.1.qkv',)" in message
     assert 'on_refusal="ignore"' in message
     assert close(outputs(model, x), want, 0)
@@ -101,7 +101,8 @@ def test_what_the_error_advises_goes() -> None:
     torchprune.sparsify(model, spec, [x], progress=False)
     with pytest.raises(ShrinkError) as caught:
         shrink(model, plan_shrink(model, x))
-    assert f"parts.1 (12 -> 6 neurons), since parts.1 at {NEURONS} asks for 12" in str(caught.value)
+    since = f"since the code of parts.1 at {NEURONS} works with 12, which would become 6"
+    assert f"parts.1 (12 -> 6 neurons), {since}" in str(caught.value)
     advice = re.search(r"ignore=\('([^']+)',\)", str(caught.value))
     assert advice is not None
     torchprune.densify(model)

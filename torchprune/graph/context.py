@@ -72,6 +72,7 @@ class Context:
         for tag in value.tags:
             own = axes_of(tag)
             inner = [axis for axis in own if axis in fixed]
+            self.labels.summed(tag, inner)
             if len(inner) == len(own):
                 self.labels.freeze(tag, self.why)
                 tags += [tag] if keep and own else []

@@ -12,7 +12,7 @@ splits features into heads, one tag varies along two axes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +53,24 @@ class Resolved:
     attended: Tensor
 
 
-class Labels:
-    """The labels of one graph while it is followed."""
+Choice = tuple[object, int]
+"""Where a choice was made: the node, and which of its choices."""
 
-    def __init__(self) -> None:
+
+class Labels:
+    """The labels of one graph while it is followed.
+
+    Where (copies, features) meet what has a say in the copies alone, either can give way: the
+    copies stay what may go and the features of each are one, as heads are; or the features are the
+    same in all copies. The first is chosen, unless this choice is among `turned`.
+    """
+
+    def __init__(self, turned: Collection[Choice] = ()) -> None:
+        self._turned = turned
+        self._choices: list[tuple[Choice, Tensor, int]] = []
+        self._summed: list[tuple[Tensor, int]] = []
+        self._asked = 0
+        self._at: object = None
         self._count = 1
         self.edges: list[tuple[Tensor, Tensor]] = []
         """Labels that were joined: pairs of flat tensors, element by element."""
@@ -70,6 +84,40 @@ class Labels:
         """(count,) fresh labels."""
         self._count += count
         return torch.arange(self._count - count, self._count)
+
+    def at(self, node: object) -> None:
+        """What follows is about this node."""
+        self._at, self._asked = node, 0
+
+    def _turns(self, tag: Tensor) -> bool:
+        """Whether features win over the copies on a tag's outermost axis."""
+        choice = self._at, self._asked
+        self._asked += 1
+        self._choices.append((choice, tag, tag.shape[axes_of(tag)[0]]))
+        return choice in self._turned
+
+    @property
+    def chose(self) -> bool:
+        """Whether there was any choice that could be regretted."""
+        return bool({size for _, _, size in self._choices} & {size for _, size in self._summed})
+
+    def summed(self, tag: Tensor, axes: Iterable[int]) -> None:
+        """Remember that a tag was read as a whole along some axes."""
+        self._summed += [(tag, tag.shape[axis]) for axis in axes]
+
+    def regretted(self, resolved: Resolved) -> set[Choice]:
+        """Choices of copies that are read as a whole later, so that none can go alone."""
+        extents: dict[int, Tensor] = {}
+        for tag, extent in self._summed:
+            seen = extents.setdefault(extent, torch.zeros(self._count, dtype=torch.bool))
+            seen[resolved.classes[tag]] = True
+        found = set()
+        for choice, tag, extent in self._choices:
+            own = resolved.classes[tag]
+            whole = extent in extents and bool(extents[extent][own].any())
+            if whole and not bool(resolved.attended[own].any()):
+                found.add(choice)
+        return found
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Two tags of broadcastable shapes: elements that meet go together."""
@@ -102,13 +150,14 @@ class Labels:
     def bounded(self, tag: Tensor, fixed: Iterable[int], why: str) -> Tensor:
         """The tag where some axes must keep their size: frozen, or joined along those axes.
 
-        The outermost axis is the one that can shrink (heads, then what is inside a head).
+        The outermost axis is the one that can shrink (heads, then what is inside a head), or what
+        is the same in all copies.
         """
         own = axes_of(tag)
         bound = [axis for axis in own if axis in set(fixed)]
         if not bound:
             return tag
-        if own[0] in bound:
+        if own[0] in bound and (len(bound) == len(own) or not self._turns(tag)):
             self.freeze(tag, why)
             return tag
         return self.united(tag, bound)
@@ -137,7 +186,12 @@ class Labels:
             outermost = min(axes_of(other) + axes_of(tag))
             both = [other, tag]
             inner = set(axes_of(other)) ^ set(axes_of(tag))
-            if all(outermost in axes_of(t) for t in both):
+            if self._turns(other if outermost in axes_of(other) else tag):
+                for t in both:
+                    if axes_of(t) == (outermost,):
+                        self.freeze(t, why)
+                todo[:0] = [self.united(t, [outermost]) for t in both]
+            elif all(outermost in axes_of(t) for t in both):
                 todo[:0] = [self.united(t, inner) for t in both]
             else:
                 low = next(t for t in both if outermost not in axes_of(t))

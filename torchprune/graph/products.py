@@ -44,6 +44,8 @@ def contract(
     weighed = x.weight or y.weight
     tags = []
     for tag in product.tags:
+        if not weighed:
+            ctx.labels.summed(tag, [axis for axis in axes_of(tag) if axis in summed])
         if {*axes_of(tag)} <= {*summed}:
             if not weighed:
                 ctx.labels.freeze(tag, ctx.why)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, exported, module_of_node, place_of_node
 from torchprune.graph.context import Context, Product
-from torchprune.graph.labels import Labels, Resolved, axes_of
+from torchprune.graph.labels import Choice, Labels, Resolved, axes_of
 from torchprune.graph.numbering import Numbering
 from torchprune.graph.rules import follow, tensors_in
 from torchprune.graph.values import Value, filled, sizes_of
@@ -96,13 +96,14 @@ def trace(model: nn.Module, calls: Sequence[Call], *, closed: bool = False) -> T
     Raises:
         ShrinkError: the model cannot be exported, with what torch says about it.
     """
-    walk = _Walk(model)
-    for call in calls:
-        walk.follow(exported(model, call))
+    programs = [exported(model, call) for call in calls]
+    walk = _walked(model, programs)
     if walk.unread() and len({call.training for call in calls}) == 1:
+        others = []
         for call in calls:
             with suppress(ShrinkError):
-                walk.follow(exported(model, replace(call, training=not call.training)))
+                others.append(exported(model, replace(call, training=not call.training)))
+        walk = _walked(model, [*programs, *others]) if others else walk
     if closed:
         walk.close()
     return walk.end()
@@ -110,16 +111,34 @@ def trace(model: nn.Module, calls: Sequence[Call], *, closed: bool = False) -> T
 
 def trace_program(model: nn.Module, program: ExportedProgram) -> Trace:
     """`trace` of a model that `exported` gave this program of."""
-    walk = _Walk(model)
-    walk.follow(program)
-    return walk.end()
+    return _walked(model, [program]).end()
+
+
+def _walked(model: nn.Module, programs: Sequence[ExportedProgram]) -> _Walk:
+    """Programs followed, and again where copies were kept apart that cannot go one by one."""
+    turned: set[Choice] = set()
+    for _ in range(_WALKS):
+        walk = _Walk(model, turned)
+        for program in programs:
+            walk.follow(program)
+        if not walk.labels.chose:
+            break
+        regretted = walk.labels.regretted(walk.labels.resolve())
+        if regretted <= turned:
+            break
+        turned |= regretted
+    return walk
+
+
+_WALKS = 3
 
 
 class _Walk:
     """The graphs of one model, followed one after the other with the same labels."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.labels = model, Labels()
+    def __init__(self, model: nn.Module, turned: Collection[Choice] = ()) -> None:
+        self.model, self.labels = model, Labels(turned)
+        self.graphs = 0
         self.slots = slots_of(model)
         self.ties = ties_of(self.slots)
         self.axes: list[Axis] = []
@@ -136,21 +155,15 @@ class _Walk:
         sources = sources_of(self.model, program)
         numbering = Numbering(program.graph_module.graph)
         shown = set(program.graph_signature.user_outputs)
-        closed = {
-            f"{path}.{name}" if path else name
-            for path, module in self.model.named_modules()
-            if isinstance(module, nn.MultiheadAttention)
-            for name in module._parameters
-        }
+        closed = _closed(self.model, program)
         for node in program.graph_module.graph.nodes:
             if node.op == "placeholder" and not node.users:  # export lists what is not read too
                 env[node] = None
             elif node.op == "placeholder":
                 key = sources.get(node.name)
                 env[node] = self._source(node, key)
-                if key in closed:
-                    for tag in env[node].tags:
-                        self.labels.freeze(tag, "nn.MultiheadAttention, which has one size for all")
+                for tag in env[node].tags if key in closed else ():
+                    self.labels.freeze(tag, closed[cast(str, key)])
             elif node.op == "get_attr":
                 env[node] = None
             elif node.op == "output":
@@ -163,6 +176,7 @@ class _Walk:
             else:
                 self._step(env, node)
         self.counting = False
+        self.graphs += 1
 
     def unread(self) -> list[str]:
         """The parameters that no graph so far reads."""
@@ -228,6 +242,7 @@ class _Walk:
             env[node] = held[cast(int, node.args[1])] if isinstance(held, tuple) else held
             return
         kwargs = cast(dict[str, Any], torch.fx.map_arg(node.kwargs, env.get))
+        self.labels.at((self.graphs, node.name))
         shapes = [sizes_of(t) for t in tensors_in(node.meta.get("val"))]
         module = module_of_node(node)
         products = self.products if self.counting else []
@@ -285,6 +300,22 @@ def _values(nested: Any) -> Iterator[Value]:
 
 _LATEST = 8
 """Of so many axes of one length in a module, those seen last, a number may be the size."""
+
+
+def _closed(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
+    """The parameters of torch's own attention, whose code takes the width of its input for that of
+    all heads together; and the line that calls it, as a reason.
+    """
+    lines: dict[str, str] = {}
+    for node in program.graph_module.graph.nodes:
+        lines.setdefault(module_of_node(node), place_of_node(node))
+    why = "nn.MultiheadAttention{} in {}, whose heads together are as wide as its input"
+    return {
+        f"{path}.{name}" if path else name: why.format(lines.get(path, ""), path or "the model")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for name in module._parameters
+    }
 
 
 def _is_mask(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchprune.graph.groups import Structure
@@ -33,15 +33,14 @@ class Left:
         own = [ask for ask in self.asked if ask.place == self.fault.place] or self.asked
         one = own[0]
         return (
-            f"{text}, since {one.module or 'the model'} at {one.place} asks for {one.before} as a "
-            f"number and not for {one.after}"
+            f"{text}, since the code of {one.module or 'the model'} at {one.place} works with "
+            f"{one.before}, which would become {one.after}"
         )
 
-    @property
-    def layer(self) -> str:
-        """The path of a layer of the group, for `ignore=`."""
-        owners = [m.key.rpartition(".")[0] for m in self.removal.group.members]
-        return next(filter(None, owners), "")
+    def layer(self, layers: Collection[str]) -> str:
+        """The path of a layer of the group, for `ignore=`; empty if it has none."""
+        keys = (m.key for m in self.removal.group.members if m.key in layers)
+        return next(keys, "").rpartition(".")[0]
 
 
 def without_refused(
@@ -135,16 +134,17 @@ class _Search:
         return found
 
 
-def told(name: str, fault: Fault, left: Sequence[Left]) -> str:
+def told(name: str, fault: Fault, left: Sequence[Left], layers: Collection[str]) -> str:
     """A refusal in words: what failed where, for which groups, and how to go around it.
 
     Args:
         name: of the model's class.
+        layers: the names of all weights that specs can mask.
     """
     groups = "; ".join(str(one) for one in left[:4])
     more = f" and {len(left) - 4} more groups" if len(left) > 4 else ""
-    layers = [one.layer for one in left if one.layer]
-    ignore = f"ignore={tuple(layers[:8])!r}" + (" and so on" if len(layers) > 8 else "")
+    names = [path for one in left if (path := one.layer(layers))]
+    ignore = f"ignore={tuple(names[:8])!r}" + (" and so on" if len(names) > 8 else "")
     return (
         f"the smaller {name} {fault}. What cannot go: {groups}{more}. Leave it alone with {ignore} "
         'in the spec that masked it, or let plan_shrink(..., on_refusal="ignore") do so; or let '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any, cast
 
 import torch
@@ -116,9 +117,20 @@ def guesses(
             if _HEADS.fullmatch(name) or _WIDTHS.fullmatch(name):
                 named.setdefault(path, {})[name] = new
             wide.setdefault(path, {})[name] = new
+    both = {path: {**wide.get(path, {}), **named.get(path, {})} for path in {**wide, **named}}
     yield named
     yield {}
-    yield {path: {**wide.get(path, {}), **named.get(path, {})} for path in {**wide, **named}}
+    yield both
+    names = sorted({name for values in both.values() for name in values})
+    if len(names) <= _TRIED:  # one number may stand for the width of the input too
+        for size in range(1, len(names)):
+            for some in combinations(names, size):
+                chosen = {p: {n: v for n, v in own.items() if n in some} for p, own in both.items()}
+                yield {path: values for path, values in chosen.items() if values}
+
+
+_TRIED = 5
+"""Of so many names every choice is tried."""
 
 
 def key_heads(module: nn.Module) -> int | None:

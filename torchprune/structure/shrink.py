@@ -14,6 +14,7 @@ from torchprune.errors import ShrinkError
 from torchprune.masking.mask import detach, masked_layers
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
+from torchprune.masking.selection import layers_of
 from torchprune.structure.config import (
     apply_settings,
     has_its_tensors,
@@ -170,7 +171,8 @@ def _explained(model: nn.Module, plan: ShrinkPlan, fault: Fault, known: _Known) 
             f"without {what} the smaller {name} {fault}; keep some of them with ignore= in the "
             "spec that masked them"
         )
-    return ShrinkError(told(name, fault, found[1]))
+    layers = {layer.key for layer in layers_of(model)}
+    return ShrinkError(told(name, fault, found[1], layers))
 
 
 # -- tensors and blocks ----------------------------------------------------------------------------

@@ -130,11 +130,14 @@ def plan_shrink(
         ShrinkError: the model cannot be exported; the message has the operator or line.
     """
     calls = as_calls(model, example_inputs, modes)
-    traced = trace(model, calls, closed=True)
-    structure = read_groups(model, traced)
+    return planned(model, calls, read_groups(model, trace(model, calls, closed=True)))
+
+
+def planned(model: nn.Module, calls: Sequence[Call], structure: Structure) -> ShrinkPlan:
+    """The plan for a model whose structure was read from those calls."""
     slots = slots_of(model)
     blocks, notes = _idle_blocks(model, calls)
-    notes += _unread_notes(traced.unread)
+    notes += _unread_notes(structure.trace.unread)
     removals = []
     groups = [g for g in structure.groups if not all(_inside(m.key, blocks) for m in g.members)]
     unread = {id(group): _unread(group, slots) for group in groups}
@@ -158,7 +161,7 @@ def plan_shrink(
         flops=_flops(structure, removed, blocks),
         notes=notes,
         sizes=_sizes(structure, removed),
-        calls=calls,
+        calls=list(calls),
         folds=constants.folds,
     )
 

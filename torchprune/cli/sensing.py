@@ -117,7 +117,7 @@ def sensitivity(
         from torchprune.cli.models import device_of, import_transformers, load_model, load_tokenizer
         from torchprune.study.costs.sensitivity import sensitivity as measured
 
-        spec = made(*asked)
+        spec: Any = made(*asked)
         sources = read_sources(data or (), column, progress=bars)
         say(f"loading {model}")
         transformers = import_transformers(bars)

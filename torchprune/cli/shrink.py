@@ -37,7 +37,7 @@ from torchprune.cli.spec import ReconstructOption
 from torchprune.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -66,6 +66,17 @@ def _share(what: str) -> Any:
     )
 
 
+def _stays(what: str) -> Any:
+    return typer.Option(
+        min=0.0,
+        max=1.0,
+        help=f"Keep at most this share of all {what}, 0 < x < 1: which neurons, heads and blocks "
+        "go is found out. Instead of the amounts above.",
+        show_default=False,
+        rich_help_panel=_AMOUNTS,
+    )
+
+
 def shrink(
     model: ModelOption,
     heads: Annotated[
@@ -82,6 +93,8 @@ def shrink(
             rich_help_panel=_AMOUNTS,
         ),
     ] = None,
+    parameters: Annotated[float | None, _stays("parameters")] = None,
+    flops: Annotated[float | None, _stays("floating point operations")] = None,
     score: Annotated[
         UnitScore,
         typer.Option(
@@ -130,12 +143,19 @@ def shrink(
 
       torchprune shrink ./model --layers 4 --hf ./shallow
 
+      torchprune shrink ./model --parameters 0.8 --data notes.txt
+
       torchprune shrink ./masked --output ./small
     """
     with one_line(debug):
         say, bars = speaker(quiet), bars_wanted(quiet or as_json)
         amounts = {"heads": heads, "neurons": neurons, "channels": channels, "layers": layers}
+        budget = {"parameters": parameters, "flops": flops}
         asked = {name: amount for name, amount in amounts.items() if amount}
+        stays = {name: share for name, share in budget.items() if share is not None}
+        if len(stays) > 1 or (stays and asked):
+            several = " and ".join(f"--{name}" for name in (*stays, *asked))
+            raise typer.BadParameter(f"one budget decides what goes, got {several}")
         if dry_run and (output is not None or hf is not None):
             raise typer.BadParameter(
                 "--dry-run writes nothing; leave --output and --hf out", param_hint="--dry-run"
@@ -148,10 +168,12 @@ def shrink(
 
         for name, amount in asked.items():
             _unit_spec(name, amount, {})  # refused here, if it is
+        if stays:
+            _budget_spec(stays, {}, {})
         where = device_of(device)
         if not dry_run:
             if output is None and hf is None:
-                words = [f"{name}-{amount}" for name, amount in asked.items()]
+                words = [f"{name}-{amount}" for name, amount in (asked | stays).items()]
                 output = new_directory([Path(model).resolve().name, *(words or ["shrunk"])])
             check_free(output, hf)
         sources = read_sources(data or (), column, progress=bars)
@@ -159,7 +181,7 @@ def shrink(
         transformers = import_transformers(bars)
         net = load_model(transformers, model, dtype.to_torch(), where)
         tokenizer = load_tokenizer(transformers, model, required=bool(sources))
-        if asked or sources:
+        if asked or stays or sources:
             batches, _ = calibration_of(
                 net,
                 tokenizer,
@@ -179,6 +201,8 @@ def shrink(
         choice = {"targets": target or None, "ignore": tuple(ignore or ())}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=__name__)  # sparsify's own are in the report
+            if stays:
+                _mask_to_budget(net, _budget_spec(stays, options, choice), batches, bars, say)
             _mask_units(net, asked, options, choice, batches, bars)
         plan = plan_shrink(net, batches[0])
         if not as_json:
@@ -187,8 +211,8 @@ def shrink(
         if not dry_run:
             if not plan:
                 raise InputError(
-                    "nothing to remove: no unit is all zero; give --heads, --neurons, --channels "
-                    "or --layers"
+                    "nothing to remove: no unit is all zero; give --heads, --neurons, --channels, "
+                    "--layers, --parameters or --flops"
                 )
             remove(net, plan)
             saved = save_all(net, tokenizer, model, output, hf, say)
@@ -214,6 +238,26 @@ def _mask_units(
         if name == "layers":
             gone = plan_shrink(net, batches[0]).blocks
             choice = {**choice, "ignore": (*choice["ignore"], *gone)}
+
+
+def _mask_to_budget(
+    net: Any, spec: Any, batches: Sequence[Tensor], progress: bool, say: Callable[[str], None]
+) -> None:
+    """Mask what a budget decides on, and say how."""
+    from torchprune.reports.report import runs_of
+    from torchprune.sparsify import sparsify
+
+    sparsify(net, spec, batches, progress=progress)
+    for note in runs_of(net)[-1].notes:
+        say(note)
+
+
+def _budget_spec(stays: dict[str, Any], options: dict[str, Any], choice: dict[str, Any]) -> Any:
+    from torchprune.structure.budget_spec import BudgetSpec
+    from torchprune.structure.specs import HeadSpec, LayerSpec, NeuronSpec
+
+    units = [kind(**options, **choice) for kind in (NeuronSpec, HeadSpec)]
+    return BudgetSpec(**stays, over=(*units, LayerSpec(**choice)))
 
 
 def _unit_spec(name: str, amount: float, options: dict[str, Any]) -> Any:

@@ -85,6 +85,7 @@ PUBLIC = [
     "ADMMSpec",
     "BestSpec",
     "Block",
+    "BudgetSpec",
     "ChannelSpec",
     "Comparison",
     "HeadSpec",

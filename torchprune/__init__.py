@@ -32,6 +32,7 @@ if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports
     from torchprune.specs.allocation import OWL, LeastError, Search, Sensitivity
     from torchprune.specs.options import PCG, Reconstruct, Swaps
     from torchprune.specs.patterns import NM, Block, Unstructured
+    from torchprune.structure.budget_spec import BudgetSpec
     from torchprune.structure.plan import plan_shrink
     from torchprune.structure.shrink import shrink
     from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
@@ -60,6 +61,7 @@ __all__ = [
     "ADMMSpec",
     "BestSpec",
     "Block",
+    "BudgetSpec",
     "ChannelSpec",
     "Comparison",
     "HeadSpec",

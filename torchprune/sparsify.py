@@ -37,6 +37,7 @@ from torchprune.specs.functions import described
 from torchprune.specs.goals import Goal
 from torchprune.specs.options import Reconstruct
 from torchprune.specs.spec import Spec
+from torchprune.structure.budget_spec import BudgetSpec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ Model = TypeVar("Model", bound="nn.Module | ExportedProgram")
 @on_ordinary_tensors
 def sparsify(
     model: Model,
-    spec: Spec | StructuredSpec | LayerSpec,
+    spec: Spec | StructuredSpec | LayerSpec | BudgetSpec,
     data: Iterable[Any] | None = None,
     *,
     progress: bool = True,
@@ -69,7 +70,7 @@ def sparsify(
             is (`keep_dense`, `reversible` and `hold` do not apply, and data must be given).
         spec: `BestSpec`, or `MagnitudeSpec`, `WandaSpec`, `RIASpec`, `SparseGPTSpec` or `ADMMSpec`
             for single weights; `HeadSpec`, `NeuronSpec`, `ChannelSpec` or `LayerSpec` for whole
-            units, which `torchprune.shrink` can then remove.
+            units, which `torchprune.shrink` can then remove, or `BudgetSpec` for several kinds.
         data: calibration batches: any iterable whose items are tensors (passed positionally),
             tuples or lists (positional) or mappings (keywords); or a `datasets.Dataset`, each row
             of which is a batch of one. Padding does not count: where a batch holds a mask of it,
@@ -129,11 +130,12 @@ def sparsify(
 
 
 def _check_request(spec: object, hold: object, contradictory: bool) -> None:
-    if not isinstance(spec, Spec | StructuredSpec | LayerSpec) or type(spec) is Spec:
+    if not isinstance(spec, Spec | StructuredSpec | LayerSpec | BudgetSpec) or type(spec) is Spec:
         got = f"the class {spec.__name__}" if isinstance(spec, type) else repr(spec)
         raise SpecError(
             "spec must be a MagnitudeSpec, WandaSpec, RIASpec, SparseGPTSpec, ADMMSpec, BestSpec, "
-            f"ScoreSpec, SolverSpec, HeadSpec, NeuronSpec, ChannelSpec or LayerSpec, got {got}"
+            "ScoreSpec, SolverSpec, HeadSpec, NeuronSpec, ChannelSpec, LayerSpec or BudgetSpec, "
+            f"got {got}"
         )
     if hold not in (None, torch.bfloat16, torch.float16):
         raise SpecError(f"hold must be None, torch.bfloat16 or torch.float16, got {hold}")
@@ -144,7 +146,7 @@ def _check_request(spec: object, hold: object, contradictory: bool) -> None:
         )
 
 
-def _check_kept(model: object, spec: Spec | StructuredSpec | LayerSpec) -> None:
+def _check_kept(model: object, spec: object) -> None:
     """Refuse to keep what nothing is kept of."""
     if not isinstance(model, nn.Module):
         raise SpecError(f"path keeps runs over a Module, got {type(model).__name__}; leave it out")
@@ -437,7 +439,7 @@ def _check_weights(plan: Plan, *, finite: bool) -> None:
 
 def _prune_structures(
     model: nn.Module,
-    spec: StructuredSpec | LayerSpec,
+    spec: StructuredSpec | LayerSpec | BudgetSpec,
     data: Data,
     run: RunRecord,
     keep_dense: bool,
@@ -452,6 +454,19 @@ def _prune_structures(
     run.notes += notes
     if isinstance(spec, LayerSpec):
         prune_blocks(model, spec, batches, run, progress=data.progress, reversible=reversible)
+    elif isinstance(spec, BudgetSpec):
+        from torchprune.allocation.budgeted import prune_to_budget
+        from torchprune.structure.offers import offers_of
+
+        run.notes += prune_to_budget(
+            offers_of(model, spec, batches, run),
+            spec,
+            batches,
+            progress=data.progress,
+            keep_dense=keep_dense,
+            reversible=reversible,
+            hold=hold,
+        )
     else:
         prune_structures(
             model,
@@ -466,7 +481,10 @@ def _prune_structures(
 
 
 def _prune_program(
-    program: Any, spec: Spec | StructuredSpec | LayerSpec, data: Data, for_modules: bool
+    program: Any,
+    spec: Spec | StructuredSpec | LayerSpec | BudgetSpec,
+    data: Data,
+    for_modules: bool,
 ) -> Any:
     from torchprune.passes.prune_program import prune_program  # torch.export: as above
 

@@ -37,6 +37,11 @@ MANY = ("--spec", "magnitude", "--spec", "wanda,pattern=2:4", "--spec", "neurons
         ("magnitude, sparsity=0.25", MagnitudeSpec(0.25)),
         ("neurons,sparsity=0.25,refit=false", NeuronSpec(0.25, refit=False)),
         ("layers,drop=2", torchprune.LayerSpec(drop=2)),
+        ("budget,parameters=0.7", torchprune.BudgetSpec(parameters=0.7)),
+        (
+            "budget,flops=0.5,over=neurons+layers",
+            torchprune.BudgetSpec(flops=0.5, over=(torchprune.NeuronSpec, torchprune.LayerSpec)),
+        ),
         ("sparsegpt,quantize=int4", SparseGPTSpec(quantize=Int4())),
         ("best,effort=fast", torchprune.BestSpec(effort="fast")),
         ("wanda,pattern=2:4,permute", WandaSpec(pattern="2:4", permute=True)),

@@ -78,6 +78,20 @@ def test_layers_go_first_and_nothing_else_is_taken_from_them(home, tmp_path):
     assert sum(p.numel() for p in model.parameters()) == plan["parameters"]["after"]
 
 
+def test_one_budget_decides_what_goes(home, tmp_path):
+    out = tmp_path / "out"
+    said = worked(
+        *("shrink", home / "wide", "--parameters", "0.8", "--json", "--quiet"),
+        *(*SMALL, "--output", out),
+    )
+    before, after = json.loads(said)["parameters"].values()
+    assert 0.6 * before < after <= 0.8 * before
+    assert sum(p.numel() for p in torchprune.load(out).parameters()) == after
+    twice = ("shrink", home / "wide", "--parameters", "0.8")
+    assert call(*twice, "--flops", "0.5").exit_code == 2
+    assert call(*twice, "--layers", "1").exit_code == 2
+
+
 def test_a_dry_run_shows_the_plan_alone(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = worked("shrink", home / "wide", "--neurons", "0.25", "--dry-run", *SMALL)
@@ -103,6 +117,8 @@ def test_masks_of_a_saved_directory_are_removed(home, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ((), "nothing to remove: no unit is all zero; give --heads, --neurons"),
+        (("--parameters", "0.01"), "parameters=0.01 cannot be met"),
+        (("--flops", "1.0"), "flops must be the share that may stay"),
         (("--heads", "1.0"), "0 <= sparsity < 1"),
         (("--channels", "0.5"), "no channels to prune"),
         (("--neurons", "0.5", "--target", "*.q_prj"), "matches none of the model's"),

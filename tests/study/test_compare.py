@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import (
     PCG,
+    BudgetSpec,
     ChannelSpec,
     Comparison,
     HeadSpec,
@@ -244,6 +245,7 @@ def test_labels_say_what_is_asked_for() -> None:
         WandaSpec(pattern="2:4"),
         WandaSpec(pattern="block:4x4", sparsity=0.5),
         SparseGPTSpec(refine=PCG(3), damping=0.1),
+        BudgetSpec(parameters=0.9, over=NeuronSpec),
     ]
     found = run(make, wanted, batches(), error)
     assert found.labels == [
@@ -251,10 +253,12 @@ def test_labels_say_what_is_asked_for() -> None:
         "wanda 2:4",
         "wanda block:4x4 0.5",
         "sparsegpt unstructured 0.5 refine=PCG(steps=3, ridge=0.1), damping=0.1",
+        "budget neurons parameters 0.9",
     ]
     assert [row.options for row in found.rows[2:]] == [
         "",
         "refine=PCG(steps=3, ridge=0.1), damping=0.1",
+        "",
     ]
 
 

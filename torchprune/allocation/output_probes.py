@@ -11,7 +11,7 @@ what is predicted is ||y - y'||^2 / ||y||^2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,33 +52,80 @@ def predicted_damage(
     Raises:
         CalibrationError: the outputs depend on none of the weights by gradients.
     """
-    _check_differentiable(target for target, _ in layers)
-    totals = [[0.0] * len(masks) for _, masks in layers]
-    weights = [target.weight for target, _ in layers]
-    reached = [False] * len(layers)
-    with (
-        tqdm(total=probes, desc="probes", unit="pass", disable=not progress) as bar,
-        _needing_gradients(weights),
-    ):
-        for at in range(probes):
-            batch = batches[at % len(batches)]
-            gradients, scale = _probe(model, batch, weights, seed + at)
-            with modes.exact():
-                for place, ((target, masks), gradient) in enumerate(
-                    zip(layers, gradients, strict=True)
-                ):
-                    if gradient is None:  # this batch does not reach it
-                        continue
-                    reached[place] = True
-                    for which, square in enumerate(_squares(target, masks, gradient)):
-                        totals[place][which] += scale * square / probes
-            bar.update()
-    if not any(reached):
+    totals: list[list[float] | None] = [None] * len(layers)
+    targets = [target for target, _ in layers]
+
+    def take(at: int, gradient: Tensor, scale: float) -> None:
+        target, masks = layers[at]
+        total = totals[at] or [0.0] * len(masks)
+        squares = _squares(target, masks, gradient)
+        totals[at] = [t + scale * square for t, square in zip(total, squares, strict=True)]
+
+    _probe_all(model, targets, batches, take, probes, seed, progress)
+    if all(total is None for total in totals):
         raise CalibrationError(
             f"the outputs of this {type(model).__name__} do not depend on its layers by gradients; "
             'go by the layers\' errors: probes=0, or Sensitivity(cost="error")'
         )
-    return [total if seen else None for total, seen in zip(totals, reached, strict=True)]
+    return totals
+
+
+def row_energies(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Batch],
+    *,
+    probes: int,
+    seed: int,
+    progress: bool,
+) -> list[Tensor | None]:
+    """For each layer (groups, rows) float64: by how much the square of a change of a row's weights
+    is multiplied in what the outputs lose, on average over directions; None where none is reached.
+
+    Raises:
+        CalibrationError: the outputs depend on none of the weights by gradients.
+    """
+    found: list[Tensor | None] = [None] * len(targets)
+
+    def take(at: int, gradient: Tensor, scale: float) -> None:
+        square = targets[at].view.to_matrix(gradient.double().square()).sum(2) * scale
+        seen = found[at]
+        found[at] = square if seen is None else seen + square
+
+    _probe_all(model, targets, batches, take, probes, seed, progress)
+    if all(one is None for one in found):
+        raise CalibrationError(
+            f"the outputs of this {type(model).__name__} do not depend by gradients on the layers "
+            "that read what may go"
+        )
+    return found
+
+
+def _probe_all(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Batch],
+    take: Callable[[int, Tensor, float], None],
+    probes: int,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Hand on, from each probe, for each layer that it reaches: its place, the weight's gradient,
+    and what makes squares of it the mean over probes."""
+    _check_differentiable(targets)
+    weights = [target.weight for target in targets]
+    with (
+        tqdm(total=probes, desc="probes", unit="pass", disable=not progress) as bar,
+        _needing_gradients(weights),
+    ):
+        for number in range(probes):
+            batch = batches[number % len(batches)]
+            gradients, scale = _probe(model, batch, weights, seed + number)
+            with modes.exact():
+                for at, gradient in enumerate(gradients):
+                    if gradient is not None:  # else this batch does not reach it
+                        take(at, gradient, scale / probes)
+            bar.update()
 
 
 def _check_differentiable(targets: Iterable[Target]) -> None:

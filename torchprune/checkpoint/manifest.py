@@ -35,8 +35,9 @@ from torchprune.specs.functions import FunctionName, function_name
 from torchprune.specs.options import Checked
 from torchprune.specs.patterns import NM, Block, Unstructured
 from torchprune.specs.recovery import RecoverySpec  # noqa: F401  (likewise)
-from torchprune.structure import specs as structured  # noqa: F401  (known by being imported)
+from torchprune.structure.budget_spec import BudgetSpec
 from torchprune.structure.size_record import Resized
+from torchprune.structure.specs import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -190,10 +191,18 @@ def _entry_data(entry: Entry) -> dict[str, Any]:
 def _run_data(run: RunRecord, model: nn.Module) -> dict[str, Any]:
     data = {f.name: getattr(run, f.name) for f in fields(run)}
     chosen: Any = run.spec
+    return {**data, "spec": {"method": chosen.method, **_spec_data(chosen, model)}}
+
+
+def _spec_data(chosen: Any, model: nn.Module) -> dict[str, Any]:
+    """A spec's options; of a budget over others also theirs."""
     spec = {f.name: _plain(getattr(chosen, f.name)) for f in fields(chosen)}
+    if isinstance(chosen, BudgetSpec):
+        over = cast(Any, chosen.over)
+        return {**spec, "over": [{type(one).__name__: _spec_data(one, model)} for one in over]}
     for name in ("targets", "ignore"):
         spec[name] = _selector_data(getattr(chosen, name), model)
-    return {**data, "spec": {"method": chosen.method, **spec}}
+    return spec
 
 
 def _selector_data(selectors: Any, model: nn.Module) -> Any:
@@ -404,6 +413,30 @@ def _spec(data: object, where: str) -> Checked:
     if not isinstance(data, dict) or not isinstance(method, str) or method not in known:
         raise CheckpointError(f"{where}: expected an object with a method: {', '.join(known)}")
     options = {k: v for k, v in data.items() if k != "method"}
+    try:
+        if known[method] is BudgetSpec:
+            options["over"] = _over(options.get("over"), where)
+        spec: Checked = known[method](**_options(options, where))
+        return spec
+    except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {error!s:.300}") from None
+
+
+def _over(data: object, where: str) -> tuple[Checked, ...]:
+    """The specs that a budget is over, each an object of one key, its class's name."""
+    kinds = {kind.__name__: kind for kind in (HeadSpec, NeuronSpec, ChannelSpec, LayerSpec)}
+    found: list[Checked] = []
+    for one in data if isinstance(data, list) else [data]:
+        (name, options), *more = one.items() if isinstance(one, dict) and one else [("", None)]
+        if more or name not in kinds or not isinstance(options, dict):
+            raise ValueError(f"over: {one!r:.80} is none of {', '.join(kinds)}")
+        found.append(kinds[name](**_options(options, where)))
+    return tuple(found)
+
+
+def _options(options: dict[str, Any], where: str) -> dict[str, Any]:
+    """A spec's options as Python has them."""
+    options = dict(options)
     for name in ("targets", "ignore"):
         value = options.get(name)
         if not (value is None or isinstance(value, str) or _fits(value, list[str])):
@@ -414,16 +447,12 @@ def _spec(data: object, where: str) -> Checked:
         options["overrides"] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in options["overrides"].items()
         }
-    try:
-        for name, value in options.items():
-            if name != "overrides" and isinstance(value, dict):
-                options[name] = _option(value)
-            elif isinstance(value, str) and _FUNCTION.fullmatch(value):
-                options[name] = FunctionName(value)
-        spec: Checked = known[method](**options)
-        return spec
-    except (TorchpruneError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{where}: {error!s:.300}") from None
+    for name, value in options.items():
+        if name != "overrides" and isinstance(value, dict):
+            options[name] = _option(value)
+        elif isinstance(value, str) and _FUNCTION.fullmatch(value):
+            options[name] = FunctionName(value)
+    return options
 
 
 def _option(data: dict[str, Any]) -> Checked | FunctionName:

@@ -98,7 +98,7 @@ def sensitivity(
         from torchprune.study.costs.sensitivity import sensitivity as measured
         from torchprune.study.costs.sensitivity import tried_on
 
-        spec = made(*asked)
+        spec: Any = made(*asked)
         tried_on(spec, tried)  # refused here, if it is
         loader = loading.loader(bars)
         sources = calibration.sources(bars)

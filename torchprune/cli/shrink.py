@@ -23,7 +23,7 @@ from torchprune.cli.spec import ReconstructOption
 from torchprune.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -52,6 +52,17 @@ def _share(what: str) -> Any:
     )
 
 
+def _stays(what: str) -> Any:
+    return typer.Option(
+        min=0.0,
+        max=1.0,
+        help=f"Keep at most this share of all {what}, 0 < x < 1: which neurons, heads and blocks "
+        "go is found out. Instead of the amounts above.",
+        show_default=False,
+        rich_help_panel=_AMOUNTS,
+    )
+
+
 def shrink(
     model: ModelOption,
     heads: Annotated[
@@ -68,6 +79,8 @@ def shrink(
             rich_help_panel=_AMOUNTS,
         ),
     ] = None,
+    parameters: Annotated[float | None, _stays("parameters")] = None,
+    flops: Annotated[float | None, _stays("floating point operations")] = None,
     score: Annotated[
         UnitScore,
         typer.Option(
@@ -107,12 +120,19 @@ def shrink(
 
       torchprune shrink ./model --layers 4 --hf ./shallow
 
+      torchprune shrink ./model --parameters 0.8 --data notes.txt
+
       torchprune shrink ./masked --output ./small
     """
     with one_line(speech.debug):
         say, bars = speech.say, speech.bars
         amounts = {"heads": heads, "neurons": neurons, "channels": channels, "layers": layers}
+        budget = {"parameters": parameters, "flops": flops}
         asked = {name: amount for name, amount in amounts.items() if amount}
+        stays = {name: share for name, share in budget.items() if share is not None}
+        if len(stays) > 1 or (stays and asked):
+            several = " and ".join(f"--{name}" for name in (*stays, *asked))
+            raise typer.BadParameter(f"one budget decides what goes, got {several}")
         if dry_run and destination.named:
             raise typer.BadParameter(
                 "--dry-run writes nothing; leave --output and --hf out", param_hint="--dry-run"
@@ -124,16 +144,18 @@ def shrink(
 
         for name, amount in asked.items():
             _unit_spec(name, amount, {})  # refused here, if it is
+        if stays:
+            _budget_spec(stays, {}, {})
         loader = loading.loader(bars)
         if not dry_run:
-            words = [f"{name}-{amount}" for name, amount in asked.items()] or ["shrunk"]
-            destination = destination.or_new([Path(model).resolve().name, *words])
+            words = [f"{name}-{amount}" for name, amount in (asked | stays).items()]
+            destination = destination.or_new([Path(model).resolve().name, *(words or ["shrunk"])])
             destination.check_free()
         sources = calibration.sources(bars)
         say(f"loading {model}")
         net = loader.model(model)
         tokenizer = loader.tokenizer(model, required=bool(sources))
-        if asked or sources:
+        if asked or stays or sources:
             batches, _ = calibration.windows(net, tokenizer, sources, say=say, progress=bars)
         else:
             batches = [net.dummy_inputs["input_ids"] % net.config.get_text_config().vocab_size]
@@ -148,6 +170,8 @@ def shrink(
         choice = {"targets": target or None, "ignore": tuple(ignore or ())}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=__name__)  # sparsify's own are in the report
+            if stays:
+                _mask_to_budget(net, _budget_spec(stays, options, choice), batches, bars, say)
             _mask_units(net, asked, options, choice, batches, bars)
         plan = plan_shrink(net, batches[0])
         if not speech.as_json:
@@ -156,8 +180,9 @@ def shrink(
         if not dry_run:
             if not plan:
                 raise InputError(
-                    "nothing to remove: no unit is all zero; give --heads, --neurons, --channels "
-                    f"or --layers. In the way stood {'; '.join(plan.in_the_way)}"
+                    "nothing to remove: no unit is all zero; give --heads, --neurons, --channels, "
+                    "--layers, --parameters or --flops. In the way stood "
+                    f"{'; '.join(plan.in_the_way)}"
                 )
             remove(net, plan)
             saved = destination.save(net, tokenizer, model, say)
@@ -183,6 +208,26 @@ def _mask_units(
         if name == "layers":
             gone = plan_shrink(net, batches[0]).blocks
             choice = {**choice, "ignore": (*choice["ignore"], *gone)}
+
+
+def _mask_to_budget(
+    net: Any, spec: Any, batches: Sequence[Tensor], progress: bool, say: Callable[[str], None]
+) -> None:
+    """Mask what a budget decides on, and say how."""
+    from torchprune.reports.report import runs_of
+    from torchprune.sparsify import sparsify
+
+    sparsify(net, spec, batches, progress=progress)
+    for note in runs_of(net)[-1].notes:
+        say(note)
+
+
+def _budget_spec(stays: dict[str, Any], options: dict[str, Any], choice: dict[str, Any]) -> Any:
+    from torchprune.structure.budget_spec import BudgetSpec
+    from torchprune.structure.specs import HeadSpec, LayerSpec, NeuronSpec
+
+    units = [kind(**options, **choice) for kind in (NeuronSpec, HeadSpec)]
+    return BudgetSpec(**stays, over=(*units, LayerSpec(**choice)))
 
 
 def _unit_spec(name: str, amount: float, options: dict[str, Any]) -> Any:

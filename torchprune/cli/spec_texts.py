@@ -1,4 +1,5 @@
-"""Specs in a line: "wanda,pattern=2:4,refine=swaps", "heads,sparsity=0.25", "layers,drop=2"."""
+"""Specs in a line: "wanda,pattern=2:4", "heads,sparsity=0.25", "layers,drop=2",
+"budget,parameters=0.7,over=neurons+layers"."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def parsed(text: str, option: str = "--spec") -> tuple[str, dict[str, Any]]:
         typer.BadParameter: no such method, or an option that is not NAME=VALUE.
     """
     method, *parts = (part.strip() for part in text.split(","))
-    known = [*(m.value for m in Method), *UNITS, "layers"]
+    known = [*(m.value for m in Method), *UNITS, "layers", "budget"]
     if method not in known:
         raise typer.BadParameter(
             f"{text!r} begins with none of {', '.join(known)}{did_you_mean(method, known)}",
@@ -66,7 +67,32 @@ def made(method: str, options: dict[str, Any]) -> AnySpec:
 
     if method == "layers":
         return specs.LayerSpec(**options)
+    if method == "budget":
+        return budget(**options)
     if method in UNITS:
         spec: AnySpec = getattr(specs, UNITS[method])(**options)
         return spec
     return spec_of(Method(method))(**as_values(options))
+
+
+def budget(over: str | None = None, **options: Any) -> AnySpec:
+    """A budget over kinds that are named with "+" between them.
+
+    Raises:
+        typer.BadParameter: a kind that is none.
+        SpecError: an option that it has not, or a value out of range.
+    """
+    from torchprune.structure.budget_spec import BudgetSpec
+
+    if over is None:
+        return BudgetSpec(**options)
+    known = [*UNITS, "layers"]
+    kinds = str(over).split("+")
+    for kind in kinds:
+        if kind not in known:
+            raise typer.BadParameter(
+                f"over={over}: {kind!r} is none of {', '.join(known)}{did_you_mean(kind, known)}",
+                param_hint="--spec",
+            )
+    specs: list[Any] = [made(kind, {}) for kind in kinds]
+    return BudgetSpec(over=tuple(specs), **options)

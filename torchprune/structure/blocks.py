@@ -66,10 +66,15 @@ def prune_blocks(
     with modes.exact():
         for name, note in scores.items():
             record = Record("layers", f"block dropped by {spec.score}", note=note)
-            for layer in idle[name]:
-                weight = original_of(layer.module, layer.tensor)
-                keep = torch.zeros_like(weight, dtype=torch.bool)
-                attach(layer.module, layer.tensor, keep, record, reversible=reversible)
+            mask_whole(idle[name], record, reversible=reversible)
+
+
+def mask_whole(layers: Sequence[Layer], record: Record, *, reversible: bool) -> None:
+    """Put masks on layers that keep nothing."""
+    for layer in layers:
+        weight = original_of(layer.module, layer.tensor)
+        keep = torch.zeros_like(weight, dtype=torch.bool)
+        attach(layer.module, layer.tensor, keep, record, reversible=reversible)
 
 
 def droppable(
@@ -115,10 +120,11 @@ def _are_in(layers: Sequence[Layer], blocks: dict[str, nn.Module]) -> bool:
 
 
 def _lists(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[tuple[list[str], int]]:
-    """The candidates of each list of blocks, and how long the list is."""
+    """The candidates of each list of blocks, and how many blocks are in it."""
+    every = [name.rpartition(".")[0] for name in repeated_blocks(model)]
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in blocks):
         own = [name for name in blocks if name.rpartition(".")[0] == parent]
-        yield own, len(model.get_submodule(parent)._modules)
+        yield own, every.count(parent)
 
 
 def _inside(model: nn.Module, block: str) -> Iterator[Layer]:
@@ -259,7 +265,7 @@ def _by_cosine(
     run.notes += padding.notes()
     mean = {name: turned[name] / tokens[name] for name in blocks if tokens[name]}
     order = sorted(mean, key=lambda name: mean[name])
-    chosen = _leaving_one(order, _lengths(model, blocks), spec.drop)
+    chosen = _leaving_one(order, lengths_of(model, blocks), spec.drop)
     return {name: f"it turned its input by 1 - cos = {mean[name]:.4g}" for name in chosen}
 
 
@@ -297,12 +303,13 @@ def _by_loss(
     return chosen
 
 
-def _lengths(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, int]:
+def lengths_of(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, int]:
+    """How many blocks are in each list that holds some of these, by its name."""
     return {own[0].rpartition(".")[0]: size for own, size in _lists(model, blocks)}
 
 
 def _droppable(model: nn.Module, blocks: dict[str, nn.Module], chosen: dict[str, str]) -> list[str]:
-    left = _lengths(model, blocks)
+    left = lengths_of(model, blocks)
     for name in chosen:
         left[name.rpartition(".")[0]] -= 1
     rest = (name for name in blocks if name not in chosen)

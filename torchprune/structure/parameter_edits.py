@@ -25,10 +25,16 @@ class Edits:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with self._spool, modes.exact():
+        with self._spool:
             if kind is not None:
-                for tensor, place, _ in reversed(self._places):
-                    self._spool.fetch(place, tensor.data)
+                self.undo()
+
+    def undo(self) -> None:
+        """Put back all that was written."""
+        with modes.exact():
+            for tensor, place, _ in reversed(self._places):
+                self._spool.fetch(place, tensor.data)
+        self._places = []
 
     def write(self, target: Target, matrices: Tensor, *, kept: bool = False) -> None:
         """Give a layer other values; unless they are `kept`, only until `settle`."""

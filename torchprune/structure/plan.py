@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, as_calls
-from torchprune.graph.groups import Group, read_groups
+from torchprune.graph.groups import Group, Structure, read_groups
 from torchprune.graph.trace import trace
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
@@ -55,11 +55,15 @@ def plan_shrink(
     if on_refusal not in ("raise", "ignore"):
         raise ShrinkError(f'on_refusal must be "raise" or "ignore", got {on_refusal!r}')
     calls = as_calls(model, example_inputs, modes)
-    traced = trace(model, calls, closed=True)
-    structure = read_groups(model, traced)
+    plan = planned(model, calls, read_groups(model, trace(model, calls, closed=True)))
+    return accepted(model, plan, slots_of(model)) if on_refusal == "ignore" and plan else plan
+
+
+def planned(model: nn.Module, calls: Sequence[Call], structure: Structure) -> ShrinkPlan:
+    """The plan for a model whose structure was read from those calls."""
     slots = slots_of(model)
     blocks, notes = _idle_blocks(model, calls)
-    notes += _unread_notes(traced.unread)
+    notes += _unread_notes(structure.trace.unread)
     removals = []
     groups = [g for g in structure.groups if not all(inside(m.key, blocks) for m in g.members)]
     unread = {id(group): _unread(group, slots) for group in groups}
@@ -73,10 +77,9 @@ def plan_shrink(
         if gone.any():
             removals.append(Removal(group, gone))
     start = ShrinkPlan(
-        [], [], blocks, [], (0, 0), (0, 0), notes, calls=calls, folds=constants.folds
+        [], [], blocks, [], (0, 0), (0, 0), notes, calls=list(calls), folds=constants.folds
     )
-    plan = drawn_up(start, structure, slots, removals)
-    return accepted(model, plan, slots) if on_refusal == "ignore" and plan else plan
+    return drawn_up(start, structure, slots, removals)
 
 
 def _unread(group: Group, slots: Mapping[str, Slot]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -16,32 +16,18 @@ from torchprune.calibration.batches import Batch
 from torchprune.calibration.block_calls import Ends, Unit
 from torchprune.calibration.lockstep import Calibration, Usage
 from torchprune.calibration.moments import Moments
-from torchprune.errors import CalibrationError, SpecError, TargetError
+from torchprune.errors import CalibrationError, SpecError
 from torchprune.graph.capture import Call
-from torchprune.graph.groups import Group, Member, in_the_way, read_groups
+from torchprune.graph.groups import Group, Member, read_groups
 from torchprune.graph.trace import trace
-from torchprune.masking.mask import Record, attach, mask_of, obstacle, original_of
-from torchprune.masking.matrices import view_of
-from torchprune.masking.reading import Reading
-from torchprune.masking.scales import is_coded
-from torchprune.masking.selection import (
-    Layer,
-    as_selectors,
-    check_used,
-    layers_of,
-    maskable_of,
-    matches,
-    repeated_blocks,
-    tied_to,
-)
+from torchprune.masking.mask import Record, attach, mask_of, original_of
+from torchprune.masking.selection import Layer, repeated_blocks
 from torchprune.masking.targets import Target
 from torchprune.methods.decide import groups_of, sampled_error
 from torchprune.methods.reconstruct import Gain, reconstruct, summary_of
 from torchprune.reports.report import RunRecord
 from torchprune.specs.allocation import Loss
-from torchprune.specs.goals import Goal
 from torchprune.specs.options import Reconstruct
-from torchprune.specs.patterns import Unstructured
 from torchprune.structure.parameter_edits import Edits
 from torchprune.structure.refit_readers import refit
 from torchprune.structure.scores import (
@@ -54,17 +40,7 @@ from torchprune.structure.scores import (
 )
 from torchprune.structure.share import across, uniform
 from torchprune.structure.specs import StructuredSpec
-
-
-@dataclass(eq=False)
-class _Choice:
-    """A group to prune: its layers, those that read it, and what was decided."""
-
-    group: Group
-    layers: dict[str, Layer]
-    readers: list[Target]
-    gone: Tensor | None = None
-    scored: bool = True
+from torchprune.structure.unit_choices import Choice, choose, columns_of, keeps_of, no_choice
 
 
 @dataclass
@@ -95,15 +71,15 @@ def prune_structures(
         TargetError: there is no such group, or a selector matches nothing.
         CalibrationError: statistics are not finite, or a loss is missing.
     """
-    choices = _choose(model, spec, batches[0], run)
-    runner = _Runner(model, spec, batches, choices, run, hold)
+    choices = _chosen(model, spec, batches[0], run)
+    runner = UnitRunner(model, batches, choices, run, hold)
     with Edits(keep_dense=keep_dense) as edits:
         runner.score_ahead()
         runner.sweep(edits, progress=progress)
         runner.finish()
         with modes.exact():
             edits.settle()
-            _attach(choices, spec, runner.done, edits, reversible=reversible)
+            attach_units(choices, runner.done, edits, reversible=reversible)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +90,14 @@ class Units:
         readers: the layers that read what the units carry.
     """
 
+    spec: StructuredSpec
     group: Group
     layers: dict[str, Layer]
     readers: list[Target]
 
     def without(self, gone: Tensor) -> dict[str, tuple[Layer, Tensor]]:
         """By key the layers and what stays of them without some units, given as (count,) bool."""
-        return _keeps([_Choice(self.group, self.layers, self.readers, gone)])
+        return keeps_of([Choice(self.spec, self.group, self.layers, self.readers, gone)])
 
 
 class UnitScorer:
@@ -134,9 +111,9 @@ class UnitScorer:
     def __init__(
         self, model: nn.Module, spec: StructuredSpec, batches: Sequence[Batch], run: RunRecord
     ) -> None:
-        choices = _choose(model, spec, batches[0], run)
-        self._runner = _Runner(model, spec, batches, choices, run, None)
-        self.units = [Units(c.group, c.layers, c.readers) for c in choices]
+        choices = _chosen(model, spec, batches[0], run)
+        self._runner = UnitRunner(model, batches, choices, run, None)
+        self.units = [Units(c.spec, c.group, c.layers, c.readers) for c in choices]
 
     def scores(self) -> list[Tensor]:
         """(count,) a group, by the spec's score; higher is worth more."""
@@ -147,135 +124,81 @@ class UnitScorer:
         return self._runner.taylor(loss)
 
 
-# -- choosing --------------------------------------------------------------------------------------
-
-
-def _choose(
-    model: nn.Module, spec: StructuredSpec, example: Batch, run: RunRecord
-) -> list[_Choice]:
-    spread = (y for y in maskable_of(model) if isinstance(y.module, _ConvTransposeNd))
-    layers = [*layers_of(model), *(y for y in spread if y.tensor == "weight")]
-    targets, ignore = as_selectors(spec.targets), as_selectors(spec.ignore)
-    for what, selectors in (("targets", targets), ("ignore", ignore)):
-        for selector in selectors:
-            check_used(what, selector, model, layers)
+def _chosen(model: nn.Module, spec: StructuredSpec, example: Batch, run: RunRecord) -> list[Choice]:
     structure = read_groups(model, trace(model, [Call(example)]))
-    by_key = {layer.key: layer for layer in layers}
-    ties = tied_to(model)
-    choices = []
-    for group in structure.groups:
-        if group.kind != spec.kind:
-            continue
-        own = {m.key: by_key[m.key] for m in group.members if m.key in by_key}
-        if targets and not any(matches(s, y) for s in targets for y in own.values()):
-            continue
-        if any(matches(s, y) for s in ignore for y in own.values()):
-            run.skipped[group.name] = "ignored"
-            continue
-        readers = [m for m in group.members if m.reads]
-        problem = next((p for y in own.values() if (p := obstacle(y, ties) or _coded(y))), None)
-        if any(m.key not in own for m in readers) or not readers:
-            problem = "a weight that is no layer's reads it, so it cannot be observed or masked"
-        if problem:
-            run.skipped[group.name] = problem
-            continue
-        choices.append(_Choice(group, own, [_target(own[m.key]) for m in readers]))
+    choices = choose(model, spec, structure, run)
     if not choices:
-        there = ", ".join(sorted({g.kind for g in structure.groups})) or "nothing"
-        why = "; ".join(f"{k}: {v}" for k, v in list(run.skipped.items())[:3])
-        raise TargetError(
-            f"{type(spec).__name__}: no {spec.kind} to prune in this {type(model).__name__}; it "
-            f"has groups of {there}"
-            + (f" ({why})" if why else "")
-            + f". In the way stood {'; '.join(in_the_way(structure))}"
-        )
+        raise no_choice(model, spec, structure, run)
     return choices
-
-
-def _coded(layer: Layer) -> str | None:
-    """Why units cannot be cut from a weight of codes, or None."""
-    weight = original_of(layer.module, layer.tensor)
-    if not is_coded(weight):
-        return None
-    return f"its {layer.tensor} is {weight.dtype}, whose scales would not follow; dequantize first"
-
-
-def _target(layer: Layer) -> Target:
-    view = view_of(layer.module, original_of(layer.module, layer.tensor).shape)
-    reading = Reading(view) if isinstance(layer.module, _ConvTransposeNd) else None
-    return Target(layer, Goal(Unstructured(), 0.0), view, reading=reading)
-
-
-def _columns(target: Target, member: Member) -> Tensor:
-    """(cols,) the unit of each column of the layer's matrix, or -1."""
-    shape = target.weight.shape
-    place = [len(member.units) if a == member.axis else 1 for a in range(len(shape))]
-    return target.view.to_matrix(member.units.reshape(place).expand(shape))[0, 0]
 
 
 # -- running ---------------------------------------------------------------------------------------
 
 
-class _Runner:
-    """One pruning: scores where they are needed at once, then a sweep in the model's order."""
+class UnitRunner:
+    """One pruning: scores where they are needed at once, then a sweep in the model's order.
+
+    Args:
+        without: names of blocks that go, so that nothing of them is trained.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        spec: StructuredSpec,
         batches: Sequence[Batch],
-        choices: list[_Choice],
+        choices: list[Choice],
         run: RunRecord,
         hold: torch.dtype | None,
+        without: Collection[str] = (),
     ) -> None:
-        self.model, self.spec, self.batches, self.choices = model, spec, batches, choices
+        self.model, self.batches, self.choices = model, batches, choices
         self.run, self.hold = run, hold
         self.done: dict[str, _Done] = {}
-        self._blocks = repeated_blocks(model)
-        self._reading: dict[str, list[tuple[_Choice, Member]]] = {}
+        self._blocks = {k: b for k, b in repeated_blocks(model).items() if k not in without}
+        self._reading: dict[str, list[tuple[Choice, Member]]] = {}
         self._targets: dict[str, Target] = {}
         for choice in choices:
-            for target, member in zip(
-                choice.readers, (m for m in choice.group.members if m.reads), strict=True
-            ):
+            for target, member in zip(choice.readers, choice.reading, strict=True):
                 self._targets.setdefault(target.layer.key, target)
                 self._reading.setdefault(target.layer.key, []).append((choice, member))
 
-    @property
-    def _by_inputs(self) -> bool:
-        return self.spec.score in ("flap", "activation")
-
     def score_ahead(self) -> None:
         """Decide what does not depend on inputs that earlier removals change."""
-        if self._by_inputs:
+        spec = self.choices[0].spec
+        if by_inputs(spec):
             shared = any(len(choice.readers) > 1 for choice in self.choices)
-            if self.spec.allocation == "uniform" and not shared:
+            if spec.allocation == "uniform" and not shared:
                 return
         scores = self.scores()
-        if self.spec.allocation == "uniform":
-            found = [uniform(score, self.spec) for score in scores]
+        if spec.allocation == "uniform":
+            found = [uniform(score, spec) for score in scores]
         else:
-            found = across(scores, self.spec)
+            found = across(scores, spec)
         for choice, gone in zip(self.choices, found, strict=True):
             choice.gone = gone
 
     def scores(self) -> list[Tensor]:
-        """(count,) a group, on the model as it is."""
-        if self._by_inputs:
+        """(count,) a group, on the model as it is; all groups are of one spec."""
+        if by_inputs(self.choices[0].spec):
             return self._dense_scores()
-        if self.spec.score == "taylor":
-            return self.taylor(self.spec.loss or default_loss)
-        return [self._given(choice.group) for choice in self.choices]
+        return self.given_scores()
+
+    def given_scores(self) -> list[Tensor]:
+        """(count,) a group, where inputs do not matter; all groups are of one spec."""
+        spec = self.choices[0].spec
+        if spec.score == "taylor":
+            return self.taylor(spec.loss or default_loss)
+        return [self._given(choice.group, spec) for choice in self.choices]
 
     def taylor(self, loss: Loss) -> list[Tensor]:
         """(count,) a group, |weight * gradient|, summed over batches."""
         groups = [choice.group for choice in self.choices]
         return taylor_scores(self.model, groups, self._weights(), self.batches, loss)
 
-    def _given(self, group: Group) -> Tensor:
-        score = self.spec.score
+    def _given(self, group: Group, spec: StructuredSpec) -> Tensor:
+        score = spec.score
         if score == "random":
-            return random_scores(group, self.spec.seed)
+            return random_scores(group, spec.seed)
         if not callable(score):
             return weight_scores(group, self._weights(group))
         given = score(self.model, group)
@@ -292,7 +215,12 @@ class _Runner:
         layers = {key: layer for choice in some for key, layer in choice.layers.items()}
         return {key: original_of(y.module, y.tensor) for key, y in layers.items()}
 
-    def _calibration(self, *, gram: bool, ends: Ends | None = None) -> Calibration:
+    def read_by(self, target: Target) -> list[tuple[Choice, Member]]:
+        """What a layer reads, and by which of its axes."""
+        return self._reading[target.layer.key]
+
+    def calibration(self, *, gram: bool, ends: Ends | None = None) -> Calibration:
+        """Statistics of what the layers read that read some group."""
         return Calibration(
             self.model,
             list(self._targets.values()),
@@ -309,35 +237,28 @@ class _Runner:
         """Every group's scores on the model as it is, summed over the layers that read it."""
         scores = {id(choice): torch.zeros(choice.group.count) for choice in self.choices}
         seen: set[int] = set()
-        with self._calibration(gram=False) as calibration:
+        with self.calibration(gram=False) as calibration:
             for target, moments in calibration.collect():
-                for choice, member in self._reading[target.layer.key]:
-                    scores[id(choice)] += self._score(choice, member, target, moments)
+                for choice, member in self.read_by(target):
+                    scores[id(choice)] += score_at(choice, member, target, moments)
                     seen.add(id(choice))
         for choice in self.choices:
             if id(choice) not in seen:
                 scores[id(choice)] = self._unreached(choice)
         return [scores[id(choice)] for choice in self.choices]
 
-    def _score(self, choice: _Choice, member: Member, target: Target, moments: Moments) -> Tensor:
-        units = _columns(target, member).cpu()
-        total = torch.zeros(choice.group.count)
-        with modes.exact():
-            for group, weight in enumerate(groups_of(target)):
-                found = read_scores(str(self.spec.score), weight, moments, group)
-                total += by_unit(found, units, choice.group.count)
-        return total
-
-    def _unreached(self, choice: _Choice) -> Tensor:
+    def _unreached(self, choice: Choice) -> Tensor:
         note = "no calibration batch reached it: scored by the size of its weights"
         self.run.warnings.append(f"{choice.group.name}: {note}")
         return weight_scores(choice.group, self._weights(choice.group))
 
-    def sweep(self, edits: Edits, *, progress: bool) -> None:
+    def sweep(self, edits: Edits, *, progress: bool, training: bool = True) -> None:
         """Go through the layers that read, deciding and refitting them one after the other."""
         undecided = any(choice.gone is None for choice in self.choices)
-        options, ends = self.spec.reconstruct, None
-        if not (undecided or self.spec.refit or options):
+        asked = (choice.spec.reconstruct for choice in self.choices)
+        options, ends = next((one for one in asked if one and training), False), None
+        refits = any(choice.spec.refit for choice in self.choices)
+        if not (undecided or refits or options):
             return
         gains: list[Gain] = []
         if isinstance(options, Reconstruct):
@@ -346,10 +267,9 @@ class _Runner:
                 gains.append(self._train(unit, edits, options))
 
             ends = Ends(self._blocks or {"": self.model}, train, options.alpha)
-        bar = tqdm(
-            total=len(self._targets), desc=self.spec.method, unit="layer", disable=not progress
-        )
-        with self._calibration(gram=self.spec.refit, ends=ends) as calibration, bar:
+        what = ", ".join(dict.fromkeys(choice.spec.method for choice in self.choices))
+        bar = tqdm(total=len(self._targets), desc=what, unit="layer", disable=not progress)
+        with self.calibration(gram=refits, ends=ends) as calibration, bar:
             for stop in calibration.stops():
                 for target, moments in stop:
                     with modes.exact():
@@ -363,10 +283,10 @@ class _Runner:
     def _train(self, unit: Unit, edits: Edits, options: Reconstruct) -> Gain:
         """Train what stays of a unit's layers, those that read and those that write."""
         inside = {id(p) for p in unit.module.parameters()}
-        decided = [choice for choice in self.choices if choice.gone is not None]
+        decided = [c for c in self.choices if c.gone is not None and c.spec.reconstruct]
         weights = []
         with ExitStack() as stack:
-            for key, (layer, keep) in _keeps(decided).items():
+            for key, (layer, keep) in keeps_of(decided).items():
                 weight = original_of(layer.module, layer.tensor)
                 if id(weight) in inside:
                     if (mask := mask_of(layer.module, layer.tensor)) is not None:
@@ -380,33 +300,44 @@ class _Runner:
         """Decide what no batch reached."""
         for choice in self.choices:
             if choice.gone is None:
-                choice.gone = uniform(self._unreached(choice), self.spec)
+                choice.gone = uniform(self._unreached(choice), choice.spec)
         if not self.run.batches:
             self.run.finish(batches=len(self.batches), usage=Usage())
 
     def _decide(self, target: Target, moments: Moments) -> None:
-        for choice, member in self._reading[target.layer.key]:
+        for choice, member in self.read_by(target):
             if choice.gone is None:
-                score = self._score(choice, member, target, moments)
-                choice.gone = uniform(score, self.spec)
+                choice.gone = uniform(score_at(choice, member, target, moments), choice.spec)
 
     def _edit(self, target: Target, moments: Moments, edits: Edits) -> None:
         """Let the layer read no more what goes, and fit it to what stays."""
-        keep = torch.ones(target.view.cols, dtype=torch.bool)
-        for choice, member in self._reading[target.layer.key]:
-            assert choice.gone is not None
-            units = _columns(target, member).cpu()
-            keep &= ~torch.cat([choice.gone, choice.gone.new_zeros(1)])[units]
-        keep = keep.to(target.weight.device)
-        weights = groups_of(target)
+        keep, weights = self._kept_columns(target), groups_of(target)
+        specs = [choice.spec for choice, _ in self.read_by(target)]
         done = self.done.setdefault(target.layer.key, _Done(tokens=sum(moments.rows)))
         if bool(keep.all()):
             done.error = 0.0
-        elif moments.gram is None:
+        elif moments.gram is None or not any(spec.refit for spec in specs):
             done.error = sampled_error(target, moments, keep.expand_as(weights))
-            edits.write(target, weights * keep, kept=bool(self.spec.reconstruct))
+            kept = any(spec.reconstruct for spec in specs)
+            edits.write(target, weights * keep, kept=kept)
         else:
             self._refit(target, moments, keep, weights, done, edits)
+
+    def _kept_columns(self, target: Target) -> Tensor:
+        """(cols,) bool: what a layer goes on reading."""
+        keep = torch.ones(target.view.cols, dtype=torch.bool)
+        for choice, member in self.read_by(target):
+            assert choice.gone is not None
+            units = columns_of(target, member).cpu()
+            keep &= ~torch.cat([choice.gone, choice.gone.new_zeros(1)])[units]
+        return keep.to(target.weight.device)
+
+    def silence(self, edits: Edits) -> None:
+        """Let layers that were not swept read no more what goes."""
+        for target in self._targets.values():
+            keep = self._kept_columns(target)
+            if target.layer.key not in self.done and not bool(keep.all()):
+                edits.write(target, groups_of(target) * keep)
 
     def _refit(
         self,
@@ -420,11 +351,12 @@ class _Runner:
         fits = target.mask is None or _is_whole(target.view.to_matrix(target.mask.mask))
         if not fits:
             done.notes.append("it has a mask of other zeros: not refitted")
+        damping = next(c.spec.damping for c, _ in self.read_by(target) if c.spec.refit)
         module = target.layer.module
         biased = isinstance(getattr(module, "bias", None), nn.Parameter)
         biased &= not isinstance(module, _ConvTransposeNd)  # its rows are one for each tap
         found = [
-            refit(weight, moments, keep, self.spec.damping, group=group, bias=biased, fit=fits)
+            refit(weight, moments, keep, damping, group=group, bias=biased, fit=fits)
             for group, weight in enumerate(weights)
         ]
         if not all(f.weight.isfinite().all() for f in found):
@@ -438,6 +370,22 @@ class _Runner:
             edits.shift(target.layer, found[0].shift)
 
 
+def by_inputs(spec: StructuredSpec) -> bool:
+    """Whether units are worth what the layers that read them make of their inputs."""
+    return spec.score in ("flap", "activation")
+
+
+def score_at(choice: Choice, member: Member, target: Target, moments: Moments) -> Tensor:
+    """(count,) what a group's units are worth to one layer that reads them."""
+    units = columns_of(target, member).cpu()
+    total = torch.zeros(choice.group.count)
+    with modes.exact():
+        for group, weight in enumerate(groups_of(target)):
+            found = read_scores(str(choice.spec.score), weight, moments, group)
+            total += by_unit(found, units, choice.group.count)
+    return total
+
+
 def _is_whole(mask: Tensor) -> bool:
     """Whether (groups, rows, cols) masks prune nothing but whole rows and whole columns."""
     alive = mask.any(-1, keepdim=True)
@@ -448,9 +396,8 @@ def _is_whole(mask: Tensor) -> bool:
 # -- changing --------------------------------------------------------------------------------------
 
 
-def _attach(
-    choices: Sequence[_Choice],
-    spec: StructuredSpec,
+def attach_units(
+    choices: Sequence[Choice],
     done: dict[str, _Done],
     edits: Edits,
     *,
@@ -458,16 +405,18 @@ def _attach(
 ) -> None:
     """Put the masks on: of every layer one, for all the groups it belongs to."""
     patterns: dict[str, list[str]] = {}
+    methods: dict[str, str] = {}
     for choice in choices:
         assert choice.gone is not None
-        gone, group = choice.gone, choice.group
+        gone, group, spec = choice.gone, choice.group, choice.spec
         text = f"{spec.score_name} {int(gone.sum())}/{group.count} {group.kind}"
         for key in choice.layers:
             patterns.setdefault(key, []).append(text)
-    for key, (layer, keep) in _keeps(choices).items():
+            methods.setdefault(key, spec.method)
+    for key, (layer, keep) in keeps_of(choices).items():
         here, weight = done.get(key, _Done()), original_of(layer.module, layer.tensor)
         record = Record(
-            spec.method,
+            methods[key],
             ", ".join(dict.fromkeys(patterns[key])),
             updates_weights=here.changed,
             error=here.error,
@@ -479,30 +428,7 @@ def _attach(
     for layer in edits.biases:
         bias = original_of(layer.module, layer.tensor)
         if id(bias) in edits.dense:  # nothing of it is pruned: the mask keeps the dense values
-            record = Record(spec.method, "refitted", updates_weights=True)
+            method = methods[f"{layer.key.removesuffix('bias')}weight"]
+            record = Record(method, "refitted", updates_weights=True)
             keep = torch.ones_like(bias, dtype=torch.bool)
             attach(layer.module, layer.tensor, keep, record, edits.dense[id(bias)])
-
-
-def _keeps(choices: Sequence[_Choice]) -> dict[str, tuple[Layer, Tensor]]:
-    """What stays of every layer, for all the decided groups it belongs to and its mask so far."""
-    keeps: dict[str, tuple[Layer, Tensor]] = {}
-    for choice in choices:
-        assert choice.gone is not None
-        for member in choice.group.members:
-            layer = choice.layers.get(member.key)
-            if layer is None:
-                continue
-            weight = original_of(layer.module, layer.tensor)
-            if member.key not in keeps:
-                keeps[member.key] = layer, _present(layer, weight)
-            index = member.indices(choice.gone).nonzero().flatten().to(weight.device)
-            keeps[member.key][1].index_fill_(member.axis, index, False)
-    return keeps
-
-
-def _present(layer: Layer, weight: Tensor) -> Tensor:
-    mask = mask_of(layer.module, layer.tensor)
-    if mask is None:
-        return torch.ones_like(weight, dtype=torch.bool, memory_format=torch.contiguous_format)
-    return mask.mask

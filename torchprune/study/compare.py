@@ -25,12 +25,13 @@ from torchprune.sparsify import sparsify
 from torchprune.specs.functions import described
 from torchprune.specs.patterns import NM
 from torchprune.specs.spec import Spec
+from torchprune.structure.budget_spec import AMOUNTS, BudgetSpec
 from torchprune.structure.specs import LayerSpec, StructuredSpec
 from torchprune.study.comparison_rows import ComparisonError, Row
 from torchprune.study.results import Comparison
 from torchprune.study.tasks.evaluation import Perplexity
 
-AnySpec = Spec | StructuredSpec | LayerSpec
+AnySpec = Spec | StructuredSpec | LayerSpec | BudgetSpec
 Measured = SupportsFloat | Mapping[str, SupportsFloat]
 
 
@@ -188,6 +189,8 @@ def _label(spec: Any) -> str:
     _check("?", spec)
     if isinstance(spec, LayerSpec):
         amount = str(spec.drop)
+    elif isinstance(spec, BudgetSpec):
+        amount = f"{spec.amount} {getattr(spec, spec.amount):.4g}"
     elif isinstance(spec, Spec) and isinstance(spec.pattern, NM):
         amount = ""
     else:
@@ -198,10 +201,14 @@ def _label(spec: Any) -> str:
 def _method(spec: AnySpec) -> str:
     if isinstance(spec, Spec):
         return spec.label
+    if isinstance(spec, BudgetSpec):
+        return spec.method
     return spec.score_name if isinstance(spec, StructuredSpec) else spec.score
 
 
 def _pattern(spec: AnySpec) -> str:
+    if isinstance(spec, BudgetSpec):
+        return "+".join(one.method for one in spec.kinds)
     return str(spec.goal.pattern) if isinstance(spec, Spec) else spec.method
 
 
@@ -209,7 +216,9 @@ def _options(spec: AnySpec) -> str:
     """The options that are not those of a spec with the same goal and score alone."""
     values = {f.name: getattr(spec, f.name) for f in fields(spec)}
     needed = [f.name for f in fields(spec) if f.default is f.default_factory is MISSING]
-    told = ("sparsity", "pattern", "drop", "score", *needed)
+    told = ("sparsity", "pattern", "drop", "score", *AMOUNTS, *needed)
+    if isinstance(spec, BudgetSpec) and all(one == type(one)() for one in spec.kinds):
+        told = (*told, "over")  # the kinds are in the pattern
     goal = {k: v for k, v in values.items() if k in told}
     usual = type(spec)(**goal)
     return ", ".join(f"{k}={v}" for k, v in values.items() if v != getattr(usual, k))

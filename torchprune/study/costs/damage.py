@@ -20,13 +20,11 @@ from torchprune import modes
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.block_calls import floats_of
 from torchprune.calibration.counted_rows import logits_of, rows_of
+from torchprune.calibration.output_distance import divergence, output_change
 from torchprune.calibration.suffix import AstrayError, Suffix, Tape, same_bits
 from torchprune.errors import CalibrationError
 from torchprune.specs.allocation import Loss
 from torchprune.structure.scores import default_loss, loss_on
-
-_ROWS = 256
-"""Rows of logits that are compared at once."""
 
 Damage = dict[str, float]
 """By name of the measure: "loss", "kl", "change"."""
@@ -165,11 +163,11 @@ class Judge:
         loss, out = self._from(window, start)
         found: Damage = {}
         if window.logs is not None and (logits := logits_of(out)) is not None:
-            found["kl"] = _divergence(window.logs, rows_of(logits, window.batch))
+            found["kl"] = divergence(window.logs, rows_of(logits, window.batch))
         if window.loss is not None and loss is not None:
             found["loss"] = loss - window.loss
         if window.outputs:
-            found["change"] = _change(window.outputs, floats_of(out))
+            found["change"] = output_change(window.outputs, floats_of(out))
         return found
 
 
@@ -190,29 +188,3 @@ def judging(
 def _plain(found: tuple[float | None, Any]) -> Any:
     loss, out = found
     return [torch.tensor(math.nan if loss is None else loss, dtype=torch.float64), floats_of(out)]
-
-
-def _divergence(logs: Tensor, logits: Tensor) -> float:
-    """KL(dense || changed) in nats, mean over rows.
-
-    With d = log q - log p it is the sum of p (e^d - 1 - d), no term of which is negative: what
-    rounding does to the sums of p and q does not drown a small divergence.
-    """
-    total = 0.0
-    for ours, theirs in zip(logs.split(_ROWS), logits.split(_ROWS), strict=True):
-        other = torch.log_softmax(theirs, -1)
-        apart = (other - ours).nan_to_num_(0.0, math.inf, -math.inf)  # classes ruled out by both
-        p = ours.exp()
-        near = p * (torch.expm1(apart.clamp(-1, 1)) - apart)
-        far = other.exp() - p - p * apart
-        total += float(torch.where(apart.abs() < 1, near, far).nan_to_num(0.0).double().sum())
-    return total / max(1, len(logs))
-
-
-def _change(dense: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
-    """||y - y'||^2 / ||y||^2 over all outputs."""
-    lost = sum(
-        float((a.float() - b.float()).square().sum()) for a, b in zip(dense, changed, strict=True)
-    )
-    total = sum(float(a.float().square().sum()) for a in dense)
-    return lost / total if total > 0 else (0.0 if lost == 0 else math.inf)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchprune.reports.report import RunRecord
 from torchprune.specs.patterns import NM, Block, misfit, prune_count
 from torchprune.specs.spec import Spec
+from torchprune.structure.budget_spec import BudgetSpec
 from torchprune.structure.specs import LayerSpec
 from torchprune.study.proofs.proof import Breaches, Check, unchecked
 from torchprune.study.proofs.stored_demands import Demand, demand_of
@@ -195,6 +196,8 @@ class CountLaws:
                 )
 
     def _blocks(self) -> None:
+        if any(isinstance(run.spec, BudgetSpec) for run in self.runs):
+            return  # which says how much may stay, and not how many blocks go
         asked = sum(run.spec.drop for run in self.runs if isinstance(run.spec, LayerSpec))
         found = blocks_named(self._units.dropped)
         if found and len(found) != asked:

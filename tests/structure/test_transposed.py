@@ -103,3 +103,17 @@ def test_a_layer_left_out_is_told() -> None:
     model, x = net(2, 16, 32), torch.randn(2, 3, 4, 4)
     with pytest.raises(TargetError, match="2: ignored"):
         torchprune.sparsify(model, ChannelSpec(0.5, ignore="2"), [x], progress=False)
+
+
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_a_net_of_nothing_else_has_channels(space: int) -> None:
+    """As generators of images are made."""
+    torch.manual_seed(0)
+    spread = SPREAD[space]
+    model = nn.Sequential(spread(8, 16, 4, 2, 1), nn.ReLU(), spread(16, 16, 2, 2), nn.Tanh()).eval()
+    x = torch.randn(2, 8, *[3] * space)
+    torchprune.sparsify(model, ChannelSpec(0.5, refit=False), [x], progress=False)
+    before = outputs(model, x)
+    plan = torchprune.plan_shrink(model, x)
+    assert [(r.group.kind, r.after) for r in plan.removals] == [("channels", 8)]
+    assert close(outputs(torchprune.shrink(model, plan), x), before, 1e-5)

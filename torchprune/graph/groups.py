@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from torchprune.graph.capture import as_calls
 from torchprune.graph.trace import Trace, trace
-from torchprune.masking.matrices import ConvNd
 
 Kind = Literal["heads", "neurons", "channels"]
 
@@ -207,7 +207,7 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
 
 def _is_kernel(key: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether axes past the second are a convolution's: extents that nobody wants to remove."""
-    return isinstance(modules.get(key.rpartition(".")[0]), ConvNd)
+    return isinstance(modules.get(key.rpartition(".")[0]), _ConvNd)
 
 
 def _ordered(classes: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def _kind(members: list[Member], attended: bool, modules: Mapping[str, nn.Module
     if attended:
         return "heads"
     owners = (modules.get(m.key.rpartition(".")[0]) for m in members)
-    return "channels" if any(isinstance(o, ConvNd) for o in owners) else "neurons"
+    return "channels" if any(isinstance(o, _ConvNd) for o in owners) else "neurons"
 
 
 def _name(members: list[Member]) -> str:

@@ -62,7 +62,7 @@ def batch_norm(
     return by_channel(ctx, x, weight, bias, mean, variance)
 
 
-def batch_norm_and_moments(ctx: Context, x: Value, *given: Any) -> tuple[Value, Value, Value]:
+def batch_norm_and_moments(ctx: Context, x: Value, *given: Any) -> tuple[Value, ...]:
     """A batch norm that tells its means and deviations too; statistics may be absent."""
     at = next(place for place, held in enumerate(given) if not isinstance(held, Value | None))
     weight, bias, *statistics = given[:at]

@@ -32,8 +32,9 @@ class Left:
             return text
         own = [ask for ask in self.asked if ask.place == self.fault.place] or self.asked
         one = own[0]
+        where = f" at {one.place}" if one.place else ""
         return (
-            f"{text}, since the code of {one.module or 'the model'} at {one.place} works with "
+            f"{text}, since the code of {one.module or 'the model'}{where} works with "
             f"{one.before}, which would become {one.after}"
         )
 

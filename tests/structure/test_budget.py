@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import BudgetSpec, ChannelSpec, HeadSpec, LayerSpec, NeuronSpec, plan_shrink, shrink
+from torchprune.allocation import unit_costs
 from torchprune.allocation.unit_budget import UnitBudget
-from torchprune.allocation.unit_costs import unit_costs
 from torchprune.calibration.batches import Batch
 from torchprune.errors import CalibrationError, SpecError, TargetError
 from torchprune.reports.report import RunRecord
@@ -149,7 +149,9 @@ def _batch(data: Any) -> Batch:
 def found(model: nn.Module, spec: BudgetSpec, data: list[Tensor]) -> tuple[UnitBudget, Decision]:
     batches = [_batch(d) for d in data]
     offers = offers_of(model, spec, batches, RunRecord(spec=spec))
-    ways = [w for w in unit_costs(offers, batches, None, progress=False) if w is not None]
+    ways = [
+        w for w in unit_costs.unit_costs(offers, batches, None, progress=False) if w is not None
+    ]
     ledger = offers.ledger(spec.amount)
     budget = UnitBudget(spec, offers, ways, ledger, batches, None, False)
     return budget, budget.decided()[0]
@@ -192,7 +194,7 @@ def test_the_same_data_give_the_same_masks_and_the_report_tells_what_went() -> N
     assert "parameters stay of" in text
     assert "of 3 blocks; " in text
     assert "predicted to cost" in text
-    assert "measured in the end" in text
+    assert "in the end, refitted on all data" in text
     assert (
         "over=(torchprune.NeuronSpec(round_to=4), torchprune.LayerSpec())"
         in (torchprune.report(model).calls[0])
@@ -212,24 +214,26 @@ def state_of(model: nn.Module) -> tuple[list[str], list[Tensor], list[Any]]:
     state = model.state_dict()
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     own = [(p.requires_grad, p.grad) for p in model.parameters()]
-    return list(state), [value.clone() for value in state.values()], [hooks, own]
+    held = [sorted(vars(m)) for m in model.modules()]
+    return list(state), [value.clone() for value in state.values()], [hooks, own, held]
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("where", "late"), [("costs", 0), ("trial", 0), ("trial", 5)])
 def test_a_call_that_fails_leaves_all_kinds_as_they_were(
-    late: bool, monkeypatch: pytest.MonkeyPatch
+    where: str, late: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = Residual().eval(), rows()
     names, values, rest = state_of(model)
-    calls, true = [], prune_units.refit
+    place, name = (unit_costs, "curve_of") if where == "costs" else (prune_units, "refit")
+    calls, true = [], getattr(place, name)
 
     def failing(*args: Any, **options: Any) -> Any:
         calls.append(args)
-        if not late or len(calls) > 5:
+        if len(calls) > late:
             raise CalibrationError("as asked")
         return true(*args, **options)
 
-    monkeypatch.setattr(prune_units, "refit", failing)
+    monkeypatch.setattr(place, name, failing)
     spec = BudgetSpec(parameters=0.6, over=(NeuronSpec(round_to=4), LayerSpec))
     with pytest.raises(CalibrationError, match="as asked"):
         torchprune.sparsify(model, spec, data, progress=False)

@@ -57,7 +57,10 @@ def prune_to_budget(
         reversible=reversible,
         hold=hold,
     )
-    notes = [*decision.notes, f"budget: measured in the end: {lost:.3g} {closeness.measure}"]
+    notes = [
+        *decision.notes,
+        f"budget: {lost:.3g} {closeness.measure} in the end, refitted on all data",
+    ]
     if spec.latency_ms is not None:
         with suppress(ShrinkError):  # which `shrink` will raise again
             taken = time_of(shrunk_copy(offers.model, batches[0]), batches[0], around)

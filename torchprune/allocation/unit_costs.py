@@ -11,6 +11,7 @@ gradients in random directions (see `output_probes`), spread over inputs as the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -51,22 +52,23 @@ def unit_costs(
     energies = dict(zip(targets, found, strict=True))
     scores = _given(offers, batches, hold)
     ways: dict[int, Way] = {}
-    for choice, reads in offers.reads(batches, hold):
-        with modes.exact():
-            score = scores.get(id(choice))
-            if score is None:
-                score = torch.stack([r.score for r in reads if r.score is not None]).sum(0)
-            order, steps = way_of(score, choice.spec, offers.already(choice.group))
-            cost = torch.zeros(len(steps), dtype=torch.float64)
-            for read in reads:
-                energy = energies[read.target.layer.key]
-                if energy is not None:
-                    cost += curve_of(choice.spec, read, energy, order, steps)
-        if not bool(cost.isfinite().all()):
-            raise CalibrationError(
-                f"{choice.group.name}: what its {choice.group.kind} cost is not finite"
-            )
-        ways[id(choice)] = Way(order, steps, cost - cost[0])
+    with closing(offers.reads(batches, hold)) as reached:  # after an error too
+        for choice, reads in reached:
+            with modes.exact():
+                score = scores.get(id(choice))
+                if score is None:
+                    score = torch.stack([r.score for r in reads if r.score is not None]).sum(0)
+                order, steps = way_of(score, choice.spec, offers.already(choice.group))
+                cost = torch.zeros(len(steps), dtype=torch.float64)
+                for read in reads:
+                    energy = energies[read.target.layer.key]
+                    if energy is not None:
+                        cost += curve_of(choice.spec, read, energy, order, steps)
+            if not bool(cost.isfinite().all()):
+                raise CalibrationError(
+                    f"{choice.group.name}: what its {choice.group.kind} cost is not finite"
+                )
+            ways[id(choice)] = Way(order, steps, cost - cost[0])
     return [ways.get(id(choice)) for choice in choices]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -112,7 +112,7 @@ class Offers:
 
     def reads(
         self, batches: Sequence[Batch], hold: torch.dtype | None
-    ) -> Iterator[tuple[Choice, list[Read]]]:
+    ) -> Generator[tuple[Choice, list[Read]], None, None]:
         """From one pass of the dense model each choice, once all that reads it was reached; at the
         end those of which some was."""
         runner = self.runner(batches, hold, self.choices)

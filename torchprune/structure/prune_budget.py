@@ -17,7 +17,6 @@ from torchprune.graph.trace import trace
 from torchprune.masking.mask import Record
 from torchprune.reports.report import RunRecord
 from torchprune.structure.blocks import mask_whole, skipped
-from torchprune.structure.budget_spec import BudgetSpec
 from torchprune.structure.offers import Decision, Offers, Way
 from torchprune.structure.parameter_edits import Edits
 from torchprune.structure.plan import planned
@@ -35,7 +34,7 @@ def tried(
     hold: torch.dtype | None,
 ) -> Iterator[None]:
     """The model as it would compute without what goes, refitted on these batches; not trained."""
-    run = RunRecord(spec=BudgetSpec(parameters=0.5))  # what refitting notes of this is not kept
+    run = RunRecord(spec=offers.run.spec)  # what refitting notes of this is not kept
     choices = _decided(offers, ways, decision)
     runner = UnitRunner(offers.model, batches, choices, run, hold, decision.blocks)
     with Edits(keep_dense=False) as edits, _without(offers, decision):

@@ -21,6 +21,7 @@ from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import every_layer, layers_of, repeated_blocks
 from torchprune.modes import calibration_mode
 from torchprune.structure.constants import Fold, effective, find_constants
+from torchprune.structure.cuts import Cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,20 +38,6 @@ class Removal:
     @property
     def after(self) -> int:
         return self.group.count - int(self.gone.sum())
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """One axis of one tensor that becomes shorter: `keep` holds the indices that stay."""
-
-    key: str
-    axis: int
-    before: int
-    keep: Tensor
-
-    @property
-    def after(self) -> int:
-        return len(self.keep)
 
 
 @dataclass(frozen=True)
@@ -161,6 +148,15 @@ def plan_shrink(
         calls=calls,
         folds=constants.folds,
     )
+
+
+def idle_blocks_plan(
+    model: nn.Module, example_inputs: Any, *, modes: Sequence[str] = ("eval",)
+) -> ShrinkPlan:
+    """As `plan_shrink`, for whole blocks alone: nothing is exported, and no other unit goes."""
+    calls, slots = as_calls(model, example_inputs, modes), slots_of(model)
+    blocks, notes = _idle_blocks(model, calls)
+    return ShrinkPlan([], [], blocks, [], _parameters(slots, [], blocks), (0, 0), notes, {}, calls)
 
 
 def _inside(key: str, blocks: list[str]) -> bool:

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from zoo import EXPERTS, VOCABULARY, Built, leaves
 
 import torchprune
-from torchprune import WandaSpec
+from torchprune import LayerSpec, WandaSpec
+from torchprune.errors import ShrinkError, TargetError
+from torchprune.export import to_hf
+from torchprune.masking.selection import repeated_blocks
+from torchprune.structure.plan import idle_blocks_plan
 
 Law = Callable[[Built], str]
 
@@ -200,8 +204,6 @@ def saved(built: Built) -> str:
             return f"{len(wrong)} tensors differ after load: {wrong[:3]}"
         if why := _logits(model, other, data[0]):
             return f"loaded: {why}"
-        from torchprune.export import to_hf
-
         try:
             to_hf(model, Path(folder, "stock"))
         except torchprune.CheckpointError as error:
@@ -210,6 +212,30 @@ def saved(built: Built) -> str:
         other = stock.from_pretrained(Path(folder, "stock"), attn_implementation="eager").eval()
         if why := _logits(model, other, data[0]):
             return f"stock: {why}"
+    return ""
+
+
+def shortened(built: Built) -> str:
+    """Without a block of each list, stock transformers gives the same logits, or it is refused."""
+    blocks, lists = repeated_blocks(built.model), {}
+    for name in blocks:
+        lists.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in lists.values():
+        model, batch = copy.deepcopy(built.model), built.data(1)[0]
+        gone = names[len(built.kind) % len(names)]
+        try:
+            torchprune.sparsify(model, LayerSpec(1, targets=gone), [batch], progress=False)
+            torchprune.shrink(model, idle_blocks_plan(model, batch))
+        except (ShrinkError, TargetError):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            to_hf(model, Path(folder, "stock"))
+            stock: Any = type(built.model)
+            other = stock.from_pretrained(Path(folder, "stock"), attn_implementation="eager")
+            torchprune.save(model, Path(folder, "own"))
+            for again in (other.eval(), torchprune.load(Path(folder, "own"))):
+                if why := _logits(model, again, batch):
+                    return f"without {gone}: {why}"
     return ""
 
 
@@ -231,6 +257,7 @@ LAWS: dict[str, Law] = {
     "padding": padding,
     "coverage": coverage,
     "saved": saved,
+    "shortened": shortened,
 }
 
 

@@ -303,14 +303,19 @@ def build(kind: str) -> Built:
     problem = ""
     for variant in VARIANTS:
         try:
-            return _built(kind, variant)
+            return built_as(kind, variant)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             problem = problem or f"{type(error).__name__}: {lines[-1].strip()[:150]}"
     raise UnbuiltError(problem)
 
 
-def _built(kind: str, variant: Variant) -> Built:
+def built_as(kind: str, variant: Variant) -> Built:
+    """A family's tiny model of certain sizes.
+
+    Raises:
+        Exception: its class or its forward refuses them.
+    """
     owner = model_class(kind)
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")

@@ -14,7 +14,6 @@ from zoo import build
 import torchprune
 from torchprune import LayerSpec
 from torchprune.errors import ShrinkError
-from torchprune.structure.config import native_settings
 from torchprune.structure.resize import drop_blocks
 
 
@@ -97,14 +96,14 @@ def test_other_logits_from_the_cache_are_refused(monkeypatch: pytest.MonkeyPatch
     plan = torchprune.plan_shrink(model, ids)
     before = described(model)
 
-    def one_place(model: nn.Module, blocks: Any) -> Any:
-        found = drop_blocks(model, blocks)
-        for module in model.modules():
+    def one_place(some: nn.Module, blocks: Any) -> Any:
+        found = drop_blocks(some, blocks)
+        for module in model.modules() if some is model else ():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = 0
         return found
 
-    monkeypatch.setattr("torchprune.structure.shrink.drop_blocks", one_place)
+    monkeypatch.setattr("torchprune.structure.without_blocks.drop_blocks", one_place)
     with pytest.raises(ShrinkError, match="cache"):
         torchprune.shrink(model, plan)
     assert_as_it_was(model, before)
@@ -141,14 +140,3 @@ def test_places_and_lists_follow_by_what_they_are(gone: list[int]) -> None:
     assert [p.shift for p in parts] == [3 * i for i in kept]
     assert model.kinds == ["abcdef"[i] for i in kept]
     assert model.sizes == (1, 2)
-
-
-def test_a_configuration_inside_another_follows() -> None:
-    built = build("qwen3_5")
-    model = built.model
-    (name,) = [n for n, m in model.named_modules() if n.endswith("layers") and len(m) == 4]
-    lists = drop_blocks(model, [f"{name}.0"])
-    settings = native_settings(model, [], lists)
-    inner = {key.rpartition(".")[2]: value for key, value in settings.items()}
-    assert inner["num_hidden_layers"] == 3
-    assert len(inner["layer_types"]) == 3

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
-from torch.overrides import TorchFunctionMode
 
 from torchprune.checkpoint.checked_files import read_json
 from torchprune.errors import CheckpointError, MissingExtraError
 from torchprune.masking.plain_state import slots_of
 from torchprune.structure.size_record import resized_of
+from torchprune.structure.stock import parameters_on_meta
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -143,7 +143,7 @@ class Skeleton:
 
         Call it only when `on_meta` fitted the file.
         """
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model: Any = self._build()
         if self._generation is not None:
             from transformers import GenerationConfig
@@ -286,34 +286,3 @@ def _budgeted(most: int) -> Iterator[None]:
         ):
             hooks.callback(register(registered).remove)
         yield
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty`, which most parameters are made by, allocates nothing."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that this thread registers have no memory, or lose it at once; buffers have."""
-    thread = threading.get_ident()
-
-    def emptied(_: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if threading.get_ident() != thread or parameter.is_meta:
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    # torch's annotation forgets that a hook may return what is to be registered instead.
-    hook = registry.register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
-    try:
-        with torch.device("cpu"), _EmptyOnMeta():
-            yield
-    finally:
-        hook.remove()

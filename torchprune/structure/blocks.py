@@ -84,9 +84,9 @@ def droppable(
     blocks = _candidates(model, spec, run)
     ties = tied_to(model)
     inside = {name: [y for y in _inside(model, name) if not obstacle(y, ties)] for name in blocks}
-    idle = _passing(model, blocks, inside, example)
+    idle, failed = _passing(model, blocks, inside, example)
     for name in [name for name in blocks if name not in idle]:
-        run.skipped[name] = "with zero weights it would not hand on its input"
+        run.skipped[name] = failed.get(name, "with zero weights it would not hand on its input")
         del blocks[name]
     return blocks, idle
 
@@ -149,9 +149,9 @@ def _passing(
     blocks: dict[str, nn.Module],
     inside: dict[str, list[Layer]],
     example: Batch,
-) -> dict[str, list[Layer]]:
+) -> tuple[dict[str, list[Layer]], dict[str, str]]:
     """The blocks that would hand on their input if all in them that multiplies were zero, or all
-    that their modules tell of, and what that is."""
+    that their modules tell of, and what that is; why others cannot be asked."""
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -167,14 +167,18 @@ def _passing(
             stack.callback(handle.remove)
         example.run(model)
     found: dict[str, list[Layer]] = {}
+    failed = {name: "the example does not reach it" for name in blocks if name not in calls}
     known = {id(y.module) for y in layers_of(model)}
     with modes.calibration_mode(model), torch.no_grad(), left_as_is(model):
         for name, (args, kwargs) in calls.items():
             told = [y for y in inside[name] if id(y.module) in known]
             for some in (inside[name], told):
-                if name not in found and some and _hands_on(blocks[name], some, args, kwargs):
-                    found[name] = some
-    return found
+                try:
+                    if name not in found and some and _hands_on(blocks[name], some, args, kwargs):
+                        found[name] = some
+                except Exception as error:  # the block's own, of a call by itself
+                    failed[name] = f"called by itself it fails ({type(error).__name__}: {error})"
+    return found, failed
 
 
 def _kept(values: Iterable[Any]) -> tuple[Any, ...]:

@@ -73,7 +73,7 @@ def _prompt(model: Any, example: Batch) -> dict[str, Any] | None:
         return None
     apart = ("labels", "use_cache", "past_key_values", "return_dict")
     given = {
-        name: value
+        name: value.clone() if isinstance(value, Tensor) else value  # some write into their prompt
         for name, value in given.items()
         if name not in apart and not name.startswith("decoder_")
     }

@@ -18,7 +18,13 @@ from torchprune.masking.selection import every_layer, layers_of, repeated_blocks
 from torchprune.modes import calibration_mode
 from torchprune.structure.constants import effective, find_constants
 from torchprune.structure.shrink import accepted
-from torchprune.structure.shrink_plan import Removal, ShrinkPlan, drawn_up, inside
+from torchprune.structure.shrink_plan import (
+    Removal,
+    ShrinkPlan,
+    drawn_up,
+    inside,
+    parameters_left,
+)
 
 
 @on_ordinary_tensors
@@ -80,6 +86,16 @@ def planned(model: nn.Module, calls: Sequence[Call], structure: Structure) -> Sh
         [], [], blocks, [], (0, 0), (0, 0), notes, calls=list(calls), folds=constants.folds
     )
     return drawn_up(start, structure, slots, removals)
+
+
+def idle_blocks_plan(
+    model: nn.Module, example_inputs: Any, *, modes: Sequence[str] = ("eval",)
+) -> ShrinkPlan:
+    """As `plan_shrink`, for whole blocks alone: nothing is exported, and no other unit goes."""
+    calls, slots = as_calls(model, example_inputs, modes), slots_of(model)
+    blocks, notes = _idle_blocks(model, calls)
+    sizes = parameters_left(slots, [], blocks)
+    return ShrinkPlan([], [], blocks, [], sizes, (0, 0), notes, calls=calls)
 
 
 def _unread(group: Group, slots: Mapping[str, Slot]) -> Tensor:

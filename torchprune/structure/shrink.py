@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from torchprune.calibration.batches import Batch
 from torchprune.errors import ShrinkError
-from torchprune.masking.mask import detach, masked_layers
+from torchprune.masking.mask import detach, masked_layers, original_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import layers_of
 from torchprune.structure.config import (
     apply_settings,
-    has_its_tensors,
     is_accepted,
-    is_configured,
     is_native,
     native_settings,
+    setting,
 )
-from torchprune.structure.constants import Fold, folded
+from torchprune.structure.cuts import cut
 from torchprune.structure.generating import differing, generated
 from torchprune.structure.refusals import told, without_refused
 from torchprune.structure.resize import (
@@ -45,6 +44,8 @@ from torchprune.structure.same_outputs import (
 from torchprune.structure.shrink_plan import Removal, ShrinkPlan, check_fits
 from torchprune.structure.size_record import Resized, keep_resized, resized_of
 from torchprune.structure.snapshot import Snapshot
+from torchprune.structure.stock import is_configured
+from torchprune.structure.without_blocks import drop_configured
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -136,8 +137,9 @@ def _carry_out(
     """Change the model; if this fails, it is left half changed."""
     shared_key = {path for path, m in model.named_modules() if key_heads(m) == 1}
     before = dict(model.named_modules())
-    recorded = _drop(model, plan.blocks)
-    _cut(slots, plan)
+    recorded = _drop(model, plan.blocks, known.seen)
+    now = {key: replace(s, tensor=original_of(s.module, s.name)) for key, s in slots.items()}
+    cut(now, plan.cuts, plan.folds)  # tensors with a part for each block are shorter already
     for module in model.modules():
         restate(module)
     settings, original = _configure(model, plan.removals)
@@ -178,62 +180,14 @@ def _explained(model: nn.Module, plan: ShrinkPlan, fault: Fault, known: _Known) 
 # -- tensors and blocks ----------------------------------------------------------------------------
 
 
-def _cut(slots: Mapping[str, Slot], plan: ShrinkPlan) -> None:
-    """Replace every tensor that loses indices, its mask too; tied ones stay one tensor."""
-    made: dict[int, Tensor] = {}
-    masks: set[int] = set()
-    todo: dict[int, list[Any]] = {}
-    for cut in plan.cuts:
-        todo.setdefault(id(slots[cut.key].tensor), []).append(cut)
-    gains: dict[int, list[Fold]] = {}
-    for fold in plan.folds:
-        gains.setdefault(id(slots[fold.key].tensor), []).append(fold)
-    for slot in slots.values():
-        cuts, folds = todo.get(id(slot.tensor), []), gains.get(id(slot.tensor))
-        if not cuts and not folds:
-            continue
-        if id(slot.tensor) not in made:
-            whole = slot.tensor.detach()
-            short = _shortened(folded(whole, folds) if folds else whole, cuts)
-            if isinstance(slot.tensor, nn.Parameter):
-                short = nn.Parameter(short, slot.tensor.requires_grad)
-            made[id(slot.tensor)] = short
-        _put(slot, made[id(slot.tensor)])
-        if slot.mask is not None and id(slot.mask) not in masks:  # a module may have two names
-            masks.add(id(slot.mask))
-            slot.mask.resize(partial(_shortened, cuts=cuts), made[id(slot.tensor)])
-
-
-def _shortened(tensor: Tensor, cuts: list[Any]) -> Tensor:
-    for cut in cuts:
-        tensor = tensor.index_select(cut.axis, cut.keep.to(tensor.device))
-    return tensor.contiguous()
-
-
-def _put(slot: Slot, tensor: Tensor) -> None:
-    module: Any = slot.module
-    if slot.mask is not None:
-        module.parametrizations[slot.name]._parameters["original"] = tensor
-    elif isinstance(tensor, nn.Parameter):
-        module._parameters[slot.name] = tensor
-    else:
-        module._buffers[slot.name] = tensor
-
-
-def _drop(model: nn.Module, blocks: list[str]) -> list[list[str]]:
+def _drop(model: nn.Module, blocks: list[str], expected: list[Seen]) -> list[list[str]]:
     """Take blocks out. What to note of it: nothing, if the configuration says it."""
     if not blocks:
         return []
-    lists = drop_blocks(model, blocks)
     if is_configured(model):
-        apply_settings(model.config, native_settings(model, [], lists))
-        if not has_its_tensors(model):
-            raise ShrinkError(
-                f"{', '.join(blocks)}: the configuration of a {type(model).__name__} cannot say "
-                "that these blocks are gone (a block that differs from the others?); drop others "
-                "with LayerSpec(ignore=...)"
-            )
+        drop_configured(model, blocks, lambda: str(difference(model, expected) or ""))
         return []
+    drop_blocks(model, blocks)
     return [blocks]
 
 
@@ -249,10 +203,13 @@ def _configure(model: nn.Module, removals: list[Removal]) -> tuple[dict[str, int
     """
     if not removals or not is_configured(model):
         return {}, {}
-    settings = native_settings(model, removals, {})
-    original = {name: getattr(model.config, name, None) for name in settings}
+    settings = native_settings(model, removals)
+    original = {name: setting(model.config, name) for name in settings}
     apply_settings(model.config, settings)
     if is_accepted(model) is None:
+        return {}, {}
+    if any("." in name for name in settings):  # a record has only the outer ones
+        apply_settings(model.config, original)
         return {}, {}
     numbers = {name: old for name, old in original.items() if type(old) is int}
     return {name: settings[name] for name in numbers}, numbers

@@ -16,6 +16,7 @@ from torchprune.graph.groups import Frozen, Group, Structure, in_the_way, reason
 from torchprune.graph.labels import axes_of
 from torchprune.masking.plain_state import Slot
 from torchprune.structure.constants import Fold
+from torchprune.structure.cuts import Cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +33,6 @@ class Removal:
     @property
     def after(self) -> int:
         return self.group.count - int(self.gone.sum())
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """One axis of one tensor that becomes shorter: `keep` holds the indices that stay."""
-
-    key: str
-    axis: int
-    before: int
-    keep: Tensor
-
-    @property
-    def after(self) -> int:
-        return len(self.keep)
 
 
 @dataclass(frozen=True)
@@ -134,7 +121,7 @@ def drawn_up(
         removals=list(removals),
         cuts=cuts,
         frozen=structure.frozen,
-        parameters=_parameters(slots, cuts, plan.blocks),
+        parameters=parameters_left(slots, cuts, plan.blocks),
         flops=_flops(structure, removed, plan.blocks),
         sizes=_sizes(structure, removed),
         folds=[fold for fold in plan.folds if id(fold.group) in going],
@@ -179,7 +166,10 @@ def _removed(structure: Structure, removals: Sequence[Removal]) -> Tensor:
     return removed
 
 
-def _parameters(slots: Mapping[str, Slot], cuts: list[Cut], blocks: list[str]) -> tuple[int, int]:
+def parameters_left(
+    slots: Mapping[str, Slot], cuts: list[Cut], blocks: list[str]
+) -> tuple[int, int]:
+    """How many there are, before and after."""
     shapes: dict[int, tuple[int, list[int]]] = {}
     lasting: set[int] = set()
     cut_of: dict[str, list[Cut]] = {}

@@ -230,7 +230,7 @@ CHANNELS: dict[str, Callable[[], Net]] = {
         )
     },
 }
-"""Half the channels of every convolution go."""
+"""Half the channels of every convolution go, and half the neurons of their classifiers."""
 
 NEURONS: dict[str, Callable[[], Net]] = {
     "MLP-Mixer": partial(plain, mixer, 2, 16, 48),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import torchprune
+from torchprune.structure.same_outputs import Fault
 
 Sequential = nn.Sequential
 FIVE = slice(0, 5)
@@ -190,7 +191,7 @@ def test_a_refused_shrink_takes_the_constants_back(monkeypatch: pytest.MonkeyPat
     x = example(net)
     plan = torchprune.plan_shrink(net, x)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    monkeypatch.setattr("torchprune.structure.shrink.difference", lambda *_: "differs")
+    monkeypatch.setattr("torchprune.structure.shrink.difference", lambda *_: Fault("differs"))
     with pytest.raises(torchprune.TorchpruneError, match="differs"):
         torchprune.shrink(net, plan)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

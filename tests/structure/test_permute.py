@@ -554,15 +554,15 @@ def test_after_an_error_all_is_as_it_was(
     if at == "calibrating":
         from torchprune.methods.decide import Decider
 
-        own = Decider.changes
+        own = Decider.decided
 
-        def fail(self: Decider, stop: Any) -> Any:
+        def fail(self: Decider, part: Any) -> Any:
             assert not torch.equal(model.down.weight, down)  # it is permuted by now
-            if any(t.name == "down" for t, _ in stop):
+            if any(t.name == "down" for targets, _ in part for t in targets):
                 raise error("on purpose")
-            return own(self, stop)
+            return own(self, part)
 
-        monkeypatch.setattr(Decider, "changes", fail)
+        monkeypatch.setattr(Decider, "decided", fail)
     else:
         moves = Place.reorder
 

@@ -42,9 +42,10 @@ Three kinds of answer:
 
 def core_operators() -> dict[str, Any]:
     """Every overload of ATen that torch marks as core, by name; those that write into `out` not."""
+    every = torch._C._dispatch_get_all_op_names()  # what `dir` shows depends on what was asked for
     found = {}
-    for name in dir(torch.ops.aten):
-        packet = getattr(torch.ops.aten, name)
+    for name in {n.removeprefix("aten::").partition(".")[0] for n in every if n[:6] == "aten::"}:
+        packet = getattr(torch.ops.aten, name, None)
         if not isinstance(packet, torch._ops.OpOverloadPacket):
             continue
         for overload in packet.overloads():

@@ -132,7 +132,7 @@ def test_a_spec_that_fails_is_a_row_and_all_failing_is_an_error(home):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--spec", "wandaa"), 2, "channels, layers (did you mean 'wanda'?"),
+        (("--spec", "wandaa"), 2, "layers, budget (did you mean 'wanda'?"),
         (("--spec", "wanda,=2"), 2, "is not NAME=VALUE"),
         (("--spec", "wanda", "--spec", "wanda"), 2, "is given twice"),
         (("--spec", "wanda,sparsity=0.5,sparsity=0.6"), 2, "gives sparsity twice"),

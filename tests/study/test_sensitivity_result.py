@@ -19,7 +19,8 @@ from torchprune import ChannelSpec, HeadSpec, LayerSpec, NeuronSpec, WandaSpec, 
 from torchprune.errors import MissingExtraError
 from torchprune.reports.pieces import Bars, Code, Grid, Heat
 from torchprune.specs.patterns import prune_count
-from torchprune.study.costs.costs import Cost, SensitivityError, _short, sensitivities
+from torchprune.study.costs import sensitivities
+from torchprune.study.costs.costs import Cost, SensitivityError, _short
 from torchprune.study.costs.damage import Estimate, estimates
 from torchprune.study.costs.kinds import depth_of, kind_of
 from torchprune.study.costs.sensitivities import SensitivityResult

@@ -30,7 +30,8 @@ _WHY: dict[str, tuple[str, ...]] = {
         *("poisson", "rrelu_with_noise_functional"),
     ),
     _FRESH: ("arange", "rand", "randn", "randint", "randperm", "scalar_tensor", "eye", "linspace"),
-    _SIZE: ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset"),
+    _SIZE: ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "sym_is_contiguous"),
+    "it changes a tensor's memory to another size": ("resize_",),
     _BACKWARD: (
         "_adaptive_avg_pool2d_backward",
         "avg_pool2d_backward",

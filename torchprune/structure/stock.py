@@ -34,6 +34,9 @@ Trait = tuple[str, str]
 Traits = dict[Trait, Any]
 """-> the class, the plain value, the tensor's size."""
 
+ORIGIN = "name_or_path"
+"""The attribute of a transformers model that tells where it was loaded from, not what it is."""
+
 CLASS = "class"
 """What of a module is its class: no attribute can be called so."""
 
@@ -102,7 +105,9 @@ def traits_of(model: nn.Module) -> Traits:
             continue
         found[path, CLASS] = type(module)
         for name, value in vars(module).items():
-            if name not in _own_of_modules() and (plain := _plain(value)) is not _OTHER:
+            if name in _own_of_modules() or name == ORIGIN:
+                continue
+            if (plain := _plain(value)) is not _OTHER:
                 found[path, name] = plain
         lasting = {n: b for n, b in module._buffers.items() if n not in _transient(module)}
         for name, tensor in {**module._parameters, **lasting}.items():

@@ -145,7 +145,7 @@ def continued(
     return text.tolist()
 
 
-@pytest.mark.parametrize("name", sample(MODELS, "gpt2", "qwen3", "gpt_neo", "bloom", "mistral"))
+@pytest.mark.parametrize("name", sample(MODELS, "gpt2", "qwen3", "bloom"))
 def test_padded_rows_continue_as_generate_does(name: str) -> None:
     model, (tokens, mask) = made(name), padded()
     expected = generated(model, tokens, mask, 8)

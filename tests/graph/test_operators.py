@@ -258,7 +258,7 @@ def made(case: tuple[int, int, Function]) -> tuple[Net, Tensor]:
     return Net(between, 16, outer, space).eval(), example(space)
 
 
-@pytest.mark.parametrize("name", share(GO, 0, 2))
+@pytest.mark.parametrize("name", share(GO, 0, 3))
 def test_what_goes_through_an_operator_is_exact(name: str) -> None:
     net, x = made(GO[name])
     structure = mask_random_units(net, x, share=0.5)

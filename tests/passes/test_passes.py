@@ -36,7 +36,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sample(NAMES, "llama", "mixtral", "opt", "resnet"))
+@pytest.mark.parametrize("name", sample(NAMES, "llama", "mixtral", "resnet"))
 def test_insert_fold_and_pack_on_every_family(name: str) -> None:
     model, batch = FAMILIES[name].make().eval(), FAMILIES[name].data()[0]
     program = exported(model, batch)

@@ -274,15 +274,16 @@ def test_scores_are_those_of_lm_evals_own_model(words, fewshot):
     from lm_eval.evaluator import evaluate as its_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from torchprune.study.tasks.harness import drawn_by, prepare
+    from torchprune.study.tasks.harness import prepare
     from torchprune.study.tasks.harness_tasks import quiet
+    from torchprune.training.drawn_seeds import seeded
 
     model = make()
     model.generation_config.eos_token_id = words.eos_token_id  # else it only skips that word
     tasks = load_tasks(ALL, [TASKS])
     for task in tasks.values():
         prepare(task, fewshot, 0)
-    with quiet(), drawn_by(0):
+    with quiet(), seeded(0):
         lm = HFLM(pretrained=model, tokenizer=words, batch_size=4, device="cpu")
         its = its_evaluate(lm, {"tasks": tasks}, bootstrap_iters=0)
     found = asked(model, words, num_fewshot=fewshot)

@@ -15,6 +15,7 @@ from torchprune.errors import did_you_mean
 from torchprune.reports.figure import SUFFIXES, Point, Series, draw
 from torchprune.reports.page import save_result
 from torchprune.reports.pieces import Fact, Grid, Page, Section
+from torchprune.reports.result_text import result_of
 from torchprune.reports.tables import Column, by_rich, markdown, plain
 from torchprune.reports.wording import number
 from torchprune.study.comparison_page import metric_section
@@ -138,13 +139,7 @@ class Comparison:
         Raises:
             ComparisonError: it is damaged, or something else.
         """
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ComparisonError(f"not JSON ({error}): damaged, or no comparison") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            got = found.get("format") if isinstance(found, dict) else type(found).__name__
-            raise ComparisonError(f"no comparison: expected the format {FORMAT!r}, got {got!r}")
+        found = result_of(text, FORMAT, "comparison", ComparisonError)
         try:
             dense = None if found["dense"] is None else read_metrics(found["dense"])
             return cls(read_rows(found["rows"]), dense)

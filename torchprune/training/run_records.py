@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -11,6 +10,7 @@ from typing import Any, SupportsFloat, TypeVar
 from torch import Tensor
 
 from torchprune.errors import TorchpruneError
+from torchprune.reports.result_text import result_of
 
 T = TypeVar("T")
 
@@ -76,14 +76,7 @@ def document(text: str, form: str, what: str) -> dict[str, Any]:
     Raises:
         RunError: it is damaged, or something else.
     """
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"not JSON ({error!s:.200}): damaged, or no {what}") from None
-    if not isinstance(found, dict) or found.get("format") != form:
-        got = found.get("format") if isinstance(found, dict) else type(found).__name__
-        raise RunError(f"no {what}: expected the format {form!r}, got {got!r:.80}")
-    return found
+    return result_of(text, form, what, RunError)
 
 
 def item(data: Mapping[str, Any], name: str, kind: type[T], what: str) -> T:

@@ -13,6 +13,7 @@ from torchprune.checkpoint.whole_files import write_whole
 from torchprune.reports.figure import SUFFIXES
 from torchprune.reports.page import save_page
 from torchprune.reports.pieces import Page
+from torchprune.reports.result_text import result_of
 from torchprune.reports.tables import by_rich, markdown, plain
 from torchprune.study.speed.profile_page import draw_lines, page_of
 from torchprune.study.speed.profile_records import FORMAT, Measured, ProfileError
@@ -56,13 +57,7 @@ class Profile(Measured):
         Raises:
             ProfileError: it is damaged, or something else.
         """
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ProfileError(f"not JSON ({error}): damaged, or no profile") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            got = found.get("format") if isinstance(found, dict) else type(found).__name__
-            raise ProfileError(f"no profile: expected the format {FORMAT!r}, got {got!r}")
+        found = result_of(text, FORMAT, "profile", ProfileError)
         try:
             made: Profile = read_as(cls, {k: v for k, v in found.items() if k != "format"})
         except (TypeError, ValueError) as error:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
 
 from torchprune.study.tasks.evaluation import EvaluationError, evaluating
 from torchprune.study.tasks.harness_tasks import import_harness, quiet
 from torchprune.study.tasks.language_model import LanguageModel
 from torchprune.study.tasks.paired import Link
 from torchprune.study.tasks.score_rows import Scores
+from torchprune.training.drawn_seeds import seeded
 
 _MEANS = ("mean", "nanmean")
 _RATES: dict[str, Link] = {
@@ -64,7 +61,7 @@ def scores_of(
     harness = import_harness()
     loaded = {"tasks": {name: task}, "groups": {}, "group_map": {}}
     try:
-        with quiet(), drawn_by(seed), evaluating(language_model.model):
+        with quiet(), seeded(seed), evaluating(language_model.model):
             found = harness.evaluator.evaluate(
                 _adapter(language_model),
                 loaded,
@@ -86,24 +83,6 @@ def scores_of(
             figure = float(found["results"][name][f"{metric},{chosen}"])
             scores.append(_scores(name, label, metric, task, items, figure, task_id))
     return scores
-
-
-@contextmanager
-def drawn_by(seed: int) -> Iterator[None]:
-    """Random numbers from a seed for a while, the generators as before at the end."""
-    import numpy
-
-    before, of_numpy = random.getstate(), numpy.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        try:
-            random.seed(seed)
-            numpy.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(before)
-            numpy.random.set_state(of_numpy)
 
 
 def _adapter(language_model: LanguageModel) -> Any:

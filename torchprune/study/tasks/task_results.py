@@ -15,6 +15,7 @@ from torchprune.checkpoint.whole_files import write_whole
 from torchprune.errors import did_you_mean
 from torchprune.reports.page import save_page
 from torchprune.reports.pieces import Page
+from torchprune.reports.result_text import result_of
 from torchprune.reports.tables import Column, by_rich, markdown, plain
 from torchprune.study.tasks.evaluation import EvaluationError
 from torchprune.study.tasks.paired import Link, PairedTest, holm, paired_test
@@ -135,13 +136,7 @@ class Evaluation:
         Raises:
             EvaluationError: it is damaged, or something else.
         """
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"not JSON ({error}): damaged, or no evaluation") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            got = found.get("format") if isinstance(found, dict) else type(found).__name__
-            raise EvaluationError(f"no evaluation: expected the format {FORMAT!r}, got {got!r}")
+        found = result_of(text, FORMAT, "evaluation", EvaluationError)
         try:
             dense = found["dense_scores"]
             return cls(

@@ -177,14 +177,15 @@ def _runs(
             label = name or getattr(task, "__name__", type(task).__name__)
             runs.append(_Run(label, None, task, described(task)))
             continue
-        from torchprune.study.tasks.harness import drawn_by, ids_of, prepare
+        from torchprune.study.tasks.harness import ids_of, prepare
         from torchprune.study.tasks.harness_tasks import load_tasks
+        from torchprune.training.drawn_seeds import seeded
 
         if tokenizer is None:
             raise EvaluationError(
                 f"the task {str(task)!r} is asked in text: evaluate(..., tokenizer=...)"
             )
-        with drawn_by(seed):
+        with seeded(seed):
             loaded = load_tasks([task], folders)
         for found, value in loaded.items():
             prepare(value, num_fewshot, seed)

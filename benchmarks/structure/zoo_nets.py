@@ -208,7 +208,7 @@ CHANNELS: dict[str, Callable[[], Net]] = {
             "convnext_tiny",
         )
     },
-    "torchvision inception_v3": partial(from_torchvision, "inception_v3", 96),
+    "torchvision inception_v3": partial(from_torchvision, "inception_v3", 299),
     **{
         f"timm {name}": partial(from_timm, name)
         for name in (

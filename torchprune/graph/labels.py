@@ -12,7 +12,8 @@ splits features into heads, one tag varies along two axes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,7 @@ class Labels:
         self._asked = 0
         self._at: object = None
         self._count = 1
+        self._repeating: list[tuple[int, int]] = []
         self.edges: list[tuple[Tensor, Tensor]] = []
         """Labels that were joined: pairs of flat tensors, element by element."""
         self._frozen: list[tuple[Tensor, str]] = []
@@ -79,11 +81,28 @@ class Labels:
         self._attended: list[Tensor] = []
         self.read: list[Tensor] = []
         """Labels of weights' input indices: where what they carry is consumed."""
+        self.idle = False
+        """Whether what follows is not heard: nothing that it computes is read by anything."""
 
     def new(self, count: int) -> Tensor:
         """(count,) fresh labels."""
         self._count += count
         return torch.arange(self._count - count, self._count)
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """What is new inside is of one value, repeated."""
+        start = self._count
+        yield
+        self._repeating.append((start, self._count))
+
+    def repeats(self, tag: Tensor) -> bool:
+        """Whether a tag is of one value repeated, and nothing else has met it yet."""
+        low, high = int(tag.min()), int(tag.max())
+        if not any(start <= low and high < end for start, end in self._repeating):
+            return False
+        within = (((a >= low) & (a <= high)) | ((b >= low) & (b <= high)) for a, b in self.edges)
+        return not any(bool(found.any()) for found in within)
 
     def at(self, node: object) -> None:
         """What follows is about this node."""
@@ -103,7 +122,8 @@ class Labels:
 
     def summed(self, tag: Tensor, axes: Iterable[int]) -> None:
         """Remember that a tag was read as a whole along some axes."""
-        self._summed += [(tag, tag.shape[axis]) for axis in axes]
+        if not self.idle:
+            self._summed += [(tag, tag.shape[axis]) for axis in axes]
 
     def regretted(self, resolved: Resolved) -> set[Choice]:
         """Choices of copies that are read as a whole later, so that none can go alone."""
@@ -122,21 +142,24 @@ class Labels:
     def join(self, a: Tensor, b: Tensor) -> None:
         """Two tags of broadcastable shapes: elements that meet go together."""
         a, b = torch.broadcast_tensors(a, b)
-        self.edges.append((a.reshape(-1), b.reshape(-1)))
+        if not self.idle:
+            self.edges.append((a.reshape(-1), b.reshape(-1)))
 
     def freeze(self, tag: Tensor, why: str) -> None:
         """Nothing of this may go."""
-        self._frozen.append((tag.reshape(-1), why))
+        if not self.idle:
+            self._frozen.append((tag.reshape(-1), why))
 
     def watch(self, tag: Tensor) -> Tensor:
         """Remember a tag of several axes: whatever goes must leave a rectangle of it."""
-        if len(axes_of(tag)) > 1:
+        if len(axes_of(tag)) > 1 and not self.idle:
             self._grids.append(tag)
         return tag
 
     def attend(self, tag: Tensor) -> None:
         """Mark labels as heads of attention."""
-        self._attended.append(tag.reshape(-1))
+        if not self.idle:
+            self._attended.append(tag.reshape(-1))
 
     def united(self, tag: Tensor, axes: Iterable[int]) -> Tensor:
         """The tag after its labels are joined along some axes."""
@@ -148,7 +171,8 @@ class Labels:
         return tag
 
     def bounded(self, tag: Tensor, fixed: Iterable[int], why: str) -> Tensor:
-        """The tag where some axes must keep their size: frozen, or joined along those axes.
+        """The tag where some axes must keep their size: frozen, and one label then, or joined along
+        those axes.
 
         The outermost axis is the one that can shrink (heads, then what is inside a head), or what
         is the same in all copies.
@@ -159,7 +183,7 @@ class Labels:
             return tag
         if own[0] in bound and (len(bound) == len(own) or not self._turns(tag)):
             self.freeze(tag, why)
-            return tag
+            return tag.new_full((1,) * tag.dim(), UNLABELLED)
         return self.united(tag, bound)
 
     def merged(self, tags: Sequence[Tensor], why: str) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torchprune.graph import indexing, products, reductions, views
 from torchprune.graph.context import Context, unknown
 from torchprune.graph.derived import parts_of
 from torchprune.graph.reasons import reason_for
-from torchprune.graph.values import UNKNOWN, Value, filled, met, sizes_of
+from torchprune.graph.values import UNKNOWN, Constant, Value, filled, met, sizes_of
 
 Rule = Callable[..., Any]
 
@@ -232,6 +232,8 @@ def follow(ctx: Context, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         made = filled(ctx.labels, ctx.shape, range(len(ctx.shape)))
         return Value(ctx.shape, tuple(made), weight=True)
     if not any(v.held() for v in values):
+        if rule_for(target) is views.same and isinstance(values[0], Constant):
+            return values[0]
         weight = all(v.weight for v in values)
         plain = tuple(Value(shape, weight=weight) for shape in ctx.shapes)
         return plain if len(plain) != 1 else plain[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from torchprune.errors import ShrinkError
@@ -22,7 +22,7 @@ from torchprune.graph.context import Context, Product
 from torchprune.graph.labels import Choice, Labels, Resolved, axes_of
 from torchprune.graph.numbering import Numbering
 from torchprune.graph.rules import follow, tensors_in
-from torchprune.graph.values import Value, filled, sizes_of
+from torchprune.graph.values import Constant, Value, fresh, sizes_of
 from torchprune.masking.mask import mask_of
 from torchprune.masking.plain_state import slots_of, ties_of
 
@@ -155,18 +155,17 @@ class _Walk:
     def follow(self, program: ExportedProgram) -> None:
         """Every node of a graph; the products of the first graph are counted."""
         env: dict[Node, Any] = {}
-        sources = sources_of(self.model, program)
+        sources, constants = sources_of(self.model, program), constants_of(program)
         numbering = Numbering(program.graph_module.graph)
         shown = set(program.graph_signature.user_outputs)
-        closed = _closed(self.model, program)
+        alive = _alive(program.graph_module.graph)
         for node in program.graph_module.graph.nodes:
             if node.op == "placeholder" and not node.users:  # export lists what is not read too
                 env[node] = None
             elif node.op == "placeholder":
+                data = constants.get(node.name)
                 key = sources.get(node.name)
-                env[node] = self._source(node, key)
-                for tag in env[node].tags if key in closed else ():
-                    self.labels.freeze(tag, closed[cast(str, key)])
+                env[node] = self._source(node, key) if data is None else written(data)
             elif node.op == "get_attr":
                 env[node] = None
             elif node.op == "output":
@@ -177,7 +176,9 @@ class _Walk:
             elif (first := numbering.first_like(node)) is not node and _is_mask(node):
                 env[node] = env[first]
             else:
+                self.labels.idle = node not in alive
                 self._step(env, node)
+                self.labels.idle = False
         self.counting = False
         self.graphs += 1
 
@@ -233,7 +234,7 @@ class _Walk:
         if not value.is_floating_point():  # a mask shares the labels of the weight under it
             return self.known.get(key, Value(shape, weight=True))
         if key not in self.known:
-            tags = filled(self.labels, shape, range(len(shape)))
+            tags = fresh(self.labels, shape, range(len(shape)))
             self.axes += [Axis(key, axes_of(tag)[0], tag.flatten()) for tag in tags]
             self.known[key] = Value(shape, tuple(tags), weight=True)
         return self.known[key]
@@ -291,6 +292,23 @@ def sources_of(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
     }
 
 
+def constants_of(program: ExportedProgram) -> dict[str, Tensor]:
+    """The tensors that a program's code makes of numbers: placeholder -> tensor."""
+    from torch.export.graph_signature import InputKind  # as above
+
+    found = {
+        cast(Any, spec.arg).name: program.constants.get(str(spec.target))
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.CONSTANT_TENSOR
+    }
+    return {name: data for name, data in found.items() if isinstance(data, Tensor)}
+
+
+def written(data: Tensor) -> Constant:
+    """What is known of such a tensor."""
+    return Constant(sizes_of(data), weight=True, data=data)
+
+
 def _values(nested: Any) -> Iterator[Value]:
     if isinstance(nested, Value):
         yield nested
@@ -305,20 +323,13 @@ _LATEST = 8
 """Of so many axes of one length in a module, those seen last, a number may be the size."""
 
 
-def _closed(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
-    """The parameters of torch's own attention, whose code takes the width of its input for that of
-    all heads together; and the line that calls it, as a reason.
-    """
-    lines: dict[str, str] = {}
-    for node in program.graph_module.graph.nodes:
-        lines.setdefault(module_of_node(node), place_of_node(node))
-    why = "nn.MultiheadAttention{} in {}, whose heads together are as wide as its input"
-    return {
-        f"{path}.{name}" if path else name: why.format(lines.get(path, ""), path or "the model")
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for name in module._parameters
-    }
+def _alive(graph: Graph) -> set[Node]:
+    """The nodes that outputs, or what code writes, depend on: the rest only has to run."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in found or node.op == "output" or node.is_impure():
+            found.update((node, *node.all_input_nodes))
+    return found
 
 
 def _is_mask(node: Node) -> bool:

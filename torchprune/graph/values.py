@@ -69,30 +69,48 @@ class Value:
         return replace(self, shape=(*missing, *self.shape), tags=tags)
 
 
+@dataclass(frozen=True, eq=False)
+class Constant(Value):
+    """Numbers that stand in the code.
+
+    Attributes:
+        data: the tensor itself.
+    """
+
+    data: Tensor | None = None
+
+
 def reshaped(labels: Labels, value: Value, shape: Sequence[int], why: str) -> Value:
-    """The value under a view: labels go where the elements go."""
-    tags = list(value.tags)
+    """The value under a view: labels go where the elements go.
+
+    Axes that vary apart may become one. Then only one of them may still shrink: the outermost, or
+    the first that is not the repetition of one value.
+    """
     spans = _spans(value.shape, shape)
-    for sources, targets in spans:
-        inside = [t for t in tags if any(t.shape[a] > 1 for a in sources)]
-        if len(inside) > 1 and len([a for a in targets if shape[a] > 1]) < len(inside):
-            # Axes that vary apart become one: only the outermost may still shrink.
-            inside.sort(key=lambda t: axes_of(t)[0])
-            for tag in inside[1:]:
-                labels.freeze(tag, why)
-            tags = [t for t in tags if all(t is not dropped for dropped in inside[1:])]
-    made = []
-    for tag in tags:
-        full, sizes = list(tag.shape), list[int]()
-        for sources, targets in spans:
-            varies = any(tag.shape[a] > 1 for a in sources)
-            for axis in sources:
-                full[axis] = value.shape[axis] if varies else 1
-            sizes += [shape[a] if varies else 1 for a in targets]
-        new = collapsed(tag.expand(full).reshape(sizes))
-        if axes_of(new):
+    made: list[Tensor] = []
+    for tag in sorted(value.tags, key=lambda tag: (labels.repeats(tag), axes_of(tag)[:1])):
+        new = _moved(tag, value.shape, shape, spans)
+        if any({*axes_of(new)} & {*axes_of(other)} for other in made):
+            labels.freeze(tag, why)
+        elif axes_of(new):
             made.append(labels.watch(new))
-    return Value(tuple(shape), tuple(labels.merged(made, why)), value.weight)
+    return Value(tuple(shape), tuple(made), value.weight)
+
+
+def _moved(
+    tag: Tensor,
+    old: Sequence[int],
+    new: Sequence[int],
+    spans: Sequence[tuple[list[int], list[int]]],
+) -> Tensor:
+    """A tag of a tensor of an old shape as it is in the new shape."""
+    full, sizes = list(tag.shape), list[int]()
+    for sources, targets in spans:
+        varies = any(tag.shape[a] > 1 for a in sources)
+        for axis in sources:
+            full[axis] = old[axis] if varies else 1
+        sizes += [new[a] if varies else 1 for a in targets]
+    return collapsed(tag.expand(full).reshape(sizes))
 
 
 def _spans(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -119,6 +137,12 @@ def _spans(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list
 
 def filled(labels: Labels, shape: Sequence[int], axes: Iterable[int]) -> list[Tensor]:
     """Tags of axes along which one value is repeated, as often as the code asks for."""
+    with labels.repeating():
+        return fresh(labels, shape, axes)
+
+
+def fresh(labels: Labels, shape: Sequence[int], axes: Iterable[int]) -> list[Tensor]:
+    """Tags with labels of their own, one for each of some axes."""
     return [
         labels.new(shape[axis]).reshape([n if a == axis else 1 for a, n in enumerate(shape)])
         for axis in axes

@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torchprune.masking.mask import original_of
 from torchprune.masking.matrices import ConvNd, is_transposed_linear
 from torchprune.modes import eval_mode
+from torchprune.structure.fewer_heads import with_its_heads
 
 Attributes = dict[str, dict[str, int]]
 """Module path -> attribute -> value."""
@@ -60,6 +61,7 @@ def restate(module: nn.Module) -> None:
         owner.num_channels = channels
     elif isinstance(module, nn.PReLU):
         owner.num_parameters = _shape(module)[0]
+    with_its_heads(module)
 
 
 def _recompute(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [
-            (m, dict(vars(m)), {name: dict(getattr(m, name)) for name in _TABLES})
+            (m, type(m), dict(vars(m)), {name: dict(getattr(m, name)) for name in _TABLES})
             for m in model.modules()
         ]
         configs: dict[int, Any] = {}
@@ -26,7 +26,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Make every module and configuration what it was."""
-        for module, attributes, tables in self._modules:
+        for module, kind, attributes, tables in self._modules:
+            module.__class__ = kind
             state = vars(module)
             state.clear()
             state.update(attributes)
@@ -34,7 +35,7 @@ class Snapshot:
                 held = state[name]
                 held.clear()
                 held.update(table)
-        for module, _, _ in self._modules:
+        for module, *_ in self._modules:
             keep_zeros(module)
         for config, attributes in self._configs:
             state = vars(config)

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torchprune.errors import TargetError
 from torchprune.graph.groups import Group, Member, Structure, in_the_way
 from torchprune.masking.mask import mask_of, obstacle, original_of
-from torchprune.masking.matrices import view_of
+from torchprune.masking.matrices import is_stock, view_of
 from torchprune.masking.reading import Reading
 from torchprune.masking.scales import is_coded
 from torchprune.masking.selection import (
@@ -108,8 +108,15 @@ def _coded(layer: Layer) -> str | None:
 
 def _target(layer: Layer) -> Target:
     view = view_of(layer.module, original_of(layer.module, layer.tensor).shape)
-    reading = Reading(view) if isinstance(layer.module, _ConvTransposeNd) else None
+    reading = Reading(view) if _read_past_its_forward(layer.module) else None
     return Target(layer, Goal(Unstructured(), 0.0), view, reading=reading)
+
+
+def _read_past_its_forward(module: nn.Module) -> bool:
+    """Whether to look for the products with a weight: torch's own attention calls no forward of its
+    output layer."""
+    inherits = type(module).forward is nn.Linear.forward and not is_stock(module)
+    return inherits or isinstance(module, _ConvTransposeNd)
 
 
 def columns_of(target: Target, member: Member) -> Tensor:

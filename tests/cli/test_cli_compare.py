@@ -146,3 +146,8 @@ def test_what_is_wrong_is_one_line(home, tmp_path, monkeypatch, options, code, m
     monkeypatch.chdir(tmp_path)
     assert message in complaint(*comparing(home, *options), code=code)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_could_be_run_an_error_says_so(home):
+    said = complaint(*comparing(home, "--spec", "magnitude,targets=nosuch"))
+    assert said == "error: no --spec could be run; each line above says why"

@@ -11,6 +11,7 @@ import torch
 from commands import call, complaint, make_home, worked
 
 import torchprune
+from torchprune.cli.saving import Destination
 from torchprune.training import course
 
 DATA = ("--samples", "12", "--length", "16")
@@ -116,3 +117,22 @@ def test_a_dense_model_with_lora_is_refused(home, tmp_path):
     lora = ("--train", "lora", "--data", home / "text.txt", *DATA, "--output", tmp_path / "out")
     assert "mask" in complaint("recover", home / "model", *lora)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_kept_goes_when_the_result_is_saved_and_not_before(home, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    worked(*recovering(home, whole, "--effort", "fast"))
+    monkeypatch.setattr(course, "SAVE_SECONDS", 0.0)
+    real = Destination.save
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Destination, "save", killed)
+    last = complaint(*recovering(home, parts, "--effort", "fast"), code=130)
+    assert last == f"error: interrupted; --resume goes on from {parts}.progress"
+    monkeypatch.setattr(Destination, "save", real)
+    worked(*recovering(home, parts, "--effort", "fast", "--resume"))
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts"}
+    one, two = tensors(whole), tensors(parts)
+    assert all(torch.equal(one[name], two[name]) for name in one)

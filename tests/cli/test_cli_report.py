@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from commands import SMALL, complaint, make_home, worked
+from commands import SMALL, call, complaint, make_home, worked
 
 import torchprune
 from torchprune.cli.report_page import READERS, lying_in
@@ -133,3 +133,22 @@ def test_mistakes_are_one_line(home, tmp_path, monkeypatch, arguments, told, cod
     line = complaint("report", *(a.format(home=home) for a in arguments), code=code)
     assert told in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [31, 32, 40])
+def test_texts_end_where_the_context_does(home, tmp_path, count):
+    """A model with a table of positions fails beyond them; this tiny one holds 32 tokens."""
+    words = " ".join(f"w{i}" for i in range(count))
+    asked = ("report", home / "pruned", "--dense", home / "model", "--prompt", words)
+    page = ("--output", tmp_path / "r.html")
+    if count < 32:
+        worked(*asked, *page)
+    else:
+        said = complaint_of(*asked, *page)
+        assert f"a prompt of {count} tokens leaves no room in the model's context of 32" in said
+
+
+def complaint_of(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 1
+    return result.stderr

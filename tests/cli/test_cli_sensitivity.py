@@ -1,5 +1,6 @@
 """`torchprune sensitivity`: costs before anything is pruned."""
 
+import ast
 import json
 
 import pytest
@@ -50,3 +51,27 @@ def test_what_cannot_be_is_said(home, tmp_path, monkeypatch, options, says, code
     assert says in result.stderr
     assert result.exit_code == code
     assert result.stdout == ""  # before anything is loaded
+
+
+def test_overrides_are_a_layer_a_line_and_python(home):
+    said = worked(
+        *("sensitivity", home / "model", "--samples", 2, "--length", 8, "--levels", "0.3,0.7"),
+        *("--overrides", 0.5),
+    )
+    text = said[said.index("overrides = {") :]
+    found = ast.literal_eval(text.removeprefix("overrides = "))
+    assert len(found) == 14
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_all_zeros_are_no_overrides(home):
+    result = call("sensitivity", home / "model", "--overrides", "1.0")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "0 <= x < 1, got 1" in result.stderr
+
+
+def test_levels_that_no_layer_can_hold_are_named(home):
+    asked = ("--samples", 2, "--length", 8, "--levels", "7:13")
+    result = call("sensitivity", home / "model", *asked)
+    assert result.exit_code == 1
+    assert "cannot hold 7:13" in result.stderr

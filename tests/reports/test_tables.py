@@ -77,3 +77,23 @@ def test_one_row_has_nothing_in_common(in_terminal):
     assert found is not None
     assert "sparsegpt" in found
     assert "in all rows" not in found
+
+
+def test_spare_columns_give_way_and_are_named(in_terminal):
+    columns = [Column("", fold=True), Column("method", spare=True), Column("ms", right=True)]
+    columns += [Column("MiB", right=True, spare=True)]
+    lines = [(f"wanda,pattern={i}:8", f"method{i}", f"{i}.25", f"{i}00") for i in range(1, 4)]
+    in_terminal(46)
+    wide = by_rich(columns, lines)
+    assert wide is not None
+    assert "no room" not in wide
+    in_terminal(38)
+    found = by_rich(columns, lines)
+    assert found is not None
+    assert "no room here for: MiB\n" in found
+    in_terminal(26)
+    found = by_rich(columns, lines)
+    assert found is not None
+    assert "no room here for: method, MiB\n" in found
+    assert max(map(len, found.splitlines()[:-1])) <= 26
+    assert all(f"{i}.25" in found for i in range(1, 4))

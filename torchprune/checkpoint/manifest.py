@@ -248,6 +248,14 @@ def has_masks_beside(directory: Path) -> bool:
     return _holds(directory, MANIFEST_BESIDE, FORMAT_BESIDE)
 
 
+def is_ours(directory: Path) -> bool:
+    """Whether a directory can only be ours, sound or damaged: to be read as that or refused, and
+    never as the dense model whose files lie in it, too."""
+    whole = directory / MANIFEST, directory / WEIGHTS
+    beside = directory / MANIFEST_BESIDE
+    return is_saved(directory) or beside.is_file() or all(file.is_file() for file in whole)
+
+
 def _holds(directory: Path, name: str, kind: str) -> bool:
     try:
         return read_json(plain_file(directory, name)).get("format") == kind

@@ -7,9 +7,13 @@ come at once. Most commands are in the files of their names.
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import torchprune
+from torchprune.cli.commands import Commands
 from torchprune.cli.compare import compare
 from torchprune.cli.console import typer
 from torchprune.cli.eval_model import evaluate
@@ -25,6 +29,7 @@ from torchprune.cli.shrink import shrink
 from torchprune.cli.verify_artifact import verify
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -92,4 +97,10 @@ for _panel, _name, _run in (
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="torchprune")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    try:
+        app(prog_name="torchprune")
+    except OSError as error:  # outside of the commands: help, or the version
+        sys.exit(f"error: {error}")

@@ -21,6 +21,7 @@ from torchprune.cli.console import (
     kept_in,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.documents import read_documents
@@ -126,11 +127,12 @@ def compare(
         if speech.as_json:
             print_json({**json.loads(found.to_json()), **({"output": output} if output else {})})
         else:
-            typer.echo(str(found))
+            show(str(found))
         if output is not None:
             _write(found, output)
             say(f"wrote {output}")
         if all(row.error is not None for row in found.rows):
+            typer.echo("error: no --spec could be run; each line above says why", err=True)
             raise typer.Exit(1)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -201,6 +203,29 @@ ResumeOption = Annotated[
 ]
 
 
+def show(text: str) -> None:
+    """Print a result. Lines that the terminal would break anywhere are broken between words."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    typer.echo("\n".join(broken(line, width) for line in text.split("\n")) if width else text)
+
+
+def broken(line: str, width: int) -> str:
+    """A line that is not longer than the width, as it is; else in several, with a hanging indent.
+
+    >>> print(broken("- at 1 token it is faster", 14))
+    - at 1 token
+      it is faster
+    """
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip(" -")) or 2)
+    return "\n".join(
+        textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    )
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     """The one object of a command that was asked for `--json`; what is no number is a string."""
     typer.echo(json.dumps(_plain(data), allow_nan=False))
@@ -260,8 +285,15 @@ def kept_in(place: Path | None, how: str = "--resume") -> Iterator[None]:
 def _fail(error: BaseException, message: str, code: int) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     if json_wanted():
-        print_json({"error": message, "kind": type(error).__name__})
+        print_failure(error, message)
     raise typer.Exit(code) from None
+
+
+def print_failure(error: BaseException, message: str) -> None:
+    """The one object of a command that was asked for `--json` and failed; nothing where standard
+    output cannot be written, which may be why it failed."""
+    with suppress(OSError):
+        print_json({"error": message, "kind": type(error).__name__})
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:

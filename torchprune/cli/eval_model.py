@@ -22,6 +22,7 @@ from torchprune.cli.console import (
     kept_in,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.documents import read_documents
@@ -174,7 +175,10 @@ def evaluate(
         if output is not None:
             found.save(output)
             speech.say(f"wrote {output}")
-        typer.echo(found.to_json() if speech.as_json else str(found))
+        if speech.as_json:
+            typer.echo(found.to_json())
+        else:
+            show(str(found))
 
 
 def _check(text: str | None, names: list[str], folder: Path | None) -> None:
@@ -204,4 +208,4 @@ def _tell(found: Perplexity, as_json: bool) -> None:
         figures = ("perplexity", "nats_per_token", "bits_per_token", "windows", "seqlen", "tokens")
         print_json({name: getattr(found, name) for name in figures})
     else:
-        typer.echo(str(found))
+        show(str(found))

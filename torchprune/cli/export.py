@@ -14,11 +14,12 @@ from torchprune.cli.console import (
     Speech,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.loading import Loading
 from torchprune.cli.result_files import check_form
-from torchprune.cli.saving import with_memory
+from torchprune.cli.saving import check_free_for_hf, with_memory
 
 
 class Format(StrEnum):
@@ -91,8 +92,15 @@ def export(
     with one_line(speech.debug):
         if (int8 or keep_float) and to is not Format.onnx:
             raise typer.BadParameter(f"--int8 and --keep-float are for --to onnx, not {to.value}")
+        if keep_float and not int8:
+            raise typer.BadParameter(
+                "--keep-float says what --int8 leaves; add --int8, or leave it out",
+                param_hint="--keep-float",
+            )
         if to in _SUFFIXES:
             check_form(output, [_SUFFIXES[to]], f"what {to.value} reads")
+        else:
+            check_free_for_hf(output)
 
         # Usage is right: what follows needs torch, which takes seconds to import.
         loader = Loading(dtype, "cpu").loader(speech.bars)
@@ -115,4 +123,4 @@ def export(
         if speech.as_json:
             print_json(figures)
         elif not speech.quiet:
-            typer.echo(told)
+            show(told)

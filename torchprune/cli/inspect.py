@@ -10,6 +10,7 @@ from torchprune.cli.console import (
     Speech,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.run_files import commands_of
@@ -41,7 +42,7 @@ def inspect(
         if speech.as_json:
             print_json({**found.to_dict(), **({"commands": made_by} if made_by else {})})
             return
-        typer.echo(str(found))
+        show(str(found))
         if made_by and not speech.quiet:
             typer.echo("\n".join(["made by:", *(f"  {line}" for line in made_by)]))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchprune.calibration.documents import first_line
-from torchprune.checkpoint.manifest import has_masks_beside, is_saved
+from torchprune.checkpoint.manifest import is_ours
 from torchprune.checkpoint.save_load import load
 from torchprune.cli.documents import looks_like_path
 from torchprune.cli.hub import fetched
@@ -58,10 +58,15 @@ def load_model(
     Args:
         dtype: to load it in; None is the checkpoint's own.
     """
-    if is_saved(Path(name)) or has_masks_beside(Path(name)):
+    if is_ours(Path(name)):
         model: Any = load(name)
         return model.to(device=device, dtype=dtype)
     _check_name(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise InputError(
+            f"{name} holds no model: neither torchprune's manifest.json nor the config.json of "
+            "transformers"
+        )
     try:
         kind = transformers.AutoModelForCausalLM
         options = {"dtype": dtype or "auto", "trust_remote_code": False}
@@ -99,5 +104,7 @@ def import_transformers(bars: bool) -> Any:
 
 
 def _check_name(name: str) -> None:
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file; name the directory that it lies in")
     if looks_like_path(name) and not Path(name).is_dir():
         raise InputError(f"no such directory: {name}")

@@ -10,9 +10,11 @@ from torchprune.cli.console import (
     OutputOption,
     Speech,
     one_line,
+    show,
     typer,
 )
 from torchprune.cli.loading import Loading
+from torchprune.cli.places import check_place
 
 
 def profile(
@@ -75,6 +77,7 @@ def profile(
 
         chosen_forms(names)
         check_suffix(output)
+        check_place(output)
         loader = loading.loader(speech.bars)
         net = loader.model(model)
         dense = None if against is None else loader.model(against)
@@ -97,7 +100,7 @@ def profile(
         if speech.as_json:
             typer.echo(found.to_json())
         else:
-            typer.echo(str(found))
+            show(str(found))
 
 
 def _numbers(text: str) -> list[int]:

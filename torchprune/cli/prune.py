@@ -17,6 +17,7 @@ from torchprune.cli.console import (
     kept_in,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.loading import Loading
@@ -180,7 +181,7 @@ def prune(
             runs_of(net)[-1].notes.append(note)
         found = report(net)
         if not speech.as_json:
-            typer.echo(str(found))
+            show(str(found))
         with kept_in(progress):
             saved = place.save(net, tokenizer, model, say)
         if progress is not None:

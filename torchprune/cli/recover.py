@@ -13,6 +13,7 @@ from torchprune.cli.console import (
     kept_in,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.loading import Loading
@@ -96,8 +97,9 @@ def recover(
 
         # Usage is right: what follows needs torch, which takes seconds to import.
         from torchprune.reports.report import report, runs_of
+        from torchprune.training.course import RECOVERY
         from torchprune.training.mask_lora import MaskLoRA
-        from torchprune.training.recover import recover as train_back
+        from torchprune.training.recover import Asked, recover_as_asked
 
         loader = loading.loader(bars)
         place = destination.or_new([Path(model).resolve().name, "recovered", train.value])
@@ -118,24 +120,23 @@ def recover(
             Trained.norms: "norms",
             Trained.lora: MaskLoRA(rank=rank, seed=calibration.seed),
         }
-        level: Any = (effort or Effort.balanced).value
+        level = (effort or Effort.balanced).value
         how = f"for {minutes:g} minutes" if minutes else f"with effort {level}"
         say(f"training {_TOLD[train]} {how}")
         with kept_in(progress):
-            train_back(
+            recover_as_asked(
                 net,
                 batches,
+                Asked(level, minutes, kinds[train]),
                 teacher=dense,
-                effort=level,
-                minutes=minutes,
-                train=kinds[train],
                 seed=calibration.seed,
                 path=progress,
                 progress=bars,
             )
-        note = runs_of(net)[-1].notes[-1]
-        if not speech.as_json:
-            typer.echo(note)
-        saved = place.save(net, tokenizer, model, say)
+            note = runs_of(net)[-1].notes[-1]
+            if not speech.as_json:
+                show(note)
+            saved = place.save(net, tokenizer, model, say)
+        RECOVERY.forget(progress)
         if speech.as_json:
             print_json({"recovery": note, **report(net).to_dict(), **saved})

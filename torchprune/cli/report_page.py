@@ -72,8 +72,8 @@ def report(
 
     Sizes, sparsity and error by layer, what stayed dense and why; with --text the perplexity, with
     --dense that of the dense model and both models' texts side by side. Results that lie in DIR
-    (comparison.json, history.json) are on the page, too. --json prints the page's data and writes a
-    file only if --output names one.
+    (evaluation.json, profile.json, sensitivity.json, comparison.json, history.json) are on the
+    page, too. --json prints the page's data and writes a file only if --output names one.
 
     [bold]Examples[/bold]
 
@@ -86,6 +86,8 @@ def report(
             raise typer.BadParameter("--prompt needs --dense: the texts stand side by side")
         if not directory.is_dir():
             raise InputError(f"no such directory: {directory}")
+        if output is None and not speech.as_json:
+            output = directory / "report.html"
         check_form(output, (".html", ".json", ".png", ".svg", ".pdf"), "a report")
         say, bars = replace(speech, quiet=speech.quiet or speech.as_json).say, speech.bars
         documents = None if text is None else read_documents(text, column, progress=bars)
@@ -120,8 +122,6 @@ def report(
         command = "\n".join(commands)
         together = joined(page.title, page, *others) if others or measured else page
         whole = replace(led_by(together, *measured), command=command)
-        if output is None and not speech.as_json:
-            output = directory / "report.html"
         if output is not None:
             save_result(output, whole, found.figure)
             say(f"wrote {output} ({output.stat().st_size:,} bytes)")

@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchprune.cli.console import typer
+from torchprune.cli.places import check_place
 from torchprune.errors import InputError
 
 
 def check_form(output: Path | None, forms: Sequence[str], what: str) -> None:
-    """Refuse a file whose suffix says none of the forms that there are.
+    """Refuse a file whose suffix says none of the forms that there are, or that cannot be written.
 
     Args:
         what: is saved there: "a comparison".
 
     Raises:
-        InputError: it does.
+        InputError: it is such a one.
     """
     if output is not None and output.suffix.lower() not in forms:
         raise InputError(f"{output}: {what} is saved as one of {', '.join(forms)}")
+    check_place(output)
 
 
 def store_of(output: Path | None, resume: bool) -> Path | None:

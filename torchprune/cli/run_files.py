@@ -27,6 +27,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from torchprune.checkpoint.whole_files import write_whole
+from torchprune.cli.places import check_place
 from torchprune.cli.this_run import Run
 from torchprune.errors import InputError, MissingExtraError, did_you_mean
 
@@ -219,10 +220,10 @@ def write_options(path: Path, run: Run) -> None:
     """Write the options of a command into its table of a file; the file's other tables stay.
 
     Raises:
-        InputError: the file is there and is no TOML.
-        OSError: it cannot be written.
+        InputError: the file is there and is no TOML, or it cannot be written.
     """
     path = path.expanduser()
+    check_place(path)
     others = _read(path)[1] if path.exists() else {}
     write_whole(path, _dump({**others, run.command: run.table()}))
 

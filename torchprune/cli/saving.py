@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprune.cli.console import HfOption, OutputOption
+from torchprune.cli.places import check_place
 from torchprune.cli.registry import options_of_command
 from torchprune.cli.run_files import RUN_FILE, remembered, toml_writer
 from torchprune.cli.this_run import this_run
@@ -74,7 +75,7 @@ class Destination:
 
         toml_writer()
         _check(self.output, is_saved)
-        _check(self.hf, lambda directory: (directory / "torchprune.json").is_file())
+        check_free_for_hf(self.hf)
         both = [place.resolve() for place in (self.output, self.hf) if place is not None]
         if len(both) > len(set(both)):
             raise InputError(f"--output and --hf are both {self.output}; name two directories")
@@ -106,10 +107,20 @@ class Destination:
         return written
 
 
+def check_free_for_hf(directory: Path | None) -> None:
+    """As `Destination.check_free`, of a directory for a plain transformers model.
+
+    Raises:
+        InputError: it cannot be written, or something other than an earlier one is there.
+    """
+    _check(directory, lambda earlier: (earlier / "torchprune.json").is_file())
+
+
 def _check(directory: Path | None, ours: Callable[[Path], bool]) -> None:
-    if directory is None or not directory.exists() or ours(directory):
+    if directory is None:
         return
-    if not directory.is_dir() or any(directory.iterdir()):
+    check_place(directory, directory=True)
+    if directory.exists() and not ours(directory) and any(directory.iterdir()):
         raise InputError(f"{directory} exists and is no empty directory; name another")
 
 

@@ -14,6 +14,7 @@ from torchprune.cli.console import (
     kept_in,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.loading import Loading
@@ -65,7 +66,8 @@ def sensitivity(
         typer.Option(
             min=0,
             max=1,
-            help="Also print overrides that share so many zeros by these costs, to paste.",
+            help="Also print overrides that share so many zeros, 0 <= x < 1, by these costs, to "
+            "paste.",
             show_default=False,
         ),
     ] = None,
@@ -91,6 +93,10 @@ def sensitivity(
     with one_line(speech.debug):
         say, bars = speech.say, speech.bars
         asked, tried = parsed(what, "--what"), _levels(levels)
+        if overrides is not None and not overrides < 1:
+            raise typer.BadParameter(
+                f"the share of zeros, 0 <= x < 1, got {overrides:g}", param_hint="--overrides"
+            )
         check_form(output, _FORMS, "a sensitivity")
         store = store_of(output, resume) if mode is Mode.exact or resume else None
 
@@ -124,12 +130,18 @@ def sensitivity(
             extra = {} if shared is None else {"overrides": shared}
             print_json({**json.loads(found.to_json()), **extra})
         else:
-            typer.echo(str(found))
+            show(str(found))
             if shared is not None:
-                typer.echo(f"overrides = {shared!r}")
+                typer.echo(_pasted(shared))
         if output is not None:
             found.save(output)
             say(f"wrote {output}")
+
+
+def _pasted(shared: dict[str, float]) -> str:
+    """Overrides as Python has them, a layer a line."""
+    lines = (f"    {name!r}: {sparsity}," for name, sparsity in shared.items())
+    return "\n".join(["overrides = {", *lines, "}"])
 
 
 def _levels(text: str | None) -> list[Any] | None:

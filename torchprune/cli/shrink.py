@@ -14,6 +14,7 @@ from torchprune.cli.console import (
     TargetOption,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.loading import Loading
@@ -175,7 +176,7 @@ def shrink(
             _mask_units(net, asked, options, choice, batches, bars)
         plan = plan_shrink(net, batches[0])
         if not speech.as_json:
-            typer.echo(str(plan))
+            show(str(plan))
         saved: dict[str, str] = {}
         if not dry_run:
             if not plan:

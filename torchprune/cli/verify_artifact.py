@@ -12,6 +12,7 @@ from torchprune.cli.console import (
     Speech,
     one_line,
     print_json,
+    show,
     typer,
 )
 from torchprune.cli.loading import Loading
@@ -74,7 +75,7 @@ def verify(
         if speech.as_json:
             print_json(proof.to_dict())
         elif not speech.quiet:
-            typer.echo(str(proof))
+            show(str(proof))
         else:
             typer.echo("\n".join([*proof.wrongs(), proof.verdict]))
         if not proof.holds:

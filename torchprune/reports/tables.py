@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Cells = Sequence[str]
 
@@ -26,17 +27,20 @@ class Column:
     Attributes:
         right: numbers, to the right.
         fold: long text, broken where the table gets too wide.
+        spare: left out, the last first, of a terminal that has no room for all.
     """
 
     head: str
     right: bool = False
     fold: bool = False
+    spare: bool = False
 
 
 def by_rich(columns: Sequence[Column], rows: Sequence[Cells], total: Cells = ()) -> str | None:
     """The table, `total` below a rule; None where the cli extra's rich is not installed.
 
-    In a terminal that is too narrow for it, what all rows have in common is said once, below.
+    In a terminal that is too narrow for it, what all rows have in common is said once, below, and
+    so is what was left out.
     """
     try:
         from rich import box
@@ -48,6 +52,8 @@ def by_rich(columns: Sequence[Column], rows: Sequence[Cells], total: Cells = ())
     width, common = _width(), ""
     if _wanted(columns, [*rows, total]) > width:
         columns, rows, total, common = _without_common(columns, rows, total)
+        columns, rows, total, left_out = _without_spare(columns, rows, total, width)
+        common += left_out
     narrow = _wanted(columns, [*rows, total]) > width
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
@@ -97,6 +103,26 @@ def _without_common(
         [total[place] for place in left] if total else (),
         f"in all rows: {said}\n" if said else "",
     )
+
+
+def _without_spare(
+    columns: Sequence[Column], rows: Sequence[Cells], total: Cells, width: int
+) -> tuple[Sequence[Column], Sequence[Cells], Cells, str]:
+    """The table with as many of its spare columns as there is room for, and a line about others."""
+    gone: list[str] = []
+    while _wanted(columns, [*rows, total]) > width:
+        spare = [place for place, column in enumerate(columns) if column.spare]
+        if not spare:
+            break
+        gone.append(columns[spare[-1]].head)
+        columns, total = _without(columns, spare[-1]), _without(total, spare[-1])
+        rows = [_without(row, spare[-1]) for row in rows]
+    said = f"no room here for: {', '.join(reversed(gone))}\n" if gone else ""
+    return columns, rows, total, said
+
+
+def _without(cells: Sequence[Any], place: int) -> list[Any]:
+    return [*cells[:place], *cells[place + 1 :]]
 
 
 def plain(columns: Sequence[Column], rows: Sequence[Cells]) -> str:

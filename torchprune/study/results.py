@@ -304,13 +304,13 @@ class Comparison:
     def _columns(self) -> list[Column]:
         return [
             Column("", fold=True),
-            Column("method"),
-            Column("pattern"),
+            Column("method", spare=True),
+            Column("pattern", spare=True),
             Column("sparsity", right=True),
-            Column("of model", right=True),
+            Column("of model", right=True, spare=True),
             *(Column(name, right=True) for name in self.metrics),
             Column("seconds", right=True),
-            Column("MiB held", right=True),
+            Column("MiB held", right=True, spare=True),
         ]
 
     def _cells(self) -> list[list[str]]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from torchprune.calibration.text import context_of
+from torchprune.errors import InputError
 from torchprune.modes import eval_mode
 from torchprune.reports.pieces import Pair, Pairs
 
@@ -24,13 +26,22 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 
 
     Args:
         model: a causal language model of transformers.
-        tokens: at most so many new ones.
+        tokens: at most so many new ones, fewer where the model's context ends before.
+
+    Raises:
+        InputError: a prompt fills the context.
     """
     end = getattr(tokenizer, "eos_token_id", None)
-    found = []
+    context, found = context_of(model), []
     with eval_mode(model), torch.no_grad():
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+            room = tokens if context is None else min(tokens, context - ids.shape[1])
+            if room < 1:
+                raise InputError(
+                    f"a prompt of {ids.shape[1]} tokens leaves no room in the model's context of "
+                    f"{context}: {prompt!r:.60}; give a shorter one"
+                )
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -38,7 +49,7 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                max_new_tokens=tokens,
+                max_new_tokens=room,
                 pad_token_id=0 if end is None else end,
             )
             text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -109,7 +109,43 @@ def recover(
         CalibrationError: no usable data, no loss, or one that is not finite.
         CheckpointError: `path` holds something else, another run, or is damaged.
     """
-    asked = _Asked(effort, minutes, train, rate, batches, written, held_out, max_batches)
+    asked = Asked(effort, minutes, train, rate, batches, written, held_out, max_batches)
+    recover_as_asked(
+        model,
+        data,
+        asked,
+        teacher=teacher,
+        objective=objective,
+        loss=loss,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        seed=seed,
+        path=path,
+        progress=progress,
+    )
+    if path is not None:
+        RECOVERY.forget(path)
+    return model
+
+
+@on_ordinary_tensors
+def recover_as_asked(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    asked: Asked,
+    *,
+    teacher: nn.Module | None = None,
+    objective: Objective | Sequence[Objective] | None = None,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> None:
+    """As `recover`, but what `path` keeps stays there: for who saves the result and then deletes
+    it, so that a kill between the two loses nothing. The same call goes on to the same result."""
+    effort, minutes, train, rate = asked.effort, asked.minutes, asked.train, asked.rate
     asked.check(model, teacher, loss)
     as_objectives(objective, taught=teacher is not None)
     check_trainable(model)
@@ -131,18 +167,16 @@ def recover(
         train=train,
         rate=rate,
         optimizer=optimizer,
-        batches=batches,
+        batches=asked.batches,
         seed=seed,
         path=path,
         name="" if path is None else _name_of(model, [*learning, *judging], options),
         progress=progress,
     )
     earlier = None if path is None else _earlier(path, course.name)
-    a_pass = -(-len(learning) // batches)
+    a_pass = -(-len(learning) // asked.batches)
     pace = Pace(None, minutes * 60) if minutes is not None else Pace(passes * a_pass, None)
     notes.append(course.run(pace, earlier))
-    if path is not None:
-        RECOVERY.forget(path)
     record = RecoverySpec(
         train=str(train),
         objective=" + ".join(map(str, objectives)),
@@ -151,21 +185,20 @@ def recover(
         seed=seed,
     )
     remember_run(model, RunRecord(spec=record, batches=len(learning), notes=notes))
-    return model
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The options of a call."""
+class Asked:
+    """The options of a call, as `recover` has them."""
 
-    effort: str
-    minutes: float | None
-    train: str | MaskLoRA
-    rate: float | None
-    batches: int
-    written: int
-    held_out: float
-    max_batches: int
+    effort: str = "balanced"
+    minutes: float | None = None
+    train: str | MaskLoRA = "weights"
+    rate: float | None = None
+    batches: int = 1
+    written: int = 0
+    held_out: float = 0.125
+    max_batches: int = 4096
 
     def check(self, model: object, teacher: object, loss: object) -> None:
         if not isinstance(model, nn.Module):
@@ -215,7 +248,7 @@ class _Text:
     progress: bool
 
     def read(
-        self, data: Iterable[Any] | None, tokenizer: Any, asked: _Asked
+        self, data: Iterable[Any] | None, tokenizer: Any, asked: Asked
     ) -> tuple[list[Lesson], list[Lesson], list[str]]:
         """Those to learn from, those to judge by, and what the report should say."""
         writer = self.model if self.teacher is None else self.teacher

@@ -151,8 +151,13 @@ class Costs:
             spread: each is within so much of `sparsity`.
 
         Raises:
-            SensitivityError: units were measured, or costs at one sparsity alone.
+            SensitivityError: units were measured, or costs at one sparsity alone; or the sparsity
+                is no share of zeros below 1.
         """
+        if not 0 <= sparsity < 1:
+            raise SensitivityError(
+                f"overrides: sparsity is the share of zeros, 0 <= sparsity < 1, got {sparsity!r}"
+            )
         if self.units != "weights":
             raise SensitivityError(f"overrides are for the weights of layers, not for {self.units}")
         costs, rows = self.costs(metric), {row.name: row for row in self.rows}

@@ -47,7 +47,8 @@ def run_layers(bench: Bench) -> list[Cost]:
             moments.cross = moments.gram
     trials = _trials(bench, plan, stop, spec)
     if not trials:
-        raise CalibrationError("no calibration batch reached a layer that can have these levels")
+        why = "; ".join(bench.notes) or "no calibration batch reached a layer"
+        raise CalibrationError(f"nothing is left to try: {why}")
     how = "as it solves each layer alone" if solve else "by masks alone"
     if spec.needs_gram or spec.reconstruct:
         bench.notes.append(f"{spec.label}: {how}, on the dense model's inputs")

@@ -47,7 +47,7 @@ def layer_table(result: Costs, shown: int = _SHOWN) -> tuple[list[Column], list[
     order = sorted(lines, key=lambda line: -_worst(line, result.metric))
     columns = [Column("layer" if result.levels else "unit"), Column("kind")]
     columns += [Column(head, right=True) for head in _heads(result)]
-    rest = "" if len(order) <= shown else f"and {len(order) - shown} that cost less: .rows"
+    rest = "" if len(order) <= shown else f"and {len(order) - shown} that cost less"
     return columns, [_cells(line, result) for line in order[:shown]], rest
 
 

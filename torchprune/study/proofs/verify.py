@@ -164,3 +164,5 @@ def _told(progress: bool) -> Iterator[Callable[[str], Any]]:
             bar.update()
 
         yield say
+        bar.set_postfix_str("")
+        bar.update(len(LAWS) - bar.n)

@@ -116,7 +116,7 @@ def profile(
     with (
         _quiet_state(threads),
         tqdm(
-            desc="profiling", unit="step", disable=not progress, bar_format="{desc}: {postfix}"
+            desc="profiling", disable=not progress, bar_format="{desc}{postfix}", leave=False
         ) as bar,
     ):
         bench = _Bench(model, against, Pace(seconds), clock, seed, bar)

@@ -205,7 +205,9 @@ class Measured:
             Column("form", fold=True),
             Column(f"{self.unit}s", right=True),
             *(Column(head, right=True) for head in ("ms", "10 to 90 %", f"times {self.base}")),
-            *(Column(head, right=True) for head in (f"{self.unit}s/s", "peak MiB", "weights MB")),
+            Column(f"{self.unit}s/s", right=True, spare=True),
+            Column("peak MiB", right=True, spare=True),
+            Column("weights MB", right=True),
             Column("note", fold=True),
         ]
         return columns, [self._line(cell) for cell in self.lines]

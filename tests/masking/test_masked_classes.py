@@ -63,6 +63,8 @@ def test_one_class_for_a_kind_and_the_tensors_that_are_masked(kind: str) -> None
     make, (one, two) = KINDS[kind]
     first, second, both = masked(make(), one), masked(make(), one), masked(make(), one, two)
     assert type(first) is type(second) is type(copy.deepcopy(first)) is not type(both)
+    assert first.__annotations__ is not None  # which Python writes down, as it does for a copy
+    assert type(both) is type(masked(copy.deepcopy(first), two))
     assert type(both) is type(masked(masked(make(), two), one))
     for module in (first, both):
         assert parametrize.type_before_parametrizations(module) is type(make())

@@ -30,8 +30,11 @@ _MANY = "_torchprune_shared"
 _DEPTH = "_orig_cls_mro_index"
 """Where a class that `fully_shard` made says how far from it its plain one is."""
 
-_OF_TORCH = frozenset(("__module__", "__doc__", "__getstate__", "__deepcopy__", _DEPTH))
+_OF_TORCH = frozenset(("__getstate__", "__deepcopy__", _DEPTH))
 """What the class of a parametrized module holds beside its tensors."""
+
+_NOTES = frozenset(("__module__", "__doc__", "__slotnames__", "__annotations__"))
+"""What Python writes into any class, some of it when the class is first asked or copied."""
 
 _CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
 """By plain class, masked tensors, and tensors that carry other parametrizations alone."""
@@ -80,7 +83,7 @@ def settle_class(
     others = [name for name in cast(nn.ModuleDict, module.parametrizations) if name not in masked]
     more = dict(further(plain)) if masked else {}
     key: Any = plain, frozenset(masked), frozenset(others)
-    alike = set(own) <= _OF_TORCH.union(masked, others, more) and all(
+    alike = set(own) <= _OF_TORCH.union(_NOTES, masked, others, more) and all(
         _is_usual(own[name]) for name in others if name in own
     )
     found = _CLASSES.get(key) if alike else None
@@ -130,7 +133,9 @@ def _own(kind: type, chains: nn.ModuleDict) -> dict[str, Any]:
 
 
 def _namespace(kind: type) -> dict[str, Any]:
-    return {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return {
+        k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__", "__slotnames__")
+    }
 
 
 def _is_usual(value: object) -> bool:

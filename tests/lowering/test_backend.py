@@ -277,6 +277,7 @@ def test_a_graph_without_zeros_is_passed_on_and_said(caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"lowr": "dense"}, "no option 'lowr'; it takes backend, lower, min_sparsity"),
+     ({"lowr": "dense", "backend": Seen()}, "no option 'lowr'.* Seen takes none"),
      ({"lower": "csr"}, "lower must be 'bitmask' or 'dense', got 'csr'")],
 )  # fmt: skip
 def test_wrong_options_say_what_there_is(options: dict[str, Any], match: str) -> None:
@@ -287,6 +288,45 @@ def test_wrong_options_say_what_there_is(options: dict[str, Any], match: str) ->
     while cause is not None and not isinstance(cause, LoweringError):
         cause = cause.__cause__ or getattr(cause, "inner_exception", None)
     assert cause is not None
+
+
+@pytest.mark.parametrize("how", [{"mode": "reduce-overhead"},
+                                 {"options": {"epilogue_fusion": False, "lower": "dense"}},
+                                 {"options": {"max-autotune": False}}])  # fmt: skip
+def test_what_inductor_takes_goes_on_to_it(how: dict[str, Any]) -> None:
+    from torch._dynamo.backends import registry
+
+    model, x, seen = small(), torch.randn(2, 16), []
+    before = registry.lookup_backend("inductor")
+
+    def inductor(graph: GraphModule, inputs: Any, config_patches: dict[str, Any]) -> Any:
+        seen.append(config_patches)
+        return graph.forward
+
+    registry._COMPILER_FNS["inductor"] = inductor
+    try:
+        run = torch.compile(model, backend="torchprune", **how)
+        torch.testing.assert_close(output(run, x), output(model, x))
+    finally:
+        registry._COMPILER_FNS["inductor"] = before
+    if "mode" in how:
+        assert seen == [torch._inductor.list_mode_options(how["mode"])]
+    else:
+        given = {name.replace("-", "_"): value for name, value in how["options"].items()}
+        assert seen == [{name: value for name, value in given.items() if name != "lower"}]
+
+
+def test_what_another_backend_takes_goes_on_to_it() -> None:
+    seen: list[Any] = []
+
+    def inner(graph: GraphModule, inputs: Any, *, mode: Any = None, options: Any = None) -> Any:
+        seen.append((mode, options))
+        return graph.forward
+
+    x = torch.randn(2, 16)
+    options = {"backend": inner, "fast": True}
+    output(torch.compile(small(), backend="torchprune", options=options), x)
+    assert seen == [(None, {"fast": True})]
 
 
 def test_the_name_is_known_without_importing_torchprune() -> None:

@@ -71,3 +71,60 @@ def test_code_that_reads_data_compiles_with_the_mask() -> None:
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(compiled(x), model(x))
+
+
+class Block(nn.Module):
+    """What models repeat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+FORMS = {
+    "dense": lambda model: model,
+    "masked": lambda model: torchprune.sparsify(model, MagnitudeSpec(), progress=False),
+    "folded": lambda model: torchprune.fold(FORMS["masked"](model)),
+    "lowered": lambda model: torchprune.lower(FORMS["masked"](model), "bitmask"),
+    "twice": lambda model: torchprune.sparsify(
+        FORMS["masked"](model), MagnitudeSpec(0.7), progress=False
+    ),
+    "biases too": lambda model: torchprune.apply_masks(
+        model, {name: p > 0 for name, p in model.named_parameters() if "norm" not in name}
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_that_are_compiled_each_share_one_graph(form: str) -> None:
+    torch.manual_seed(0)
+    model = FORMS[form](nn.Sequential(*(Block() for _ in range(10))))
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        expected = model(x)
+        counter = CompileCounterWithBackend("eager")
+        for block in model:
+            block.compile(backend=counter, fullgraph=True)
+        torch.testing.assert_close(model(x), expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_masks_cost_no_graph_in_any_block_of_a_family(name: str) -> None:
+    def graphs(form: str) -> int:
+        torch._dynamo.reset()
+        model = FORMS[form](FAMILIES[name].make())
+        model.config.use_cache = False
+        counter = CompileCounterWithBackend("eager")
+        for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+            for block in blocks:
+                block.compile(backend=counter)
+        (batch,) = FAMILIES[name].data(count=1)
+        model(**batch) if isinstance(batch, dict) else model(batch)
+        return counter.frame_count
+
+    dense = graphs("dense")
+    assert graphs("masked") == graphs("lowered") == dense >= 1

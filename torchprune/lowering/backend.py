@@ -26,67 +26,33 @@ from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchprune.errors import LoweringError
+from torchprune.lowering.backend_options import Options
 from torchprune.lowering.bitmask import SLACK, Bitmask, obstacle
 from torchprune.lowering.kernels import operators as kernels
 from torchprune.masking.keeper import Guarded
 
 log = logging.getLogger(__name__)
 
-LOWERINGS = ("bitmask", "dense")
-
 _LINEAR = (torch._C._nn.linear, torch.nn.functional.linear)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `torch.compile(..., options={...})` may say.
-
-    Attributes:
-        lower: "bitmask" packs sparse weights of linear layers on CPUs; "dense" only folds masks.
-        min_sparsity: weights with a smaller share of zeros stay dense.
-        backend: compiles what is left: a name that torch knows, or a callable.
-    """
-
-    lower: str = "bitmask"
-    min_sparsity: float = 0.25
-    backend: str | Callable[..., Any] = "inductor"
-
-    @staticmethod
-    def read(given: Mapping[str, Any] | None) -> Options:
-        """Raises `LoweringError` for an unknown name or lowering."""
-        known = set(Options.__dataclass_fields__)
-        if wrong := set(given or ()) - known:
-            raise LoweringError(
-                f"the backend has no option {', '.join(map(repr, sorted(wrong)))}; "
-                f"it takes {', '.join(sorted(known))}"
-            )
-        options = Options(**dict(given or {}))
-        if options.lower not in LOWERINGS:
-            raise LoweringError(
-                f"lower must be {' or '.join(map(repr, LOWERINGS))}, got {options.lower!r}"
-            )
-        return options
 
 
 def compile_graph(
     graph_module: GraphModule,
     example_inputs: list[Any],
     *,
+    mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The backend: what `backend="torchprune"` stands for.
 
     With gradients, masks stay in the graph, so that they reach the kept weights only, and nothing
-    is packed.
+    is packed. The mode, and options that are not this backend's, go on to the inner one.
 
     Raises:
-        LoweringError: an unknown option.
+        LoweringError: an unknown option or mode.
     """
-    from torch._dynamo.backends.registry import lookup_backend
-
-    asked = Options.read(options)
-    inner = lookup_backend(asked.backend)
+    asked = Options.read(options, mode)
+    inner = asked.inner()
     wants_gradient = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in example_inputs
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchprune.errors import LoweringError
-from torchprune.lowering.kernels import operators
+from torchprune.lowering.kernels import gradients, operators
 from torchprune.masking.packing import as_words, pack_bits, pack_values, unpack_bits
 
 WORD = 64
@@ -17,6 +17,8 @@ WORD = 64
 
 SLACK = 64
 """Zeros after the last value, so that kernels may read whole vectors of 64 bytes."""
+
+gradients.register()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What values can be, but for int8 with a scale for each row."""

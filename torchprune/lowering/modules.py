@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchprune.errors import LoweringError
 from torchprune.lowering.bitmask import Bitmask
+from torchprune.lowering.kernels.gradients import is_followed
 from torchprune.masking.matrices import View
 
 _PARTS = ("bits", "values", "starts", "scales")
@@ -77,19 +78,21 @@ class BitmaskLinear(nn.Module):
         Under autocast the input is cast, as for a Linear, and the output is of autocast's dtype.
         """
         parts = (self.bits, self.values, self.starts, self.scales)
-        if torch.is_grad_enabled() and (x.requires_grad or self._trains_bias()):
-            return cast(
-                Tensor,
-                _Product.apply(x, *parts, self.bias, self.in_features),  # type: ignore[no-untyped-call]
+        if is_followed(x) or (self._trains_bias() and torch.is_grad_enabled()):
+            return torch.ops.torchprune.bitmask_linear(  # type: ignore[no-any-return]
+                x, *parts, self.bias, self.in_features
             )
-        return torch.ops.torchprune.bitmask_linear(  # type: ignore[no-any-return]
-            x, *parts, self.bias, self.in_features
-        )
+        with torch._C._AutoDispatchBelowAutograd():  # what would look for gradients takes longer
+            return torch.ops.torchprune.bitmask_linear(  # type: ignore[no-any-return]
+                x, *parts, self.bias, self.in_features
+            )
 
     def extra_repr(self) -> str:
         """What `print` shows."""
         size = max(1, self.in_features * self.out_features)
-        zeros = "unknown" if self.starts.is_meta else f"{1 - int(self.starts[-1]) / size:.1%}"
+        told = type(self.starts) in (Tensor, nn.Parameter) and not self.starts.is_meta
+        told = told and not torch._C._functorch.is_functorch_wrapped_tensor(self.starts)
+        zeros = f"{1 - int(self.starts[-1]) / size:.1%}" if told else "unknown"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, values={self.values.dtype}, zeros={zeros}"
@@ -178,37 +181,3 @@ class BitmaskLinear(nn.Module):
             raise LoweringError(
                 f"{name}: expected values of {self.values.dtype}, got {values.dtype}"
             )
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + bias, differentiable in x and the bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bits: Tensor,
-        values: Tensor,
-        starts: Tensor,
-        scales: Tensor | None,
-        bias: Tensor | None,
-        cols: int,
-    ) -> Tensor:
-        ctx.save_for_backward(bits, values, starts, scales)
-        ctx.cols = cols
-        return torch.ops.torchprune.bitmask_linear(  # type: ignore[no-any-return]
-            x, bits, values, starts, scales, bias, cols
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        bits, values, starts, scales = ctx.saved_tensors
-        to_x = to_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = torch.ops.torchprune.bitmask_unpack(bits, values, starts, ctx.cols)
-            weight = weight if scales is None else weight.float() * scales[:, None]
-            to_x = grad @ weight.to(grad.dtype)
-        if ctx.needs_input_grad[5]:
-            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return to_x, None, None, None, None, to_bias, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CodeType
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError
 from torchprune.masking.keeper import Guarded
+from torchprune.masking.masked_classes import beside, computed, settle_class
 from torchprune.masking.shards import settle_at
 
 _HANDED = "_torchprune_handed_"
@@ -37,48 +38,26 @@ class _Handed(tuple[Any, ...]):
         return type(None), ()
 
 
-def own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
+def settle(module: nn.Module, masked: Collection[str]) -> None:
+    """Let a module hand out the parameters behind its masks, in place of products with them.
 
-    torch adds and deletes the tensor's property on the class, which a deepcopy shares: without
-    this, folding a copy would take the weight away from the original.
+    Before torch's functions add or remove a parametrization, with what is about to come among those
+    masked, and after.
+
+    Args:
+        masked: the names of its tensors that carry masks.
     """
-    if parametrize.is_parametrized(module):
-        shared = _outermost(type(module))
-        module.__class__ = type(shared.__name__, shared.__bases__, _namespace(shared))
+    settle_class(module, masked, _getter, _further)
 
 
-def _namespace(kind: type) -> dict[str, Any]:
-    return {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-
-
-def _outermost(kind: type) -> type:
-    """A class whose own namespace holds the masked tensors' properties.
-
-    What other libraries make of a module after that, as `fully_shard` does, comes between them and
-    the plain class.
-    """
-    if len(kind.__bases__) < 2 or not kind.__bases__[-1].__name__.startswith("Parametrized"):
-        return kind
-    *others, masked = kind.__bases__
-    between = type(
-        kind.__name__.replace("Parametrized", "", 1), (*others, *masked.__bases__), _namespace(kind)
-    )
-    own = {k: v for k, v in _namespace(masked).items() if k not in vars(kind)}
-    index = getattr(between, "_orig_cls_mro_index", None)
-    if index is not None:  # where `fully_shard` finds the plain class
-        own["_orig_cls_mro_index"] = index + 1
-    return type(masked.__name__, (between,), own)
-
-
-def install(module: nn.Module, tensor: str) -> None:
-    """Let a module hand out the parameter behind a mask, in place of the product with it."""
-    kind: Any = type(module)
-    _make_plain(kind)
-    setattr(kind, tensor, property(_getter(tensor), vars(kind)[tensor].fset))
-    kind.register_parameter = _refuse_another
-    if isinstance(module, nn.RNNBase) and _FLAT not in vars(kind):
-        kind._flat_weights = property(_flat_weights, _keep_flat_weights)
+def _further(plain: type) -> dict[str, Any]:
+    """What the class of a module with masks holds beside its tensors."""
+    flat = {_FLAT: property(_flat_weights, _keep_flat_weights)}
+    return {
+        "register_parameter": _refuse_another,
+        "__new__": _making(plain),
+        **(flat if issubclass(plain, nn.RNNBase) else {}),
+    }
 
 
 def _refuse_another(self: Any, name: str, param: nn.Parameter | None) -> None:
@@ -89,6 +68,7 @@ def _refuse_another(self: Any, name: str, param: nn.Parameter | None) -> None:
             "and another parameter was to take its place; to quantize it, or replace it, call "
             "torchprune.fold(model) first, which keeps the zeros"
         )
+    forget_handed(self, name)
     for kind in type(self).__mro__:
         own = vars(kind).get("register_parameter")
         if own is not None and own is not _refuse_another:
@@ -96,27 +76,15 @@ def _refuse_another(self: Any, name: str, param: nn.Parameter | None) -> None:
             return
 
 
-def _make_plain(kind: type) -> None:
+def _making(ordinary: type) -> Any:
     """Have `type(module)(...)`, as adapters make layers of the same kind, make an ordinary one."""
-    ordinary = kind.__bases__[0]
-    if "__new__" in vars(kind):
-        return
 
     def make(cls: type, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return ordinary(*args, **kwargs)
         return object.__new__(cls)  # a copy's, which fills it in itself
 
-    kind.__new__ = staticmethod(make)  # type: ignore[assignment]
-
-
-def uninstall(module: nn.Module) -> None:
-    """Undo what `install` did beside the tensor's own property, if no tensor needs it any more."""
-    kind = type(module)
-    for name in [name for name in vars(module) if name.startswith(_HANDED)]:
-        del vars(module)[name]
-    if _FLAT in vars(kind) and len(cast(Any, module.parametrizations)) == 1:
-        delattr(kind, _FLAT)
+    return staticmethod(make)
 
 
 def forget_handed(module: nn.Module, tensor: str) -> None:
@@ -158,6 +126,8 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
         if is_compiling():
             if instead in self.__dict__ and (make := _STANDING.get({}).get((id(self), tensor))):
                 return make()
+            if tensor not in self._modules["parametrizations"]._modules:
+                return cast(Tensor, beside(self, tensor))
             return cast(Tensor, self.parametrizations[tensor]())
         known = self.__dict__.get(place)
         if known is not None:
@@ -179,7 +149,9 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
         aside = instead in self.__dict__
         if aside and (make := _STANDING.get({}).get((id(self), tensor))) is not None:
             return make()
-        chain = self._modules["parametrizations"]._modules[tensor]
+        chain = self._modules["parametrizations"]._modules.get(tensor)
+        if chain is None:
+            return cast(Tensor, beside(self, tensor))
         weight, steps = chain._parameters["original"], chain._modules
         if not fx._is_fx_tracing_flag and _get_tracing_state() is None:
             mask = steps["0"]
@@ -193,7 +165,7 @@ def _getter(tensor: str) -> Callable[[nn.Module], Tensor]:
                     weight = step(weight)
                 return cast(Tensor, weight)
         settle_at(chain)
-        return _product(self, tensor)
+        return cast(Tensor, computed(self, tensor))
 
     _run_as_it_is(get.__code__)
     return get
@@ -208,17 +180,6 @@ def _run_as_it_is(code: CodeType) -> None:
     if hasattr(frames, "_FrameExecStrategy"):
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
-
-
-def _product(module: Any, tensor: str) -> Tensor:
-    """What torch's own property computes, or remembers while it is asked to."""
-    chain = module.parametrizations[tensor]
-    if not parametrize._cache_enabled:
-        return cast(Tensor, chain())
-    key = id(module), tensor
-    if key not in parametrize._cache:
-        parametrize._cache[key] = chain()
-    return cast(Tensor, parametrize._cache[key])
 
 
 def _flat_weights(self: Any) -> list[Tensor | None]:

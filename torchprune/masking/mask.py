@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, SpecError, did_you_mean
-from torchprune.masking.access import install, own_class, uninstall
+from torchprune.masking.access import forget_handed, settle
 from torchprune.masking.adapters import named_as_plain
 from torchprune.masking.awaited import around_exports
 from torchprune.masking.keeper import values_of
@@ -100,6 +100,14 @@ def mask_of(module: nn.Module, tensor: str) -> Mask | None:
     chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
     found = [p for p in cast(nn.ModuleList, chain) if isinstance(p, Mask)]
     return found[0] if found else None
+
+
+def masked_in(module: nn.Module) -> list[str]:
+    """The names of a module's own tensors that carry masks."""
+    if not parametrize.is_parametrized(module):
+        return []
+    chains = cast(nn.ModuleDict, module.parametrizations)
+    return [name for name in chains if mask_of(module, name) is not None]
 
 
 def steps_beside(module: nn.Module, tensor: str) -> list[nn.Module]:
@@ -193,10 +201,10 @@ def put_on(module: nn.Module, tensor: str, mask: Mask) -> Mask:
         mask.__dict__["order"] = next(
             (m.__dict__["order"] for m in held if m is not None), list(module._parameters)
         )
-    own_class(module)
+    settle(module, [*masked_in(module), tensor])
     _register(module, tensor, mask)
     _sort(module, mask.__dict__["order"])
-    install(module, tensor)
+    settle(module, masked_in(module))
     chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
     moved((module, tensor), (chain, "original"))
     settle_at(chain)
@@ -240,9 +248,10 @@ def detach(module: nn.Module, tensor: str) -> None:
         order = mask.__dict__.get("order", [])
         mask.keeper.free()
     chain = cast(nn.ModuleDict, module.parametrizations)[tensor]
-    own_class(module)
-    uninstall(module)
+    settle(module, masked_in(module))
+    forget_handed(module, tensor)
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+    settle(module, masked_in(module))
     for name in order:  # registration had moved the parameter to the end of the state_dict
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)

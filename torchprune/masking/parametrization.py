@@ -159,7 +159,8 @@ class Mask(nn.Module):
             if product.requires_grad and not torch.compiler.is_compiling():
                 product.register_hook(self.listener.hear)
             return product
-        if torch.is_grad_enabled() or torch.compiler.is_exporting() or is_shard(weight):
+        exports = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+        if torch.is_grad_enabled() or exports or is_shard(weight):
             return torch.where(mask, weight, 0)  # what autograd knows, and graph passes look for
         return masked(weight, mask)  # inductor folds this one where weights are frozen
 

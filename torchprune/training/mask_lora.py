@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchprune.errors import MaskError, TargetError
-from torchprune.masking.access import forget_handed, own_class
+from torchprune.masking.access import forget_handed, settle
 from torchprune.masking.adapters import adapter_parameters
-from torchprune.masking.mask import TOLD_BESIDE, Mask, mask_of, original_of, steps_beside
+from torchprune.masking.mask import (
+    TOLD_BESIDE,
+    Mask,
+    mask_of,
+    masked_in,
+    original_of,
+    steps_beside,
+)
 from torchprune.masking.matrices import View, view_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.selection import (
@@ -204,8 +211,9 @@ def _put_on(layer: Layer, step: LowRank) -> None:
     module, tensor = layer.module, layer.tensor
     weight = original_of(module, tensor)
     order = list(module._parameters)
-    own_class(module)
+    settle(module, masked_in(module))
     parametrize.register_parametrization(module, tensor, step, unsafe=True)
+    settle(module, masked_in(module))
     step.__dict__["order"] = order
     weight.requires_grad_(False)
     forget_handed(module, tensor)
@@ -218,7 +226,7 @@ def _take_off(layer: Layer, step: LowRank) -> None:
     if len(chain) > 1:
         del chain[next(i for i, other in enumerate(chain) if other is step)]
     else:
-        own_class(module)
+        settle(module, masked_in(module))
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
         for name in step.__dict__["order"]:
             if name in module._parameters:

@@ -29,13 +29,13 @@ from torchprune.masking.packing import unpack_bits, unpack_values
 _WORD = 64
 _SLACK = 64
 
-_lib = torch.library.Library("torchprune", "FRAGMENT")
-_lib.define(
+LIBRARY = torch.library.Library("torchprune", "FRAGMENT")
+LIBRARY.define(
     "bitmask_linear(Tensor x, Tensor bits, Tensor values, Tensor starts, Tensor? scales, "
     "Tensor? bias, int cols) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
-_lib.define(
+LIBRARY.define(
     "bitmask_unpack(Tensor bits, Tensor values, Tensor starts, int cols) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
@@ -204,9 +204,9 @@ def _under_autocast(device: str) -> Callable[..., Tensor]:
     return run
 
 
-_lib.impl("bitmask_linear", _linear, "CompositeExplicitAutograd")
-_lib.impl("bitmask_unpack", _unpack, "CompositeExplicitAutograd")
-_lib._register_fake("bitmask_linear", _fake_linear)
-_lib._register_fake("bitmask_unpack", _fake_unpack)
+LIBRARY.impl("bitmask_linear", _linear, "CompositeExplicitAutograd")
+LIBRARY.impl("bitmask_unpack", _unpack, "CompositeExplicitAutograd")
+LIBRARY._register_fake("bitmask_linear", _fake_linear)
+LIBRARY._register_fake("bitmask_unpack", _fake_unpack)
 for _device in ("cpu", "cuda"):
-    _lib.impl("bitmask_linear", _under_autocast(_device), f"Autocast{_device.upper()}")
+    LIBRARY.impl("bitmask_linear", _under_autocast(_device), f"Autocast{_device.upper()}")

@@ -102,6 +102,15 @@ def guesses(
         shared_key: modules with one key head for all queries: the number of queries for each key
             is their number of heads, and else stays.
     """
+    yield from _guesses(modules, sizes, shared_key)
+    yield from _guesses(modules, _with_owners(sizes), shared_key)
+
+
+def _guesses(
+    modules: Mapping[str, nn.Module],
+    sizes: Mapping[str, Mapping[int, set[int]]],
+    shared_key: Collection[str],
+) -> Iterator[Attributes]:
     named: Attributes = {}
     wide: Attributes = {}
     for path, changes in sizes.items():
@@ -129,6 +138,21 @@ def guesses(
             for some in combinations(names, size):
                 chosen = {p: {n: v for n, v in own.items() if n in some} for p, own in both.items()}
                 yield {path: values for path, values in chosen.items() if values}
+
+
+def _with_owners(sizes: Mapping[str, Mapping[int, set[int]]]) -> dict[str, dict[int, set[int]]]:
+    """Each module's sizes, and those of all modules inside it.
+
+    Of a value that is cut, export may say that it was made by the module that first reads a piece.
+    """
+    found: dict[str, dict[int, set[int]]] = {}
+    for path, changes in sizes.items():
+        names = path.split(".")
+        for owner in {".".join(names[:n]) for n in range(len(names) + 1)}:
+            own = found.setdefault(owner, {})
+            for before, after in changes.items():
+                own[before] = own.get(before, set()) | after
+    return found
 
 
 _TRIED = 5

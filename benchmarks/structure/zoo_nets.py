@@ -147,7 +147,10 @@ def from_torchvision(name: str, size: int = IMAGE) -> Net:
 
 
 def text(config: str, kind: str, **fields: Any) -> Net:
-    """A transformers model of this configuration class, of 2 layers and width 64."""
+    """A transformers model of this configuration class, of 2 layers and width 64.
+
+    A field that is None is left to the class.
+    """
     import transformers
 
     usual = {
@@ -161,7 +164,8 @@ def text(config: str, kind: str, **fields: Any) -> Net:
         "use_cache": False,
         "pad_token_id": 0,
     }
-    made = getattr(transformers, config)(**{**usual, **fields})
+    given = {name: value for name, value in {**usual, **fields}.items() if value is not None}
+    made = getattr(transformers, config)(**given)
     model = getattr(transformers, kind)._from_config(made) if kind.startswith("Auto") else None
     model = model or getattr(transformers, kind)(made)
     return model.eval(), (torch.randint(1, 128, (2, 12)),)

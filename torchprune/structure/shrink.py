@@ -15,6 +15,7 @@ from torchprune.masking.mask import detach, masked_layers, original_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import layers_of
+from torchprune.modes import eval_mode
 from torchprune.structure.config import (
     apply_settings,
     is_accepted,
@@ -89,6 +90,8 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     for layer, mask in list(masked_layers(model)):
         if bool(mask.mask.all()):
             detach(layer.module, layer.tensor)
+    with eval_mode(model, training=True):
+        pass  # modules that keep something of their tensors in eval mode let go of it here
     return model
 
 

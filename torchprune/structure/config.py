@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,15 +128,19 @@ def is_accepted(model: nn.Module) -> str | None:
 
 
 def _built(model: nn.Module, settings: Mapping[str, Any]) -> Built | None:
-    config = copy.deepcopy(model.config)
+    made = _made(model, copy.deepcopy(model.config), settings)
+    return None if made is None else Built(shapes_of(made), traits_of(made))
+
+
+def _made(model: nn.Module, config: Any, settings: Mapping[str, Any]) -> nn.Module | None:
     kind: Any = type(model)
     try:
         apply_settings(config, settings)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            made = kind(config)
+            made: nn.Module = kind(config)
     except Exception:  # whatever a class makes of settings that contradict each other
         return None
-    return Built(shapes_of(made), traits_of(made))
+    return made
 
 
 # -- what is tried ---------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ def _candidates(
         if fields[name] not in new:
             new.append(fields[name])
     for name, size in pins.items():
-        options[name] = [size, fields[name]]
+        options[name] = [size, fields.get(name)]
     for values in itertools.product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
         if settings := {k: v for k, v in chosen.items() if v != fields.get(k)}:
@@ -187,18 +192,51 @@ def _moves_no_other(model: nn.Module, name: str, new: int, old: Built, want: Sha
 def _pinned(
     model: nn.Module, fields: Mapping[str, Any], counts: Mapping[str, int], old: Built
 ) -> dict[str, int]:
-    """Settings that say a size which would else follow from others: those not set that, set to the
-    number as it was, keep modules' numbers from growing when there are fewer of something."""
+    """Settings that say a size which would else follow from others: those not set, or absent, that
+    keep modules' numbers from growing, when there are fewer of something, if set to what it was."""
     made = _built(model, counts)
     grown = [] if made is None else _grows(old.traits, made.traits)
     sizes = {value for key in grown if type(value := old.traits[key]) is int}
     found = {}
-    for name, value in fields.items():
-        for size in sizes if value is None else ():
+    for name in (*(n for n, v in fields.items() if v is None), *_missed(model)) if sizes else ():
+        for size in sizes:
             with_it = _built(model, {**counts, name: size})
             if with_it is not None and len(_grows(old.traits, with_it.traits)) < len(grown):
                 found[name] = size
     return found
+
+
+def _missed(model: nn.Module) -> list[str]:
+    """The settings that a model's class asks for and that its configuration does not have."""
+    config, found = copy.deepcopy(model.config), dict[str, None]()
+    owners = {id(_owner(config, name)): name.rpartition(".")[0] for name, _ in _fields(config)}
+    with ExitStack() as stack:
+        for kind in {type(_owner(config, name)) for name, _ in _fields(config)}:
+            stack.enter_context(_noting(kind, owners, found))
+        _made(model, config, {})
+    return list(found)
+
+
+@contextmanager
+def _noting(kind: Any, owners: Mapping[int, str], found: dict[str, None]) -> Iterator[None]:
+    """Note what objects of a class are asked for in vain, of those given with their prefixes."""
+    before, own = getattr(kind, "__getattr__", None), "__getattr__" in vars(kind)
+
+    def noted(self: Any, name: str) -> Any:
+        if (prefix := owners.get(id(self))) is not None and not name.startswith("_"):
+            found[f"{prefix}.{name}" if prefix else name] = None
+        if before is not None:
+            return before(self, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    kind.__getattr__ = noted
+    try:
+        yield
+    finally:
+        if own:
+            kind.__getattr__ = before
+        else:
+            del kind.__getattr__
 
 
 def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

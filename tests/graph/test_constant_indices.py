@@ -79,16 +79,23 @@ def test_what_lies_on_the_side_of_an_index_stays(places: list[int], stay: set[in
     assert close(outputs(model, x), want, 1e-12)
 
 
-@pytest.mark.parametrize("old", [{"bias": True, "parallel_attn": False}, {}])
-def test_falcon_s_shared_key(old: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "heads", "rows"),
+    [
+        ({"multi_query": True, "bias": True}, 4, 32),  # two queries, key and value
+        ({"multi_query": False}, 4, 48),  # three of two heads
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2, 32),  # two, key and value
+    ],
+)
+def test_falcon_s_layouts(kind: dict[str, Any], heads: int, rows: int) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model: Any = causal("Falcon", multi_query=True, **sizes, **old).double().eval()
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model: Any = causal("Falcon", **sizes, **kind).double().eval()
     batch = {"input_ids": tokens(count=1)[0]}
     structure = mask_random_units(model, batch, alike=True)
-    assert [g.count for g in structure.groups if g.kind == "heads"] == [4, 4]
+    assert [g.count for g in structure.groups if g.kind == "heads"] == [heads]
     want = outputs(model, batch)
     shrink(model, plan_shrink(model, batch))
     attention = model.transformer.h[0].self_attention
-    assert attention.query_key_value.weight.shape == (32, 32)  # two queries, key and value
+    assert attention.query_key_value.weight.shape == (rows, 32)
     assert close(outputs(model, batch), want, 1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torchprune
 from torchprune import LayerSpec
 from torchprune.errors import ShrinkError
 from torchprune.export import to_hf
+from torchprune.masking.selection import repeated_blocks
 from torchprune.structure.plan import ShrinkPlan, idle_blocks_plan
 
 transformers = pytest.importorskip("transformers")
@@ -246,3 +248,17 @@ def test_tables_that_count_blocks_are_refused() -> None:
     with pytest.raises(ShrinkError, match=r"blocks\.0\.slope"):
         torchprune.shrink(model, plan)
     assert len(model.blocks) == 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_where_a_model_was_loaded_from_is_no_part_of_it(kind: str, tmp_path: Path) -> None:
+    built = deep(kind)
+    built.model.save_pretrained(tmp_path / "dense")
+    model = type(built.model).from_pretrained(tmp_path / "dense").eval()
+    block = next(reversed(repeated_blocks(model)))
+    model, batch = masked(dataclasses.replace(built, model=model), block)
+    want = outputs(model, batch)
+    torchprune.shrink(model, plan_of(model, batch, block))
+    model.save_pretrained(tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small").eval()
+    torch.testing.assert_close(outputs(again, batch), want, rtol=1e-4, atol=1e-5)

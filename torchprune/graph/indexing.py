@@ -42,8 +42,14 @@ def look_up(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Any:
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     if _masks(ctx, given):
         return _picked(ctx, x, given) if len(given) == 1 else unknown(ctx, x, _of(given))
-    if len(given) == 1 and isinstance(given[0][1], Constant) and given[0][1].dim == 1:
-        return _at_places(ctx, x, *given[0])
+    axis, index = given[0]
+    if (
+        len(given) == 1
+        and isinstance(index, Constant)
+        and index.data is not None
+        and index.dim == 1
+    ):
+        return _at_places(ctx, x, axis, index.data)
     ctx.freeze(_of(given))
     axes = [axis for axis, _ in given]
     kept = ctx.whole(x, axes)
@@ -58,15 +64,19 @@ def look_up(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Any:
     return Value(shape, tuple(tags), x.weight and all(index.weight for _, index in given))
 
 
-def _at_places(ctx: Context, x: Value, axis: int, index: Constant) -> Value:
-    """An axis at places that the code counts from one of its ends: all from there on stays."""
-    assert index.data is not None
-    places, size = index.data.long(), x.shape[axis]
+def _at_places(ctx: Context, x: Value, axis: int, index: Tensor) -> Value:
+    """An axis at places that the code counts from one of its ends: all from there on stays, or
+    goes together with what the axis is inside of."""
+    places, size = index.long(), x.shape[axis]
     if (tag := x.on(axis)) is not None:
         front = int(places.max()) + 1 if bool((places >= 0).any()) else 0
         back = int(places.min()) + size if bool((places < 0).any()) else size
         for start, stop in ((0, front), (back, size)):
-            ctx.labels.freeze(tag.narrow(axis, start, stop - start), ctx.why)
+            side = tag.narrow(axis, start, stop - start)
+            if axes_of(tag)[0] < axis and start < stop:
+                ctx.labels.united(side, [axis])
+            else:
+                ctx.labels.freeze(side, ctx.why)
     return indexed(x, axis, places % size)
 
 

@@ -96,13 +96,24 @@ class Labels:
         yield
         self._repeating.append((start, self._count))
 
-    def repeats(self, tag: Tensor) -> bool:
-        """Whether a tag is of one value repeated, and nothing else has met it yet."""
+    def repeats(self, tag: Tensor, *, unmet: bool = False) -> bool:
+        """Whether a tag is of one value repeated.
+
+        Args:
+            unmet: and nothing else has met it yet.
+        """
         low, high = int(tag.min()), int(tag.max())
-        if not any(start <= low and high < end for start, end in self._repeating):
-            return False
-        within = (((a >= low) & (a <= high)) | ((b >= low) & (b <= high)) for a, b in self.edges)
-        return not any(bool(found.any()) for found in within)
+        single = any(start <= low and high < end for start, end in self._repeating)
+        if unmet and single:
+            ends = (torch.cat(pair) for pair in self.edges)
+            return not any(bool(((low <= end) & (end <= high)).any()) for end in ends)
+        return single or (
+            not unmet
+            and all(
+                any(start <= label < end for start, end in self._repeating)
+                for label in tag.unique().tolist()
+            )
+        )
 
     def at(self, node: object) -> None:
         """What follows is about this node."""
@@ -171,8 +182,8 @@ class Labels:
         return tag
 
     def bounded(self, tag: Tensor, fixed: Iterable[int], why: str) -> Tensor:
-        """The tag where some axes must keep their size: frozen, and one label then, or joined along
-        those axes.
+        """The tag where some axes must keep their size: frozen, or joined along those axes; gone,
+        if it is of one value repeated.
 
         The outermost axis is the one that can shrink (heads, then what is inside a head), or what
         is the same in all copies.
@@ -182,8 +193,9 @@ class Labels:
         if not bound:
             return tag
         if own[0] in bound and (len(bound) == len(own) or not self._turns(tag)):
+            repeated = self.repeats(tag)
             self.freeze(tag, why)
-            return tag.new_full((1,) * tag.dim(), UNLABELLED)
+            return tag.new_full((1,) * tag.dim(), UNLABELLED) if repeated else tag
         return self.united(tag, bound)
 
     def merged(self, tags: Sequence[Tensor], why: str) -> list[Tensor]:

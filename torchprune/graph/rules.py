@@ -232,8 +232,11 @@ def follow(ctx: Context, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         made = filled(ctx.labels, ctx.shape, range(len(ctx.shape)))
         return Value(ctx.shape, tuple(made), weight=True)
     if not any(v.held() for v in values):
-        if rule_for(target) is views.same and isinstance(values[0], Constant):
+        rule = rule_for(target)
+        if rule is views.same and isinstance(values[0], Constant):
             return values[0]
+        if rule in (views.repeated_view, views.repeated) and UNKNOWN not in values[0].shape:
+            return rule(ctx, *args, **kwargs)
         weight = all(v.weight for v in values)
         plain = tuple(Value(shape, weight=weight) for shape in ctx.shapes)
         return plain if len(plain) != 1 else plain[0]

@@ -88,7 +88,9 @@ def reshaped(labels: Labels, value: Value, shape: Sequence[int], why: str) -> Va
     """
     spans = _spans(value.shape, shape)
     made: list[Tensor] = []
-    for tag in sorted(value.tags, key=lambda tag: (labels.repeats(tag), axes_of(tag)[:1])):
+    for tag in sorted(
+        value.tags, key=lambda tag: (labels.repeats(tag, unmet=True), axes_of(tag)[:1])
+    ):
         new = _moved(tag, value.shape, shape, spans)
         if any({*axes_of(new)} & {*axes_of(other)} for other in made):
             labels.freeze(tag, why)

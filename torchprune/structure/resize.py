@@ -133,11 +133,12 @@ def _guesses(
     yield {}
     yield both
     names = sorted({name for values in both.values() for name in values})
-    if len(names) <= _TRIED:  # one number may stand for the width of the input too
-        for size in range(1, len(names)):
-            for some in combinations(names, size):
-                chosen = {p: {n: v for n, v in own.items() if n in some} for p, own in both.items()}
-                yield {path: values for path, values in chosen.items() if values}
+    # one number may stand for the width of the input too
+    few = len(names) <= _TRIED
+    for size in range(1, len(names)) if few else (len(names) - 1, len(names) - 2):
+        for some in combinations(names, size) if len(names) <= _MANY else ():
+            chosen = {p: {n: v for n, v in own.items() if n in some} for p, own in both.items()}
+            yield {path: values for path, values in chosen.items() if values}
 
 
 def _with_owners(sizes: Mapping[str, Mapping[int, set[int]]]) -> dict[str, dict[int, set[int]]]:
@@ -157,6 +158,9 @@ def _with_owners(sizes: Mapping[str, Mapping[int, set[int]]]) -> dict[str, dict[
 
 _TRIED = 5
 """Of so many names every choice is tried."""
+
+_MANY = 12
+"""Of so many, all but one or two of them."""
 
 
 def key_heads(module: nn.Module) -> int | None:

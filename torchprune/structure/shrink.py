@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -15,10 +15,12 @@ from torchprune.masking.mask import detach, masked_layers, original_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import layers_of
+from torchprune.modes import eval_mode
 from torchprune.structure.config import (
     apply_settings,
     is_accepted,
     is_native,
+    made_otherwise,
     native_settings,
     setting,
 )
@@ -41,7 +43,7 @@ from torchprune.structure.same_outputs import (
     fault_of,
     seen_of,
 )
-from torchprune.structure.shrink_plan import Removal, ShrinkPlan, check_fits
+from torchprune.structure.shrink_plan import ShrinkPlan, check_fits
 from torchprune.structure.size_record import Resized, keep_resized, resized_of
 from torchprune.structure.snapshot import Snapshot
 from torchprune.structure.stock import is_configured
@@ -88,6 +90,8 @@ def shrink(model: Model, plan: ShrinkPlan) -> Model:
     for layer, mask in list(masked_layers(model)):
         if bool(mask.mask.all()):
             detach(layer.module, layer.tensor)
+    with eval_mode(model, training=True):
+        pass  # modules that keep something of their tensors in eval mode let go of it here
     return model
 
 
@@ -142,10 +146,9 @@ def _carry_out(
     cut(now, plan.cuts, plan.folds)  # tensors with a part for each block are shorter already
     for module in model.modules():
         restate(module)
-    settings, original = _configure(model, plan.removals)
-    attributes = _fit(model, plan, known.seen, shared_key, before)
+    resized = _settled(model, plan, known.seen, shared_key, before)
     _check_generating(model, plan, known.spoken)
-    _remember(model, Resized(recorded, attributes, settings, original), before)
+    _remember(model, replace(resized, drops=recorded), before)
 
 
 def _tried(model: nn.Module, plan: ShrinkPlan, known: _Known) -> Fault | None:
@@ -194,16 +197,45 @@ def _drop(model: nn.Module, blocks: list[str], expected: list[Seen]) -> list[lis
 # -- what the code asks for ------------------------------------------------------------------------
 
 
-def _configure(model: nn.Module, removals: list[Removal]) -> tuple[dict[str, int], dict[str, int]]:
-    """Update a transformers configuration where it can say the new sizes.
+def _settled(
+    model: nn.Module,
+    plan: ShrinkPlan,
+    expected: list[Seen],
+    shared_key: set[str],
+    before: Mapping[str, nn.Module],
+) -> Resized:
+    """Set the settings and attributes by which the model's code asks for the new sizes."""
+    configured = bool(plan.removals) and is_configured(model)
+    offered = native_settings(model, plan.removals) if configured else []
+    first: _RefusedError | None = None
+    for settings in [*offered, {}]:
+        inner = Snapshot(model)
+        kept, original = _configure(model, settings)
+        try:
+            attributes = _fit(model, plan, expected, shared_key, before)
+            apart = _said(model, expected) if settings else {}
+        except _RefusedError as refused:
+            first = first or refused
+        else:
+            if apart is not None:
+                paths = {*attributes, *apart}
+                both = {p: {**attributes.get(p, {}), **apart.get(p, {})} for p in paths}
+                return Resized([], both, kept, original)
+        inner.restore()
+    raise first or _RefusedError(Fault("has no sizes that fit"))
+
+
+def _configure(
+    model: nn.Module, settings: dict[str, object]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Update a transformers configuration.
 
     Returns:
         the settings that a file could not hold, since transformers would refuse them, and what
         they were.
     """
-    if not removals or not is_configured(model):
+    if not settings:
         return {}, {}
-    settings = native_settings(model, removals)
     original = {name: setting(model.config, name) for name in settings}
     apply_settings(model.config, settings)
     if is_accepted(model) is None:
@@ -212,7 +244,27 @@ def _configure(model: nn.Module, removals: list[Removal]) -> tuple[dict[str, int
         apply_settings(model.config, original)
         return {}, {}
     numbers = {name: old for name, old in original.items() if type(old) is int}
-    return {name: settings[name] for name in numbers}, numbers
+    return {name: cast(int, settings[name]) for name in numbers}, numbers
+
+
+def _said(model: nn.Module, expected: list[Seen]) -> Attributes | None:
+    """The numbers of modules that the configuration does not say: none, if the model computes the
+    same with those that its class makes. None if it says wrong ones."""
+    made, modules = made_otherwise(model), dict(model.named_modules())
+    larger: Attributes = {}
+    for path, values in made.items():
+        held = vars(modules[path])
+        if own := {n: held[n] for n, v in values.items() if v > held[n]}:
+            larger[path] = own
+    inner = Snapshot(model)
+    for left_out in ({}, larger) if larger and not is_native(model) else ({},):
+        set_attributes(modules, made)
+        set_attributes(modules, left_out)
+        fault = difference(model, expected)
+        inner.restore()
+        if fault is None:
+            return left_out
+    return None
 
 
 def _fit(

@@ -34,9 +34,6 @@ Trait = tuple[str, str]
 Traits = dict[Trait, Any]
 """-> the class, the plain value, the tensor's size."""
 
-ORIGIN = "name_or_path"
-"""The attribute of a transformers model that tells where it was loaded from, not what it is."""
-
 CLASS = "class"
 """What of a module is its class: no attribute can be called so."""
 
@@ -105,7 +102,7 @@ def traits_of(model: nn.Module) -> Traits:
             continue
         found[path, CLASS] = type(module)
         for name, value in vars(module).items():
-            if name in _own_of_modules() or name == ORIGIN:
+            if name in _own_of_modules():
                 continue
             if (plain := _plain(value)) is not _OTHER:
                 found[path, name] = plain

@@ -25,6 +25,7 @@ from torchprune.structure.stock import (
     settings_of,
     tables_of,
     traits_of,
+    unlike,
 )
 
 _TOLD = 3
@@ -104,6 +105,16 @@ def _change(config: Any, before: Any, after: Any, seen: set[int]) -> None:
             held[name] = copy.deepcopy(two)
 
 
+def _told_by_files(model: nn.Module, search: Search, traits: Sequence[Trait]) -> list[Trait]:
+    """Those that are no others for the model with all its blocks read from its own file: where a
+    model was loaded from is none of them."""
+    if not traits:
+        return []
+    own = make(model, read(search.config, settings_of(search.config, whole=False)))
+    anyway = unlike(traits_of(search.whole()), traits_of(own))
+    return [trait for trait in traits if trait not in anyway]
+
+
 def _check_file(model: nn.Module, search: Search, found: Found) -> None:
     """Compare what is made of the configuration's file, tables computed, with what is wanted."""
     name = type(model).__name__
@@ -120,7 +131,7 @@ def _check_file(model: nn.Module, search: Search, found: Found) -> None:
     drop_blocks(reduced, search.blocks)
     wrong, follows, parts = search.apart(traits_of(reduced), traits_of(again))
     apart = (follows.keys() ^ found.follows.keys()) | (parts.keys() ^ found.parts.keys())
-    if other := [*wrong, *sorted(apart)]:
+    if other := _told_by_files(model, search, [*wrong, *sorted(apart)]):
         raise ShrinkError(
             f"{', '.join(search.blocks)}: read from a file, the configuration of a {name} without "
             f"them makes {'.'.join(filter(None, other[0]))} otherwise; drop others with "

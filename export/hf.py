@@ -14,6 +14,7 @@ from torch import nn
 from torchprune.checkpoint.checked_files import plain_file, read_json
 from torchprune.checkpoint.whole_files import staged
 from torchprune.errors import CheckpointError, MissingExtraError
+from torchprune.lowering.lower import lift
 from torchprune.masking.mask import detach, masked_layers
 from torchprune.masking.plain_state import slots_of, ties_of
 from torchprune.reports.report import report
@@ -34,7 +35,8 @@ def to_hf(
     pad_to_max: bool = False,
     example_inputs: Any = None,
 ) -> None:
-    """Write a transformers model as a checkpoint that stock transformers reads, masks folded.
+    """Write a transformers model as a checkpoint that stock transformers reads, masks folded and
+    lowered layers dense again.
 
     The law: `AutoModelForCausalLM.from_pretrained(directory)`, or the Auto class of the model's
     kind, gives logits equal to the model's, as far as `save_pretrained` can keep them: weights are
@@ -46,7 +48,7 @@ def to_hf(
     not divide its width, which the class refuses, is written as the Mistral it equals.
 
     Args:
-        model: a transformers model, masked or not.
+        model: a transformers model, masked, lowered (which it stays) or neither.
         directory: a new or empty one, or one that holds an earlier export, which is replaced with
             everything in it. It appears whole or not at all.
         tokenizer: saved along if given.
@@ -69,7 +71,7 @@ def to_hf(
             f"to_hf writes transformers models, got a {type(model).__name__}; torchprune.save "
             "writes any"
         )
-    folded: Any = folded_copy(model)
+    folded: Any = lift(folded_copy(model))
     if pad_to_max and not is_native(folded):
         pad_to_widest(folded, folded.dummy_inputs if example_inputs is None else example_inputs)
     folded = _in_stock_form(folded, pad_to_max)

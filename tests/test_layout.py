@@ -23,7 +23,8 @@ HOUSE = {*FILES, *EXPORT.rglob("*.py")}
 ARROWS = {
     "__main__": "cli",
     "cli": "__init__ study study.costs study.speed study.proofs study.tasks training"
-    " sparsify export checkpoint structure reports calibration masking specs errors",
+    " sparsify export checkpoint structure reports lowering.kernels calibration masking specs"
+    " errors",
     "__init__": "study study.costs study.speed study.tasks training sparsify checkpoint"
     " structure methods reports lowering lowering.kernels calibration masking"
     " specs errors process",

@@ -104,6 +104,23 @@ def test_unmasked_and_folded_models_are_written_too(tmp_path: Path) -> None:
     assert torch.equal(output(reloaded(tmp_path), tokens()[0]), output(model, tokens()[0]))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_lowered_models_are_written_dense_and_stay_lowered(
+    name: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    family = FAMILIES[name]
+    model = torchprune.lower(prune(family.make()), "bitmask", dtype=dtype)
+    before, batch = raw(model), family.data()[0]
+    expected = output(torchprune.lift(copy.deepcopy(model)), batch)
+    to_hf(model, tmp_path)
+    assert raw(model) == before
+    back = reloaded(tmp_path, name)
+    assert type(back) is type(model)
+    assert torch.equal(output(back, batch), expected)
+    assert ties(back) == ties(family.make())
+
+
 def test_an_earlier_export_is_replaced_and_noted(tmp_path: Path) -> None:
     to_hf(prune(FAMILIES["gpt2"].make()), tmp_path / "out")
     model = prune(llama().eval())

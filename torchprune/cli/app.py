@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torchprune
+from torchprune.cli.build_kernels import build_kernels
 from torchprune.cli.commands import Commands
 from torchprune.cli.compare import compare
 from torchprune.cli.console import typer
@@ -91,6 +92,7 @@ for _panel, _name, _run in (
     (MEASURE, "report", report),
     (HAND_OVER, "export", export),
     (HAND_OVER, "verify", verify),
+    (HAND_OVER, "build-kernels", build_kernels),
 ):
     add_command(app, _run, name=_name, panel=_panel)
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torchprune.errors import LoweringError
 from torchprune.lowering.bitmask import Bitmask
 from torchprune.lowering.kernels.gradients import is_followed
+from torchprune.lowering.unpacked import Unpacked, refusal
 from torchprune.masking.matrices import View
+from torchprune.masking.parametrization import is_watched
 
 _PARTS = ("bits", "values", "starts", "scales")
 
@@ -34,6 +36,8 @@ class BitmaskLinear(nn.Module):
     starts: Tensor
     scales: Tensor | None
     bias: nn.Parameter | None
+
+    _torchprune_packed = True
 
     def __init__(self, packed: Bitmask, origin: nn.Module, view: View) -> None:
         super().__init__()
@@ -58,8 +62,25 @@ class BitmaskLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight, unpacked anew in the shape that the layer's own had, and the layer's dtype.
 
-        That is the dtype of the weight that was lowered, as `.to()` has changed it since.
+        That is the dtype of the weight that was lowered, as `.to()` has changed it since. It is a
+        copy to be read: writing to it raises `LoweringError`, as setting it does.
         """
+        if is_watched():
+            return self._dense()
+        with torch.inference_mode(False):  # whose tensors do not tell of writes
+            return self._dense().as_subclass(Unpacked)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise refusal()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module, but not in the packed weight's place."""
+        if name == "weight":
+            raise refusal()
+        super().register_parameter(name, param)
+
+    def _dense(self) -> Tensor:
         view, shape, _ = self.__dict__["_was"]
         dense = self.packed.unpack().to(self.__dict__["_dtype"])
         return cast(Tensor, view.from_matrix(dense.unsqueeze(0), shape))
@@ -67,7 +88,7 @@ class BitmaskLinear(nn.Module):
     def lifted(self) -> nn.Module:
         """The module that stood here, with the weight unpacked."""
         origin: nn.Module = self.__dict__["_origin"]
-        weight = nn.Parameter(self.weight, requires_grad=self.__dict__["_was"][2])
+        weight = nn.Parameter(self._dense(), requires_grad=self.__dict__["_was"][2])
         origin._parameters["weight"] = weight
         origin._parameters["bias"] = self.bias
         return origin.train(self.training)

@@ -16,6 +16,11 @@ from torch.nn.utils import parametrize
 
 from torchprune.masking.matrices import prunable_names
 
+PACKED = "_torchprune_packed"
+"""What the class of a module whose weight is packed has, and no adapter can change."""
+
+FIRST_LIFT = "call torchprune.lift(model) first, and torchprune.lower again when it is done"
+
 
 @dataclass(frozen=True, eq=False)
 class Adapted:

@@ -43,6 +43,7 @@ from torchprune.training.adapted_weight import (
     taken_out,
     unsupported,
 )
+from torchprune.training.packed_layers import refuse_packed
 
 INSTEAD = (
     "use LoraConfig (also use_rslora, use_dora) or torchprune.training.MaskLoRA; or "
@@ -376,15 +377,18 @@ def _injecting(original: Any) -> Any:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *a: Any, **k: Any) -> Any:
         before = [(module, dict(module._modules)) for module in model.modules()]
         trained = [(p, p.requires_grad) for p in model.parameters()]
+        refuse_packed(self, model, adapter_name)
         try:
             result = original(self, model, adapter_name, *a, **k)
             _check_added(model, adapter_name)
-        except MaskError:
+        except Exception as error:
             for module, children in before:
                 module._modules.clear()
                 module._modules.update(children)
             for parameter, flag in trained:
                 parameter.requires_grad_(flag)
+            if not isinstance(error, MaskError):  # peft chose the layers itself, perhaps just now
+                refuse_packed(self, model, adapter_name)
             raise
         return result
 

@@ -24,6 +24,8 @@ _UNITS = {
     "avx512.cpp": _AVX512,
     "avx512_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
+_HERE = platform.machine().lower()
+_SEAL = b"torchprune kernels, sha256: "
 _MINIMAL_TORCH = "0x020a000000000000"  # the stable interface as of 2.10
 
 
@@ -31,20 +33,32 @@ class BuildError(Exception):
     """The kernels could not be compiled or kept; the message says why."""
 
 
-def library() -> Path:
-    """The compiled kernels, from the cache if they are there.
+def library(folder: Path | None = None, machine: str | None = None) -> Path:
+    """The compiled kernels, from the cache if they are there: no compiler is needed then.
 
-    `CXX` names another compiler, `TORCHPRUNE_CXXFLAGS` adds flags, `TORCHPRUNE_KERNELS` names
-    another directory than the user's cache.
+    One file serves every processor of a machine's kind, and every torch from 2.10 on. `CXX` names
+    another compiler, `TORCHPRUNE_CXXFLAGS` adds flags, `TORCHPRUNE_KERNELS` names another directory
+    than the user's cache.
+
+    Args:
+        folder: in place of the cache; made if it is not there.
+        machine: the kind of machine, as `platform.machine()` calls it; this one by default. For
+            another `CXX` has to be a compiler that makes code for it.
 
     Raises:
-        BuildError: no compiler, one that fails, or no place to keep the result.
+        BuildError: none is there and it cannot be made: no compiler, one that fails, or no place to
+            keep the result.
     """
-    compiler = _compiler()
     extra = shlex.split(os.environ.get("TORCHPRUNE_CXXFLAGS", ""))
-    target = _cache() / f"kernels-{_fingerprint(compiler, extra)}.so"
-    if not target.exists():
-        _compile(compiler, extra, target)
+    machine = (machine or platform.machine()).lower()
+    target = _cache(folder) / f"kernels-{machine}-{_fingerprint(extra, machine)}.so"
+    damage = _damage(target)
+    if damage is None:
+        return target
+    try:
+        _compile(_compiler(), extra, target, machine)
+    except BuildError as error:
+        raise BuildError(f"{damage}, and {error}" if target.exists() else str(error)) from None
     return target
 
 
@@ -60,36 +74,57 @@ def _compiler() -> list[str]:
     raise BuildError("no C++ compiler was found (c++, g++ or clang++; CXX names another)")
 
 
-def _cache() -> Path:
-    given = os.environ.get("TORCHPRUNE_KERNELS")
+def _cache(folder: Path | None) -> Path:
+    given = folder or os.environ.get("TORCHPRUNE_KERNELS")
     base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     folder = base if given else base / "torchprune"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"the cache {folder} cannot be made: {error.strerror}") from error
-    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+    # Root's is as good: who does not trust root has lost, and images are built by it.
+    if hasattr(os, "getuid") and folder.stat().st_uid not in (0, os.getuid()):
         raise BuildError(f"the cache {folder} belongs to another user; code is not run from there")
     return folder
 
 
-def _fingerprint(compiler: list[str], extra: list[str]) -> str:
-    """Of all that the result depends on."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    digest = hashlib.sha256(version)
-    parts = [*compiler, *extra, platform.machine(), sys.platform, torch.__version__, *_COMMON]
-    digest.update(repr((parts, _UNITS, _MINIMAL_TORCH)).encode())
+def _fingerprint(extra: list[str], machine: str) -> str:
+    """Of what the result is to be, whichever compiler makes it."""
+    digest = hashlib.sha256(repr((extra, machine, sys.platform)).encode())
+    digest.update(repr((_COMMON, _UNITS, _MINIMAL_TORCH)).encode())
     for source in sorted(_SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: list[str], extra: list[str], target: Path) -> None:
+def _seal(path: Path) -> None:
+    """Write a checksum behind a library, where loaders do not look."""
+    with path.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(_SEAL + digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _damage(path: Path) -> str | None:
+    """Why a library is not to be loaded, which would end the process, or None."""
+    try:
+        held = path.read_bytes()
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    size = len(_SEAL) + hashlib.sha256().digest_size
+    body, seal = held[:-size], held[-size:]
+    if seal != _SEAL + hashlib.sha256(body).digest():
+        return f"{path} is damaged: it is not what was written"
+    return None
+
+
+def _compile(compiler: list[str], extra: list[str], target: Path, machine: str) -> None:
     root = Path(torch.__file__).resolve().parent
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = machine in ("x86_64", "amd64")
     units = {name: flags if x86 else [] for name, flags in _UNITS.items()}
     units["ops.cpp"] = [f"-DTORCH_TARGET_VERSION={_MINIMAL_TORCH}", "-isystem", f"{root}/include"]
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with _beside(target) as folder:
         objects = [f"{folder}/{Path(name).stem}.o" for name in units]
         running = [
             subprocess.Popen(
@@ -104,10 +139,20 @@ def _compile(compiler: list[str], extra: list[str], target: Path) -> None:
         for process, output in zip(running, said, strict=True):
             _check(process.returncode, process.args, output)
         made = f"{folder}/{target.name}"
-        link = [*compiler, "-shared", *objects, *extra, f"-L{root}/lib", "-ltorch_cpu", "-o", made]
+        # Of another machine there is no torch here to link with; whoever loads it has one.
+        libraries = [f"-L{root}/lib", "-ltorch_cpu"] if machine == _HERE else []
+        link = [*compiler, "-shared", *objects, *extra, *libraries, "-o", made]
         linked = subprocess.run(link, capture_output=True, text=True, check=False)
         _check(linked.returncode, link, linked.stdout + linked.stderr)
+        _seal(Path(made))
         Path(made).replace(target)
+
+
+def _beside(target: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(dir=target.parent)
+    except OSError as error:
+        raise BuildError(f"nothing can be written to {target.parent}: {error.strerror}") from error
 
 
 def _check(code: int, command: object, output: str) -> None:

@@ -14,6 +14,7 @@ dense.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,15 +31,17 @@ _WORD = 64
 _SLACK = 64
 
 LIBRARY = torch.library.Library("torchprune", "FRAGMENT")
-LIBRARY.define(
+SCHEMAS = (
     "bitmask_linear(Tensor x, Tensor bits, Tensor values, Tensor starts, Tensor? scales, "
     "Tensor? bias, int cols) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-LIBRARY.define(
     "bitmask_unpack(Tensor bits, Tensor values, Tensor starts, int cols) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
 )
+"""As in `ops.cpp`, where programs without Python find them."""
+
+for _schema in SCHEMAS:
+    _name = f"torchprune::{_schema.partition('(')[0]}"
+    if not torch._C._jit_get_schemas_for_operator(_name):  # else the compiled kernels came first
+        LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         if not _loaded:
             try:
                 path = str(library())
-                torch.ops.load_library(path)
+                os.environ[_DEFINED] = str(os.getpid())  # it defines no operators then
+                try:
+                    torch.ops.load_library(path)
+                finally:
+                    del os.environ[_DEFINED]
                 handle = ctypes.CDLL(path)
                 handle.torchprune_form.restype = ctypes.c_char_p
                 _loaded.append((handle, ""))
@@ -92,7 +99,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return _loaded[0]
 
 
+def _begin_anew() -> None:
+    """In a child that was forked while another thread compiled: nobody is going to finish."""
+    global _lock
+    _lock = threading.Lock()
+
+
+_DEFINED = "TORCHPRUNE_OPERATORS_DEFINED_IN"
 _lock = threading.Lock()
+os.register_at_fork(after_in_child=_begin_anew)
 _loaded: list[tuple[ctypes.CDLL | None, str]] = []
 
 

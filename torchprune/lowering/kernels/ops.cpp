@@ -1,7 +1,9 @@
 // torchprune::bitmask_linear and torchprune::bitmask_unpack for CPU tensors.
 //
-// Schemas, fake kernels and autocast live in Python. Only torch's stable interface is used, so one
-// build serves every torch from 2.10 on.
+// Fake kernels, gradients and autocast live in Python, and so do the schemas where it comes first.
+// Only torch's stable interface is used, so one build serves every torch from 2.10 on.
+
+#include <unistd.h>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,8 +14,10 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "forms.h"
@@ -339,6 +343,16 @@ Tensor bitmask_unpack(const Tensor& bits, const Tensor& values, const Tensor& st
 
 }  // namespace
 }  // namespace torchprune
+
+// In a process that imported torchprune, which says so while it loads this, the operators are there.
+STABLE_TORCH_LIBRARY_FRAGMENT(torchprune, m) {
+  const char* defined = std::getenv("TORCHPRUNE_OPERATORS_DEFINED_IN");
+  if (defined && std::to_string(getpid()) == defined) return;
+  m.def(
+      "bitmask_linear(Tensor x, Tensor bits, Tensor values, Tensor starts, Tensor? scales, "
+      "Tensor? bias, int cols) -> Tensor");
+  m.def("bitmask_unpack(Tensor bits, Tensor values, Tensor starts, int cols) -> Tensor");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(torchprune, CPU, m) {
   m.impl("bitmask_linear", TORCH_BOX(&torchprune::bitmask_linear));

@@ -453,6 +453,17 @@ def test_export_writes_a_plain_transformers_directory(pruned: Path, tmp_path: Pa
     assert torch.equal(plain(tokens).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # of coremltools' making
+def test_export_writes_core_ml_with_the_past_as_state(pruned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("coremltools", reason="the extra coreml is not installed")
+    path = tmp_path / "m.mlpackage"
+    figures = json.loads(worked("export", pruned, "--to", "coreml", "--output", path, "--json"))
+    assert figures["inputs"] == ["input_ids", "attention_mask", "position_ids"]
+    assert figures["sizes"]["input_ids"] == [1, 1]
+    said = worked("export", pruned, "--to", "coreml", "-o", path, "--no-cache", "--int8")
+    assert "input_ids (1, a)" in said
+
+
 def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     out = ("--to", "onnx", "--output", tmp_path / "m.onnx")
@@ -464,7 +475,13 @@ def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("to", "form"),
-    [("onnx", ".onnx"), ("pt2", ".pt2"), ("openvino", ".xml"), ("executorch", ".pte")],
+    [
+        ("onnx", ".onnx"),
+        ("pt2", ".pt2"),
+        ("openvino", ".xml"),
+        ("executorch", ".pte"),
+        ("coreml", ".mlpackage"),
+    ],
 )
 def test_export_looks_at_the_suffix_before_anything_else(tmp_path, to, form):
     mine = tmp_path / "notes.txt"

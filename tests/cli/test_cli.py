@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SMALL, TEXT, call, complaint, make_home, worked
+from safetensors.torch import load_file, save_file
 from tiny_lm import WORDS
 from transformers import AutoModelForCausalLM
 
@@ -451,6 +452,20 @@ def test_export_writes_a_plain_transformers_directory(pruned: Path, tmp_path: Pa
     tokens = torch.arange(6)[None]
     expected = torchprune.load(pruned)(tokens).logits
     assert torch.equal(plain(tokens).logits, expected)
+
+
+def test_models_of_other_libraries_are_read(home: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    weight = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    tensors["model.layers.0.mlp.up_proj.weight_orig"] = weight
+    tensors["model.layers.0.mlp.up_proj.weight_mask"] = (weight > 0).float()
+    save_file(tensors, file, metadata={"format": "pt"})
+    worked("export", tmp_path, "--to", "hf", "--output", tmp_path / "hf")
+    plain = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(plain["model.layers.0.mlp.up_proj.weight"], weight * (weight > 0))
 
 
 @pytest.mark.filterwarnings("ignore")  # of coremltools' making

@@ -1,5 +1,6 @@
 """Export: what other programs read. `import torchprune` never imports this package."""
 
+from torchprune.export.coreml_model import to_coreml
 from torchprune.export.executorch_program import to_executorch
 from torchprune.export.hf import to_hf
 from torchprune.export.onnx_model import to_onnx
@@ -10,6 +11,7 @@ from torchprune.export.written import ExportReport
 __all__ = [
     "ExportReport",
     "load_pt2",
+    "to_coreml",
     "to_executorch",
     "to_hf",
     "to_onnx",

@@ -86,6 +86,11 @@ class CachedModel(nn.Module):
             raise ExportError(f"with_cache: generate gives {missing[0]} only to some steps")
         return ids[:, past:], mask, [prepared[name] for name in self.prepared], cache
 
+    def prepared_of(self, ids: Tensor, mask: Tensor, past: int) -> list[Tensor]:
+        """What `generate` gives beside (batch, past + new) ids and their mask, after that past."""
+        made, _ = self._prepared(ids, mask, past)
+        return [made[name] for name in self.prepared]
+
     def names(self) -> tuple[list[str], list[str]]:
         """Names of inputs and outputs, as is usual for such graphs."""
         parts = [f"{i}.{part}" for i in self.layers for part in ("key", "value")]

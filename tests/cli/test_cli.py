@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SMALL, TEXT, call, complaint, make_home, worked
+from safetensors.torch import load_file, save_file
 from tiny_lm import WORDS
 from transformers import AutoModelForCausalLM
 
@@ -452,6 +453,31 @@ def test_export_writes_a_plain_transformers_directory(pruned: Path, tmp_path: Pa
     assert torch.equal(plain(tokens).logits, expected)
 
 
+def test_models_of_other_libraries_are_read(home: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    weight = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    tensors["model.layers.0.mlp.up_proj.weight_orig"] = weight
+    tensors["model.layers.0.mlp.up_proj.weight_mask"] = (weight > 0).float()
+    save_file(tensors, file, metadata={"format": "pt"})
+    worked("export", tmp_path, "--to", "hf", "--output", tmp_path / "hf")
+    plain = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(plain["model.layers.0.mlp.up_proj.weight"], weight * (weight > 0))
+
+
+@pytest.mark.filterwarnings("ignore")  # of coremltools' making
+def test_export_writes_core_ml_with_the_past_as_state(pruned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("coremltools", reason="the extra coreml is not installed")
+    path = tmp_path / "m.mlpackage"
+    figures = json.loads(worked("export", pruned, "--to", "coreml", "--output", path, "--json"))
+    assert figures["inputs"] == ["input_ids", "attention_mask", "position_ids"]
+    assert figures["sizes"]["input_ids"] == [1, 1]
+    said = worked("export", pruned, "--to", "coreml", "-o", path, "--no-cache", "--int8")
+    assert "input_ids (1, a)" in said
+
+
 def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     out = ("--to", "onnx", "--output", tmp_path / "m.onnx")
@@ -463,7 +489,13 @@ def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("to", "form"),
-    [("onnx", ".onnx"), ("pt2", ".pt2"), ("openvino", ".xml"), ("executorch", ".pte")],
+    [
+        ("onnx", ".onnx"),
+        ("pt2", ".pt2"),
+        ("openvino", ".xml"),
+        ("executorch", ".pte"),
+        ("coreml", ".mlpackage"),
+    ],
 )
 def test_export_looks_at_the_suffix_before_anything_else(tmp_path, to, form):
     mine = tmp_path / "notes.txt"

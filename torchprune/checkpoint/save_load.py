@@ -24,6 +24,7 @@ from torchprune.checkpoint.beside import Convert, PlainFiles, opened
 from torchprune.checkpoint.checked_files import MAX_JSON, plain_file
 from torchprune.checkpoint.checksums import checksum
 from torchprune.checkpoint.encoding import Decoded, WeightsFile, encode, write_blobs
+from torchprune.checkpoint.foreign_files import fill_foreign, is_foreign, load_foreign
 from torchprune.checkpoint.manifest import (
     SKIP,
     WEIGHTS,
@@ -108,7 +109,10 @@ def load(directory: Directory, *, verify: bool = True) -> nn.Module:
 
     Args:
         directory: of `save`, or of a masked model's own `save_pretrained`, which a checkpoint of
-            `Trainer` is too: folded plain weights, and the masks beside them.
+            `Trainer` is too: folded plain weights, and the masks beside them. Or of another
+            library's pruned model in safetensors: compressed-tensors and SparseML (bitmasks, or
+            plain weights whose configuration says that they are pruned), torch.nn.utils.prune,
+            ModelOpt, torch.ao.pruning. What its configuration says of sparsity is left out.
         verify: compare every file and tensor with its checksum. Directories from before there were
             checksums load too; the model's report says so.
 
@@ -118,6 +122,8 @@ def load(directory: Directory, *, verify: bool = True) -> nn.Module:
         MissingExtraError: transformers is absent.
     """
     home = Path(directory)
+    if is_foreign(home):
+        return load_foreign(home)
     manifest = read_manifest(home, verify=verify)
     if manifest.config is None:
         raise CheckpointError(
@@ -164,6 +170,9 @@ def load_into(model: Model, directory: Directory, *, verify: bool = True) -> Mod
             differs: named, with what was expected and got. The model is then as it was.
     """
     home = Path(directory)
+    if is_foreign(home):
+        fill_foreign(model, home)
+        return model
     manifest = read_manifest(home, verify=verify)
     before = Snapshot(model)
     try:

@@ -30,13 +30,18 @@ class Format(StrEnum):
     hf = "hf"
     openvino = "openvino"
     executorch = "executorch"
+    coreml = "coreml"
 
+
+_TOKENS = 512
+"""Most tokens of a Core ML program: in its state, or with no cache in a text."""
 
 _SUFFIXES = {
     Format.onnx: ".onnx",
     Format.pt2: ".pt2",
     Format.openvino: ".xml",
     Format.executorch: ".pte",
+    Format.coreml: ".mlpackage",
 }
 """Of the files; hf is a directory."""
 
@@ -47,27 +52,32 @@ def export(
         Format,
         typer.Option(
             help="ONNX, torch's archive of an exported program, a plain transformers directory, "
-            "OpenVINO, ExecuTorch."
+            "OpenVINO, ExecuTorch, Core ML."
         ),
     ],
     output: NeededOutput,
     packed: Annotated[
         bool,
         typer.Option(
-            "--packed/--dense", help="onnx, pt2: weights as bits and nonzeros, or as they are."
+            "--packed/--dense",
+            help="onnx, pt2, coreml: weights as bits and nonzeros, or as they are.",
         ),
     ] = True,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="With the key-value cache in and out.")
     ] = True,
     int8: Annotated[
-        bool, typer.Option("--int8", help="onnx: quantize products, weights and activations.")
+        bool,
+        typer.Option(
+            "--int8",
+            help="onnx: quantize products, weights and activations. coreml: round the nonzeros.",
+        ),
     ] = False,
     keep_float: Annotated[
         list[str] | None,
         typer.Option(
             metavar="GLOB",
-            help='With --int8: weights that stay float32, as "*.down_proj.*". May be repeated.',
+            help='With --int8: weights that are not rounded, as "*.down_proj.*". May be repeated.',
             show_default=False,
         ),
     ] = None,
@@ -78,8 +88,10 @@ def export(
 
     ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
     makes the file smaller, not the runtime faster. A packed pt2 is smaller and faster, and needs
-    torchprune where it runs. OpenVINO and ExecuTorch gain nothing from zeros. --output is a file
-    (.onnx, .pt2, OpenVINO's .xml, ExecuTorch's .pte), and for hf a directory.
+    torchprune where it runs. OpenVINO and ExecuTorch gain nothing from zeros. Core ML stores bits
+    and nonzeros as it runs them: its program takes one token at a time, with the last 512 as state,
+    or without a cache texts of up to 512 tokens. --output is a file (.onnx, .pt2, OpenVINO's .xml,
+    ExecuTorch's .pte), and for hf and coreml (.mlpackage) a directory.
 
     [bold]Examples[/bold]
 
@@ -90,12 +102,18 @@ def export(
       torchprune export smol-2of4 --to hf --output smol-folded
     """
     with one_line(speech.debug):
+<<<<<<< HEAD
         if (int8 or keep_float) and to is not Format.onnx:
             raise typer.BadParameter(f"--int8 and --keep-float are for --to onnx, not {to.value}")
         if keep_float and not int8:
             raise typer.BadParameter(
                 "--keep-float says what --int8 leaves; add --int8, or leave it out",
                 param_hint="--keep-float",
+=======
+        if (int8 or keep_float) and to not in (Format.onnx, Format.coreml):
+            raise typer.BadParameter(
+                f"--int8 and --keep-float are for --to onnx and coreml, not {to.value}"
+>>>>>>> coreml
             )
         if to in _SUFFIXES:
             check_form(output, [_SUFFIXES[to]], f"what {to.value} reads")
@@ -113,7 +131,10 @@ def export(
         else:
             tokens = net.dummy_inputs["input_ids"][:2, :4] % net.config.vocab_size
             options: dict[str, Any] = {"with_cache": cache}
-            if to in (Format.onnx, Format.pt2):
+            if to is Format.coreml:
+                tokens, sizes = _for_coreml(net, tokens, cache)
+                options |= sizes
+            if to in (Format.onnx, Format.pt2, Format.coreml):
                 options["weights"] = "packed" if packed else "dense"
             if int8:
                 options |= {"int8": True, "int8_ignore": keep_float or ()}
@@ -123,4 +144,18 @@ def export(
         if speech.as_json:
             print_json(figures)
         elif not speech.quiet:
+<<<<<<< HEAD
             show(told)
+=======
+            typer.echo(told)
+
+
+def _for_coreml(net: Any, tokens: Any, cache: bool) -> tuple[Any, dict[str, Any]]:
+    """An example and the sizes of a program for one row of tokens, which Core ML wants bounded."""
+    most = min(_TOKENS, getattr(net.config, "max_position_embeddings", None) or _TOKENS)
+    if cache:
+        return tokens[:1, :1], {"state": most - 1}
+    from torch.export import Dim
+
+    return tokens[:1], {"dynamic_shapes": ({1: Dim("length", max=most)},)}
+>>>>>>> coreml

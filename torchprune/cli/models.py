@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torchprune.calibration.documents import first_line
+from torchprune.checkpoint.foreign_files import is_foreign
 from torchprune.checkpoint.manifest import is_ours
 from torchprune.checkpoint.save_load import load
 from torchprune.cli.documents import looks_like_path
@@ -58,7 +59,7 @@ def load_model(
     Args:
         dtype: to load it in; None is the checkpoint's own.
     """
-    if is_ours(Path(name)):
+    if is_ours(Path(name)) or is_foreign(Path(name)):
         model: Any = load(name)
         return model.to(device=device, dtype=dtype)
     _check_name(name)

@@ -102,18 +102,14 @@ def export(
       torchprune export smol-2of4 --to hf --output smol-folded
     """
     with one_line(speech.debug):
-<<<<<<< HEAD
-        if (int8 or keep_float) and to is not Format.onnx:
-            raise typer.BadParameter(f"--int8 and --keep-float are for --to onnx, not {to.value}")
+        if (int8 or keep_float) and to not in (Format.onnx, Format.coreml):
+            raise typer.BadParameter(
+                f"--int8 and --keep-float are for --to onnx and coreml, not {to.value}"
+            )
         if keep_float and not int8:
             raise typer.BadParameter(
                 "--keep-float says what --int8 leaves; add --int8, or leave it out",
                 param_hint="--keep-float",
-=======
-        if (int8 or keep_float) and to not in (Format.onnx, Format.coreml):
-            raise typer.BadParameter(
-                f"--int8 and --keep-float are for --to onnx and coreml, not {to.value}"
->>>>>>> coreml
             )
         if to in _SUFFIXES:
             check_form(output, [_SUFFIXES[to]], f"what {to.value} reads")
@@ -144,10 +140,7 @@ def export(
         if speech.as_json:
             print_json(figures)
         elif not speech.quiet:
-<<<<<<< HEAD
             show(told)
-=======
-            typer.echo(told)
 
 
 def _for_coreml(net: Any, tokens: Any, cache: bool) -> tuple[Any, dict[str, Any]]:
@@ -158,4 +151,3 @@ def _for_coreml(net: Any, tokens: Any, cache: bool) -> tuple[Any, dict[str, Any]
     from torch.export import Dim
 
     return tokens[:1], {"dynamic_shapes": ({1: Dim("length", max=most)},)}
->>>>>>> coreml

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec
-from torchprune.errors import ExportError
+from torchprune.errors import ExportError, MissingExtraError
 from torchprune.export import call, coreml_model, coreml_sparse, to_coreml
 from torchprune.export.coreml_file import WEIGHTS, MLProgram, Step, constants_of, read_package
 from torchprune.export.mil_run import MILRun
@@ -96,20 +96,15 @@ def test_small_weights_stay(tmp_path: Path) -> None:
     assert constant.mask.sum() == int((layer.weight != 0).sum())
 
 
-@pytest.mark.parametrize("how", ["masked", "folded", "lowered"])
-def test_masked_folded_and_lowered_models_give_one_file(how: str, tmp_path: Path) -> None:
-    model = plain()
-    x = torch.randn(2, 96)
-    to_coreml(model, tmp_path / "a.mlpackage", x)
-    if how == "folded":
-        torchprune.fold(model)
-    if how == "lowered":
-        torchprune.lower(model, "bitmask")
-    before = fingerprint(model)
-    to_coreml(model, tmp_path / "b.mlpackage", x)
-    assert_as_it_was(model, before)
-    first, second = ((tmp_path / f"{n}.mlpackage" / WEIGHTS).read_bytes() for n in "ab")
-    assert first == second
+def test_masked_folded_and_lowered_models_give_one_file(tmp_path: Path) -> None:
+    model, x, files = plain(), torch.randn(2, 96), []
+    for how in (lambda m: m, torchprune.fold, lambda m: torchprune.lower(m, "bitmask")):
+        how(model)
+        before = fingerprint(model)
+        to_coreml(model, tmp_path / "m.mlpackage", x)
+        assert_as_it_was(model, before)
+        files.append((tmp_path / "m.mlpackage" / WEIGHTS).read_bytes())
+    assert files[0] == files[1] == files[2]
 
 
 def test_little_weights_and_dense_ones_stay_dense(tmp_path: Path) -> None:
@@ -143,7 +138,6 @@ def test_nothing_of_this_machine_is_in_the_file(tmp_path: Path) -> None:
         [f"{name} {kind}" for name in FAMILIES for kind in ("float32", "float16")],
         "bert float32",
         "resnet float16",
-        "llama float32",
     ),
 )
 def test_families_compute_the_same(case: str, tmp_path: Path) -> None:
@@ -242,13 +236,15 @@ def test_norms_go_into_the_weights_and_zeros_stay(tmp_path: Path) -> None:
 
 def test_sizes_may_vary_within_bounds(tmp_path: Path) -> None:
     dims = torch.export.Dim("batch", max=4), torch.export.Dim("length", max=16)
-    path = tmp_path / "m.mlpackage"
-    model, tokens = pruned("llama"), torch.randint(3, 60, (2, 7))
+    path, tokens = tmp_path / "m.mlpackage", torch.randint(0, 60, (2, 7))
+    attention = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Embedding(64, 16), attention, nn.Linear(16, 64)).eval()
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
     report = to_coreml(model, path, tokens, dynamic_shapes=({0: dims[0], 1: dims[1]},))
-    assert report.bounds == {"a": (0, 4), "b": (0, 16)}
-    other = torch.randint(3, 60, (3, 11))
+    assert {high for _, high in report.bounds.values()} == {4, 16}
+    other = torch.randint(0, 60, (3, 11))
     with torch.no_grad():
-        torch.testing.assert_close(MILRun(read_package(path))([other])[0], model(other).logits)
+        torch.testing.assert_close(MILRun(read_package(path))([other])[0], model(other))
     with pytest.raises(ExportError, match="a has no greatest value"):
         to_coreml(plain(), path, torch.randn(2, 96), dynamic_shapes=({0: torch.export.Dim("b")},))
 
@@ -334,11 +330,11 @@ def test_another_directory_is_not_replaced_and_an_earlier_package_is(tmp_path: P
 def test_a_file_that_differs_in_a_bit_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = coreml_model._save
+    good = to_coreml(plain(), tmp_path / "good.mlpackage", torch.randn(2, 96)).path
 
     def spoilt(change: Any) -> Any:
         def save(made: Any, partial: Path, ios: int) -> None:
-            real(made, partial, ios)
+            shutil.copytree(good, partial, dirs_exist_ok=True)
             file = partial / WEIGHTS
             file.write_bytes(change(file.read_bytes()))
 
@@ -351,12 +347,12 @@ def test_a_file_that_differs_in_a_bit_is_not_written(
         "0.weight is not in the file as it was": flip(128),
         "expected": flip(64),
         "ends too early": lambda held: held[:-64],
-        "no whole package": lambda held: held[:100],
+        "no whole package": lambda held: held[:80],
     }.items():
         monkeypatch.setattr(coreml_model, "_save", spoilt(change))
         with pytest.raises(ExportError, match=said):
             to_coreml(plain(), tmp_path / "m.mlpackage", torch.randn(2, 96))
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["good.mlpackage"]
 
 
 def test_a_weight_that_was_pruned_a_little_further_is_not_written(
@@ -385,22 +381,12 @@ def test_a_program_that_computes_otherwise_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_package_the_extra_is_named(tmp_path: Path) -> None:
-    code = """
-import sys
-sys.modules["coremltools"] = None
-import torch
-from torchprune.export import to_coreml
-try:
-    to_coreml(torch.nn.Linear(2, 2), "m.mlpackage", torch.ones(1, 2))
-except ImportError as error:
-    print(type(error).__name__, error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    assert "MissingExtraError" in done.stdout
-    assert "torchprune[coreml]" in done.stdout
+def test_without_the_package_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "coremltools", None)  # importing it raises ImportError
+    with pytest.raises(MissingExtraError, match=r"torchprune\[coreml\]"):
+        to_coreml(nn.Linear(2, 2), tmp_path / "m.mlpackage", torch.ones(1, 2))
 
 
 # -- the reading back ------------------------------------------------------------------------------

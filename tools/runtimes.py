@@ -3,14 +3,15 @@
     .venv/bin/python tools/runtimes.py
 
 Tiny models of the tests' families, half of their weights pruned, are exported and run. The page is
-written anew after each family; `--only NAME ...` begins and ends with these. A test holds a sample
-of the page against what exporters say.
+written after each family and dtype; with `--only NAME ...` the other families' lines stay as they
+are. A test holds a sample of the page against what exporters say.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import re
 import sys
 import tempfile
 import warnings
@@ -42,7 +43,7 @@ A tiny model of each family, half of its weights pruned by magnitude, exported a
 largest output; a letter is why there is none, in the words of the `ExportError`. Outputs of
 OpenVINO are those of the dtype that it chooses by itself.
 
-{where}
+{where} Families that are not here were not run then: `--only NAME` adds them.
 
 | family | dtype | {heads} |
 |---|---|{rule}|
@@ -56,12 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows: Rows = {}
+    rows = read_page(asked.page.read_text("utf-8")) if asked.page.is_file() else {}
     for name in asked.only:
         for dtype in DTYPES:
             rows[name, dtype] = [cell(name, dtype, to) for to in EXPORTERS]
             print(name, dtype, rows[name, dtype], flush=True)
-        asked.page.write_text(page(rows), "utf-8")
+            asked.page.write_text(page(rows), "utf-8")
 
 
 def cell(name: str, dtype: torch.dtype, to: str) -> str:
@@ -96,6 +97,19 @@ def page(rows: Rows) -> str:
     text = HEAD.format(where=where, heads=" | ".join(heads), rule="|".join("---" for _ in heads))
     told = [f"- **{letter}**: {_plain(said)}" for said, letter in reasons.items()]
     return text + "\n".join([*lines, "", *told]) + "\n"
+
+
+def read_page(text: str) -> Rows:
+    """What `page` was made of."""
+    reasons = dict(re.findall(r"^- \*\*(\w)\*\*: (.*)$", text, re.MULTILINE))
+    known = {letter: re.sub(r"\\(.)", r"\1", said) for letter, said in reasons.items()}
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    rows: Rows = {}
+    for line in text.splitlines():
+        name, dtype, *cells = [part.strip() for part in line.strip("|").split("|")] + [""] * 2
+        if line.startswith("|") and dtype in dtypes:
+            rows[name, dtypes[dtype]] = [known.get(said, said) for said in cells[:-2]]
+    return rows
 
 
 def _is_number(said: str) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from torchprune.errors import ExportError
+from torchprune.errors import ExportError, TorchpruneError
 from torchprune.export import written
 from torchprune.export.cached import PAST, CachedModel
 from torchprune.export.hf import folded_copy
+from torchprune.export.output_names import output_names
 from torchprune.export.sizes import Shapes, asked_of, measure, varies
 from torchprune.export.written import few, tensors_of
 from torchprune.lowering.lower import lift
@@ -90,12 +92,15 @@ def prepare(
         ExportError: the example is no call, or does not fit `with_cache`.
     """
     plain = _exportable(lift(folded_copy(model)).eval())
-    args, kwargs = _as_call(example_inputs)
+    args, kwargs = _contiguous(_as_call(example_inputs))
     accept(plain)
     if with_cache:
         tokens = _tokens_of(args, kwargs)
-        return _cached(CachedModel(plain), tokens, dynamic_shapes, vary)
+        with promised(f"with_cache: a {type(plain).__name__} cannot take steps with a cache"):
+            return _cached(CachedModel(plain), tokens, dynamic_shapes, vary)
     _without_cache(plain)
+    with promised("the model cannot be called with the example"):
+        outputs = _outputs(plain, args, kwargs)
     leaves, tree = pytree.tree_flatten((args, kwargs))
     asked: Shapes = [_usual(leaf) if vary else {} for leaf in leaves]
     if dynamic_shapes is not None:
@@ -106,9 +111,10 @@ def prepare(
         args,
         kwargs,
         None,
-        samples=[Sample(args, kwargs, run(plain, args, kwargs))],
+        samples=[Sample(args, kwargs, tensors_of(outputs))],
         inputs=[n for n, t in zip(_names(plain, args, kwargs), tensors, strict=True) if t],
         wanted=[set(dims) for dims, t in zip(asked, tensors, strict=True) if t],
+        names=(None, output_names(outputs)),
     )
     if not any(asked):
         return fixed
@@ -199,6 +205,26 @@ def check(
 
 def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that a model gives; the inputs and its buffers stay as they were."""
+    return tensors_of(_outputs(module, args, kwargs))
+
+
+@contextmanager
+def promised(what: str) -> Iterator[None]:
+    """Have whatever another library raises, at whichever of its steps, be an ExportError.
+
+    Args:
+        what: cannot be done then.
+    """
+    try:
+        yield
+    except (TorchpruneError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(f"{what}: {reason_of(error)}; nothing was written") from error
+
+
+def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a model returns; the inputs and its buffers stay as they were."""
     kept = [
         (owner, key, buffer, buffer.clone())
         for owner in module.modules()
@@ -208,7 +234,7 @@ def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
     try:
         with torch.no_grad():
-            return tensors_of(module(*args, **kwargs))
+            return module(*args, **kwargs)
     finally:
         for owner, key, buffer, old in kept:
             owner._buffers[key] = buffer
@@ -267,10 +293,11 @@ def dtype_of(model: nn.Module, accepted: Sequence[torch.dtype], where: str) -> t
     """
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(found) != 1 or not found <= set(accepted):
-        known = " or all ".join(str(d).removeprefix("torch.") for d in accepted)
+        known = [str(dtype).removeprefix("torch.") for dtype in accepted]
         raise ExportError(
-            f"{where} writes models whose floating parameters are all {known}, got "
-            f"{', '.join(sorted(str(d) for d in found)) or 'none'}: model.float() or model.half()"
+            f"{where} writes models whose floating parameters are all {' or all '.join(known)}, "
+            f"got {', '.join(sorted(str(d) for d in found)) or 'none'}: model.to(torch.{known[0]}) "
+            f"before, or --dtype {known[0]} on the command line"
         )
     return found.pop()
 
@@ -311,6 +338,11 @@ def _as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "example_inputs must be a tensor, a tuple of positional or a mapping of keyword inputs, "
         f"got {type(example).__name__}"
     )
+
+
+def _contiguous(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """The inputs as runtimes are given them: in row-major order, however the example lies."""
+    return pytree.tree_map_only(Tensor, lambda t: t.contiguous(), call)
 
 
 def _exportable(model: nn.Module) -> nn.Module:

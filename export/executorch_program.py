@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -21,6 +22,7 @@ from torchprune.export.call import (
     file_bytes,
     folder_of,
     prepare,
+    promised,
     reason_of,
     told,
 )
@@ -33,6 +35,12 @@ _ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2}
 _BRINGS = (
     "ExecuTorch stores and multiplies zeros like all numbers: neither smaller nor faster. Removing "
     "whole channels, heads or layers is what pays there, and quantization."
+)
+
+
+_FIXED = (
+    " A call takes inputs of exactly these sizes; dynamic_shapes, with a max for each, lets them "
+    "vary."
 )
 
 
@@ -61,7 +69,8 @@ def to_executorch(
     Raises:
         MissingExtraError: the extra "executorch" is absent.
         ExportError: a dtype it does not take, a model that torch or ExecuTorch cannot lower (with
-            the reason), or a program that computes otherwise. No file is left then.
+            the reason), a size that varies without a `max`, or a program that computes otherwise.
+            No file is left then.
     """
     try:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -82,6 +91,7 @@ def to_executorch(
     allowed = _allowed_of(call.module)
     program = exported(call)
     sizes = told(program, call)
+    _check_bounded(sizes)
     # What torch decomposes attention to lays its output out otherwise than its fused kernels do.
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")  # of ExecuTorch's own making
@@ -96,7 +106,8 @@ def to_executorch(
         partial = Path(home) / target.name
         with partial.open("wb") as file:
             made.write_to_file(file)
-        seconds, method = _loaded(partial)
+        with promised("ExecuTorch cannot load this program"):
+            seconds, method = _loaded(partial)
         difference, relative = check(call, "ExecuTorch", lambda s: _run(method, s), allowed)
         total = file_bytes(partial)
         partial.replace(target)
@@ -110,9 +121,28 @@ def to_executorch(
         difference=difference,
         relative=relative,
         load_seconds=seconds,
-        brings=_BRINGS,
+        brings=_BRINGS + (_FIXED if _all_fixed(sizes) else ""),
         **sizes,
     )
+
+
+def _all_fixed(sizes: dict[str, Any]) -> bool:
+    return all(isinstance(size, int) for shape in sizes["sizes"].values() for size in shape)
+
+
+def _check_bounded(sizes: dict[str, Any]) -> None:
+    """
+    Raises:
+        ExportError: a size varies without a greatest one.
+    """
+    for name, shape in sizes["sizes"].items():
+        for axis, size in enumerate(shape):
+            letters = re.findall("[a-z]+", size) if isinstance(size, str) else []
+            if any(sizes["bounds"].get(letter, (0, None))[1] is None for letter in letters):
+                raise ExportError(
+                    f"ExecuTorch plans memory beforehand, and axis {axis} of {name} may be of any "
+                    'size: give it a greatest, as Dim("tokens", max=128) of torch.export'
+                )
 
 
 def _allowed_of(model: nn.Module) -> float:

@@ -25,9 +25,11 @@ from torchprune.export.call import (
     folder_of,
     holding,
     prepare,
+    promised,
     reason_of,
     told,
 )
+from torchprune.export.output_names import name_outputs
 from torchprune.export.quiet import without_torchvision_notes
 from torchprune.export.written import WEIGHTS, ExportReport
 
@@ -83,7 +85,9 @@ def to_onnx(
             inputs have outliers in many language models.
 
     Returns:
-        sizes, names and differences, and which sizes of the inputs are fixed; print it.
+        sizes, names and differences, and which sizes of the inputs are fixed; print it. Outputs
+        are named as the model names them: by keys and fields; "output", or "output.0" and so on,
+        where it does not.
 
     Raises:
         MissingExtraError: the extra "onnx" is absent.
@@ -120,14 +124,9 @@ def write_onnx(
     """Write a call; see `to_onnx`."""
     from torchprune.export.int8 import quantize
     from torchprune.export.packing_pass import pack_initializers
-    from torchprune.export.simplify import simplify
 
     allowed = allowed_of(call.module, int8)
-    program = _exported(call)
-    admit(program.exported_program, call)
-    sizes = told(program.exported_program, call)
-    simplify(program.model)
-    graph: Any = program.model
+    graph, sizes = graph_of(call)
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
         if int8:
             graph = quantize(graph, Path(home), int8_ignore, _weights_bytes(graph) > _EXTERNAL)
@@ -136,15 +135,17 @@ def write_onnx(
         size = _weights_bytes(graph)
         dense = size + sum(p.before - p.after for p in packed)
         partial = Path(home) / target.name
-        data = Path(f"{partial}.data") if size > _EXTERNAL else None
-        _save(graph, partial, data)
+        data = save_graph(graph, partial)
         seconds, session = _session(partial)
         inputs = _inputs(session, call)
         difference, relative = check(call, "ONNX Runtime", lambda s: _run(session, s), allowed)
         files = [f for f in (data, partial) if f is not None]
         total = file_bytes(*files)
+        stale = None if data is not None else _data_of(target)
         for file in files:
             file.replace(target.parent / file.name)
+        if stale is not None:
+            stale.unlink(missing_ok=True)
     return ExportReport(
         path=target,
         data=None if data is None else target.parent / data.name,
@@ -163,9 +164,53 @@ def write_onnx(
     )
 
 
-def allowed_of(model: nn.Module, int8: bool = False) -> float:
+def graph_of(call: Call) -> tuple[Any, dict[str, Any]]:
+    """A call as an `onnx_ir` model, and what a report says of its sizes.
+
+    Raises:
+        ExportError: torch cannot export it, or not with such sizes.
+    """
+    from torchprune.export.simplify import simplify
+
+    program = _exported(call)
+    admit(program.exported_program, call)
+    sizes = told(program.exported_program, call)
+    with promised("the graph could not be simplified"):
+        simplify(program.model)
+        name_outputs(program.model.graph, call.names[1])
+    return program.model, sizes
+
+
+def save_graph(graph: Any, path: Path) -> Path | None:
+    """Write a graph, and its weights to a file of their own where they are many.
+
+    Returns:
+        that file.
+    """
+    data = Path(f"{path}.data") if _weights_bytes(graph) > _EXTERNAL else None
+    with promised("the graph could not be written"):
+        _save(graph, path, data)
+    return data
+
+
+def _data_of(path: Path) -> Path | None:
+    """The file beside an earlier graph of ours that holds its weights, if it has one."""
+    import onnx
+
+    data = Path(f"{path}.data")
+    if not (path.is_file() and data.is_file()):
+        return None
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # no graph: the file beside it is not its
+        return None
+    held = (entry.value for one in graph.initializer for entry in one.external_data)
+    return data if data.name in held else None
+
+
+def allowed_of(model: nn.Module, int8: bool = False, where: str = "to_onnx") -> float:
     """The difference allowed to a model's dtype; see `dtype_of` for errors."""
-    return _ALLOWED[dtype_of(model, tuple(_ALLOWED)[: 1 if int8 else 2], "to_onnx")]
+    return _ALLOWED[dtype_of(model, tuple(_ALLOWED)[: 1 if int8 else 2], where)]
 
 
 def require_onnx(caller: str) -> None:
@@ -193,7 +238,6 @@ def _exported(call: Call) -> Any:
                 verbose=False,
                 dynamic_shapes=call.dynamic_shapes,
                 input_names=call.names[0],
-                output_names=call.names[1],
             )
         except Exception as error:
             raise SizesError(f"torch could not export this model: {reason_of(error)}") from error
@@ -226,12 +270,21 @@ def _session(path: Path) -> tuple[float, Any]:
 
 def _inputs(session: Any, call: Call) -> list[str]:
     inputs = [i.name for i in session.get_inputs()]
+    check_inputs(inputs, call)
+    return inputs
+
+
+def check_inputs(inputs: Sequence[str], call: Call) -> None:
+    """Refuse a graph that lost inputs.
+
+    Raises:
+        ExportError: it has not as many as the example has tensors.
+    """
     if len(inputs) != len(call.inputs):
         raise ExportError(
             f"the graph has {len(inputs)} inputs ({', '.join(inputs)}) and the example "
             f"{len(call.inputs)} tensors; leave out those that the model does not use"
         )
-    return inputs
 
 
 def _run(session: Any, sample: Sample) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchprune import passes
 from torchprune.errors import CheckpointError, ExportError, LoweringError
@@ -26,6 +27,7 @@ from torchprune.export.call import (
     folder_of,
     holding,
     prepare,
+    promised,
     reason_of,
     run,
     told,
@@ -93,6 +95,7 @@ def to_pt2(
 
 def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> ExportReport:
     program = exported(call)
+    _check_plain(program)
     sizes = told(program, call)
     packed: list[str] = []
     dense = _bytes_of(program)
@@ -104,7 +107,8 @@ def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> Expor
         saved = dense - _bytes_of(program)
         program.example_inputs = None
         partial = Path(home) / target.name
-        torch.export.save(program, partial)
+        with promised("torch cannot write this program"):
+            torch.export.save(program, partial)
         start = time.perf_counter()
         loaded = load_pt2(partial)
         seconds = time.perf_counter() - start
@@ -192,6 +196,19 @@ def exported(call: Call) -> ExportedProgram:
             raise SizesError(f"torch could not export this model: {reason_of(error)}") from error
     admit(program, call)
     return program
+
+
+def _check_plain(program: ExportedProgram) -> None:
+    """
+    Raises:
+        ExportError: a weight is a tensor of another library's kind.
+    """
+    for name, tensor in program.state_dict.items():
+        if is_traceable_wrapper_subclass(tensor):
+            raise ExportError(
+                f"{name} is a {type(tensor).__name__}, and torch's archives hold plain tensors: "
+                "write the model before it is quantized, or let to_onnx(..., int8=True) do that"
+            )
 
 
 def _bytes_of(program: ExportedProgram) -> int:

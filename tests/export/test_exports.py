@@ -25,6 +25,7 @@ from torchprune.export import written
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # while exporting, of third parties
 ENDINGS = {"to_pt2": "pt2", "to_openvino": "xml", "to_executorch": "pte"}
+ALLOWED = {"to_pt2": 1e-4, "to_executorch": 1e-4, "to_openvino": 2e-2}  # it may choose bfloat16
 NEEDS = {"to_openvino": "openvino", "to_executorch": "executorch"}
 
 
@@ -50,7 +51,7 @@ def test_families_compute_the_same_in_every_runtime(name: str, to: str, tmp_path
     path = tmp_path / f"m.{ENDINGS[to]}"
     report = getattr(export, to)(model, path, batch)
     assert report.path == path
-    assert report.relative < 1e-4
+    assert report.relative < ALLOWED[to]
     assert report.bytes == sum(f.stat().st_size for f in tmp_path.iterdir())
     assert report.brings in str(report)
     assert_as_it_was(model, before)
@@ -61,7 +62,7 @@ def test_a_cache_goes_in_and_comes_out(to: str, tmp_path: Path) -> None:
     report = getattr(export, to)(
         model, tmp_path / f"m.{ENDINGS[to]}", torch.randint(0, 50, (2, 5)), with_cache=True
     )
-    assert report.relative < 1e-4
+    assert report.relative < ALLOWED[to]
 
 
 def test_wrong_models_leave_no_file(to: str, tmp_path: Path) -> None:

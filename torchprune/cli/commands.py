@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from typer.core import TyperGroup
-
 from torchprune.cli.console import print_failure, typer
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """What typer raises of a command line that it cannot read, and shows by itself."""
 
 
-class Commands(TyperGroup):
+class Commands(typer.core.TyperGroup):
     """Commands whose usage is told as JSON on standard output where `--json` is among the words."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

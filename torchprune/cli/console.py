@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 try:
     import typer as typer  # the commands take it from here, after this check
+    import typer.core
 except ImportError:  # this module is the program: say what to install, and stop
     sys.exit(f"error: {MissingExtraError('typer', 'cli', 'the command line')}")
 

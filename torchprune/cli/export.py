@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from torchprune.cli.console import (
     typer,
 )
 from torchprune.cli.loading import Loading
+from torchprune.cli.noise import without_cpuinfo
 from torchprune.cli.result_files import check_form
 from torchprune.cli.saving import check_free_for_hf, with_memory
 
@@ -88,10 +90,12 @@ def export(
 
     ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
     makes the file smaller, not the runtime faster. A packed pt2 is smaller and faster, and needs
-    torchprune where it runs. OpenVINO and ExecuTorch gain nothing from zeros. Core ML stores bits
-    and nonzeros as it runs them: its program takes one token at a time, with the last 512 as state,
-    or without a cache texts of up to 512 tokens. --output is a file (.onnx, .pt2, OpenVINO's .xml,
-    ExecuTorch's .pte), and for hf and coreml (.mlpackage) a directory.
+    torchprune where it runs. OpenVINO and ExecuTorch gain nothing from zeros. ExecuTorch plans its
+    memory beforehand: its program takes 2 rows of 4 tokens, with the cache after 3 others, and no
+    other sizes; bounds for others are given in Python. Core ML stores bits and nonzeros as it runs
+    them: its program takes one token at a time, with the last 512 as state, or without a cache
+    texts of up to 512 tokens. --output is a file (.onnx, .pt2, OpenVINO's .xml, ExecuTorch's .pte),
+    and for hf and coreml (.mlpackage) a directory.
 
     [bold]Examples[/bold]
 
@@ -134,7 +138,8 @@ def export(
                 options["weights"] = "packed" if packed else "dense"
             if int8:
                 options |= {"int8": True, "int8_ignore": keep_float or ()}
-            report = getattr(writers, f"to_{to.value}")(net, output, tokens, **options)
+            with without_cpuinfo() if to is Format.executorch else nullcontext():
+                report = getattr(writers, f"to_{to.value}")(net, output, tokens, **options)
             told = str(report)
             figures = dict(vars(report))
         if speech.as_json:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 """Warnings for those who write code, which a user of a command cannot change."""
@@ -36,3 +41,30 @@ def hush() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Harmless) for known in logger.filters):
             logger.addFilter(_Harmless(beginnings))
+
+
+_CPUINFO = b"[cpuinfo_utils.cpp"
+"""How lines begin that ExecuTorch writes, past Python, when it looks at the processor."""
+
+
+@contextmanager
+def without_cpuinfo() -> Iterator[None]:
+    """Leave those lines out of standard error; all others come when the block ends."""
+    try:
+        sys.stderr.flush()
+        before = os.dup(2)
+    except OSError:  # closed: nothing is written there
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            held.seek(0)
+            for line in held:
+                if not line.startswith(_CPUINFO):
+                    os.write(2, line)

@@ -61,6 +61,13 @@ def restate(module: nn.Module) -> None:
         owner.num_channels = channels
     elif isinstance(module, nn.PReLU):
         owner.num_parameters = _shape(module)[0]
+    elif isinstance(module, nn.RNNBase):
+        owner.input_size = _shape(module, "weight_ih_l0")[1]
+        if "_flat_weights" in vars(module):  # what its forward reads; with masks, a property
+            names = module._flat_weights_names
+            owner._flat_weights = [getattr(module, name, None) for name in names]
+    elif isinstance(module, nn.RNNCellBase):
+        owner.input_size = _shape(module, "weight_ih")[1]
     with_its_heads(module)
 
 
@@ -71,13 +78,13 @@ def _recompute(module: nn.Module) -> None:
             hook(module, ())
 
 
-def _shape(module: nn.Module) -> torch.Size:
+def _shape(module: nn.Module, name: str = "weight") -> torch.Size:
     """Of a weight as it is used, whatever parametrizations make it."""
-    weight: Tensor | None = original_of(module, "weight")
+    weight: Tensor | None = original_of(module, name)
     if weight is not None:
         return weight.shape
     with torch.no_grad(), eval_mode(module):
-        return cast(Tensor, module.weight).shape
+        return cast(Tensor, getattr(module, name)).shape
 
 
 def _length(module: nn.Module, otherwise: int) -> int:

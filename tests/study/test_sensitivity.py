@@ -374,7 +374,7 @@ def test_the_same_seed_gives_the_same_bits():
         ({"levels": 0.5}, SpecError, "levels must be"),
         ({"levels": ("dense",)}, SpecError, "prunes nothing"),
         ({"levels": (1.5,)}, SpecError, "0 <= sparsity < 1"),
-        ({"levels": ("3:5",)}, CalibrationError, "no calibration batch reached"),
+        ({"levels": ("3:5",)}, CalibrationError, "nothing is left to try: .* cannot hold 3:5"),
         ({"probes": -1}, SpecError, "probes must be"),
         ({"max_windows": 0}, SpecError, "max_windows must be"),
         ({"spec": "wanda"}, SpecError, "spec must be a spec"),

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 from typing import Annotated
 
-from torchprune.cli.console import Speech, one_line, print_json, typer
+from torchprune.cli.console import OutputOption, Speech, one_line, print_json, typer
 from torchprune.errors import InputError
 
 
 def build_kernels(
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The directory; by default the user's cache."),
-    ] = None,
+    output: OutputOption = None,
     machine: Annotated[
         str,
         typer.Option(
@@ -27,9 +23,9 @@ def build_kernels(
 ) -> None:
     """Compile the CPU kernels now, for where there is no compiler.
 
-    One file serves every processor of a machine's kind (each takes the fastest form it knows) and
-    every torch from 2.10 on. Where it lies in another directory than the user's cache,
-    TORCHPRUNE_KERNELS names it.
+    They go into the user's cache, or into the directory that --output names; where that is another,
+    TORCHPRUNE_KERNELS names it to torchprune. One file serves every processor of a machine's kind
+    (each takes the fastest form it knows) and every torch from 2.10 on.
 
     [bold]Examples[/bold]
 

@@ -116,7 +116,8 @@ def export(
                 param_hint="--keep-float",
             )
         if to in _SUFFIXES:
-            check_form(output, [_SUFFIXES[to]], f"what {to.value} reads")
+            package = to is Format.coreml
+            check_form(output, [_SUFFIXES[to]], f"what {to.value} reads", directory=package)
         else:
             check_free_for_hf(output)
 

@@ -10,18 +10,21 @@ from torchprune.cli.places import check_place
 from torchprune.errors import InputError
 
 
-def check_form(output: Path | None, forms: Sequence[str], what: str) -> None:
+def check_form(
+    output: Path | None, forms: Sequence[str], what: str, *, directory: bool = False
+) -> None:
     """Refuse a file whose suffix says none of the forms that there are, or that cannot be written.
 
     Args:
         what: is saved there: "a comparison".
+        directory: such a file is a directory, as a Mac's packages are.
 
     Raises:
         InputError: it is such a one.
     """
     if output is not None and output.suffix.lower() not in forms:
         raise InputError(f"{output}: {what} is saved as one of {', '.join(forms)}")
-    check_place(output)
+    check_place(output, directory=directory)
 
 
 def store_of(output: Path | None, resume: bool) -> Path | None:

@@ -189,7 +189,7 @@ def _blocks(
     blocks: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
-        children = {k: c for k, c in module.named_children() if any(c.children())}
+        children = {k: c for k, c in module.named_children() if _made_of_modules(c)}
         kinds = [type(c) for c in children.values()]
         repeats = isinstance(module, nn.ModuleList) or (
             isinstance(module, nn.Sequential | nn.ModuleDict) and len(set(kinds)) < len(kinds)
@@ -205,6 +205,12 @@ def _blocks(
 
     visit("", model)
     return blocks
+
+
+def _made_of_modules(module: nn.Module) -> bool:
+    """Whether it has children that it calls; what its tensors are computed by is none."""
+    aside = {"parametrizations"} if parametrize.is_parametrized(module) else set()
+    return any(name not in aside for name, _ in module.named_children())
 
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)

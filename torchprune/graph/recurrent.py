@@ -15,7 +15,7 @@ def recurrent(
     x: Value,
     states: Value | Sequence[Value],
     weights: Sequence[Value],
-    has_biases: bool,
+    has_biases: Any,
     num_layers: int,
     dropout: float,
     train: bool,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from torchprune.graph import indexing, products, recurrent, reductions, views
+from torchprune.graph import indexing, products, recurrent_rules, reductions, views
 from torchprune.graph.context import Context, unknown
 from torchprune.graph.derived import parts_of
 from torchprune.graph.reasons import reason_for
@@ -65,7 +65,7 @@ _OPERATORS: dict[Rule, list[Any]] = {
     products.any_convolution: _named("convolution"),
     products.embedding: _named("embedding"),
     products.bag: _named("_embedding_bag", "_embedding_bag_forward_only"),
-    recurrent.recurrent: _named("lstm", "gru", "rnn_tanh", "rnn_relu"),
+    recurrent_rules.recurrent: _named("lstm", "gru", "rnn_tanh", "rnn_relu"),
     products.distances: _named("cdist", "_cdist_forward"),
     reductions.layer_norm: _named("layer_norm", "rms_norm"),
     reductions.layer_norm_and_moments: _named("native_layer_norm"),

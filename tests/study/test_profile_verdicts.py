@@ -96,6 +96,26 @@ def test_faster_by_what_it_reads():
     assert texts(found, "memory", "bitmask") == ["bitmask holds 0.60 of dense's bytes of weights"]
 
 
+@pytest.mark.parametrize("form", ["eager", "masked"])
+def test_a_smaller_model_is_not_taken_for_noise(form):
+    small = Contender(form, form, "folded", held=700, read=690)
+    found = made({form: {1: exact(0.8)}}, contenders=(DENSE, small))
+    (text,) = texts(found, "faster", form)
+    assert text.endswith("the model is smaller: it reads 0.69 of the bytes")
+    (text,) = texts(made({"eager": {1: exact(0.8)}}), "faster", "eager")
+    assert "disturbs" in text
+
+
+def test_a_form_is_not_credited_with_what_a_smaller_model_brings():
+    small = Contender("eager", "eager", "folded", held=700, read=690)
+    compiled = Contender("compile", "compile", "inductor", held=700, read=690)
+    found = made({"compile": {1: exact(0.5)}}, contenders=(DENSE, small, compiled))
+    (text,) = texts(found, "faster", "compile")
+    assert "that is the form's doing, and the smaller model's (it reads 0.69 of the bytes)" in text
+    (text,) = texts(made({"int8": {1: exact(0.5)}}), "faster", "int8")
+    assert "smaller" not in text
+
+
 def test_slower_where_time_grows_with_rows_is_bound_by_arithmetic():
     bound = made({"bitmask": {64: exact(1.3)}}, {1: 0.1, 64: 6.0})
     (text,) = texts(bound, "slower", "bitmask")

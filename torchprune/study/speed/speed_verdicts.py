@@ -94,14 +94,19 @@ def _why(profile: Measured, contender: Contender, kind: str, cell: Cell) -> str:
     """What is known of the cause: bytes read, and whether time grows with rows."""
     base = profile.contender(profile.base)
     if not contender.skips_zeros:
-        if contender.form in ("masked", "eager") and kind == "faster":
+        smaller = _smaller(profile)
+        if contender.form in _AS_IT_IS and kind == "faster":
+            if smaller:
+                return f"the model is smaller: it reads {smaller:.2f} of the bytes"
             return (
                 "it computes what the dense model computes, so take this for what disturbs the "
                 "measurement here"
             )
         if kind == "faster" and contender.name.partition(" ")[0] != "dense":
-            return "that is the form's doing; it multiplies zeros like any number" + _same_in_dense(
-                profile, contender, cell
+            also = f", and the smaller model's (it reads {smaller:.2f} of the bytes)"
+            return (
+                f"that is the form's doing{also if smaller else ''}; it multiplies zeros like any "
+                f"number{_same_in_dense(profile, contender, cell)}"
             )
         return ""
     share = (contender.read or 0) / base.read if base.read else 0.0
@@ -115,6 +120,19 @@ def _why(profile: Measured, contender: Contender, kind: str, cell: Cell) -> str:
             "brings nothing"
         )
     return "fewer bytes do not pay for expanding them here"
+
+
+_AS_IT_IS = ("masked", "eager")
+"""Forms that compute the model's own code."""
+
+
+def _smaller(profile: Measured) -> float:
+    """What the model itself reads, as a share of the dense one's bytes; 0 if it is no smaller."""
+    base = profile.contender(profile.base)
+    own = [c for c in profile.contenders if c.name.partition(" ")[0] != "dense"]
+    found = [c.read for c in own if c.form in _AS_IT_IS and c.read]
+    share = min(found, default=0) / base.read if base.read else 0.0
+    return share if share < 1 else 0.0
 
 
 def _same_in_dense(profile: Measured, contender: Contender, cell: Cell) -> str:

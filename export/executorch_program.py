@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchprune.errors import ExportError, MissingExtraError
@@ -92,7 +93,9 @@ def to_executorch(
     program = exported(call)
     sizes = told(program, call)
     _check_bounded(sizes)
-    # What torch decomposes attention to lays its output out otherwise than its fused kernels do.
+    # What torch decomposes attention to lays its output out otherwise than its fused kernels do,
+    # and fake tensors remember layouts of earlier exports without asking which it was.
+    FakeTensorMode.cache_clear()
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")  # of ExecuTorch's own making
         try:
@@ -102,6 +105,8 @@ def to_executorch(
             raise ExportError(
                 f"ExecuTorch could not lower this model: {reason_of(error)}"
             ) from error
+        finally:
+            FakeTensorMode.cache_clear()
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
         partial = Path(home) / target.name
         with partial.open("wb") as file:

@@ -57,6 +57,16 @@ def test_families_compute_the_same_in_every_runtime(name: str, to: str, tmp_path
     assert_as_it_was(model, before)
 
 
+def test_one_export_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    """Fake tensors remember how attention lays out its results, which is not the same for all."""
+    pytest.importorskip("coremltools", reason="the extra is not installed")
+    pytest.importorskip("executorch", reason="the extra is not installed")
+    model, batch = pruned("bert"), FAMILIES["bert"].data()[0]
+    for to, name in (("coreml", "a.mlpackage"), ("executorch", "b.pte"), ("coreml", "c.mlpackage")):
+        report = getattr(export, f"to_{to}")(model, tmp_path / name, batch)
+        assert report.relative < 1e-4
+
+
 def test_a_cache_goes_in_and_comes_out(to: str, tmp_path: Path) -> None:
     model = pruned("llama")
     report = getattr(export, to)(

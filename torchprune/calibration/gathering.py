@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from torchprune import modes
-from torchprune.calibration.moments import SAMPLE_ROWS, Moments
+from torchprune.calibration import moments as sizes
+from torchprune.calibration.moments import Moments
 from torchprune.calibration.padding import counted
+from torchprune.calibration.room import check_room
 from torchprune.calibration.sources import Gathered, Read, Unforeseen
 from torchprune.errors import CalibrationError
 from torchprune.masking.targets import Target
@@ -28,6 +30,8 @@ class Gathering:
         targets: the layers.
         batches: how many batches there are.
         gram, total, cross, cap: which statistics, as for `Moments`.
+        rows_will_do: whether of a layer wider than `moments.WIDEST` so many rows as tell the same
+            are kept in place of the second moment.
         share: whether layers that read the same tensors have them in common.
         tokens: tells which rows count.
     """
@@ -43,13 +47,27 @@ class Gathering:
         cap: float | None,
         tokens: Tokens,
         share: bool = True,
+        rows_will_do: bool = False,
     ) -> None:
-        self._targets, self._gram, self._share = targets, gram, share
+        self._targets, self._batches, self._share = targets, batches, share
+        widths = [target.view.cols for target in targets]
+        self._grams = [gram and not (rows_will_do and w > sizes.WIDEST) for w in widths]
+        self._wanted = sizes.WIDE_ROWS if gram else sizes.SAMPLE_ROWS
         self._total, self._cross, self._cap, self._tokens = total, cross, cap, tokens
-        self._sample = 0 if gram else -(-SAMPLE_ROWS // batches)
         self._reads: dict[int, list[Read]] = {}  # of the batches that wait at a layer
         self._gathered: dict[int, Gathered] = {}  # of a layer, until it is taken
         self._shareable: list[Gathered] = []
+
+    def check_room(self) -> None:
+        """
+        Raises:
+            CalibrationError: what is to be collected of one layer does not fit into memory.
+        """
+        needs = {}
+        for target, gram in zip(self._targets, self._grams, strict=True):
+            size = 4 * target.view.groups * target.view.cols**2 * (gram + self._cross)
+            needs[target.name] = (target.weight.device, size)
+        check_room(needs)
 
     def wait(self, index: int, read: Read) -> None:
         """Note what a batch that waits at a layer is about to read."""
@@ -128,7 +146,7 @@ class Gathering:
                 view.groups,
                 view.cols,
                 device,
-                gram=self._gram,
+                gram=self._grams[index],
                 total=self._total,
                 cross=self._cross,
                 cap=self._cap,
@@ -143,7 +161,8 @@ class Gathering:
             rows = read.rows()
             counts = self._tokens(index, read, rows)
             dense = None if twin is None else counted(twin.rows(), counts)
-            gathered.moments.add(counted(rows, counts), self._sample, dense)
+            sample = 0 if self._grams[index] else -(-self._wanted // self._batches)
+            gathered.moments.add(counted(rows, counts), sample, dense)
         gathered.sources.add(read)
 
     def _matching(self, index: int, reads: Sequence[Read], *, whole: bool) -> Gathered | None:

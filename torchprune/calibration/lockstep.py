@@ -99,6 +99,7 @@ class Calibration:
         targets: the layers to stop at.
         batches: one coroutine each.
         gram: whether methods need the second moment, or only sums of squares.
+        rows_will_do: whether, of very wide layers, rows of inputs do in its place.
         total: whether they need the sums themselves.
         blocks: the model's repeated blocks by name.
         twice: prune a block's targets together, on what they read in its dense pass, and run the
@@ -129,6 +130,7 @@ class Calibration:
         ends: Ends | None = None,
         cap: float | None = None,
         surveyed: bool = True,
+        rows_will_do: bool = False,
     ) -> None:
         self.model, self.targets, self.batches = model, list(targets), list(batches)
         self.blocks = list(blocks.values()) if twice else []
@@ -141,6 +143,7 @@ class Calibration:
             cross=cross,
             cap=cap,
             share=foresee,
+            rows_will_do=rows_will_do,
             tokens=partial(_tokens, self._padding, self.targets),
         )
         self.usage = Usage()
@@ -173,6 +176,7 @@ class Calibration:
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibration:
+        self._gathering.check_room()
         self._outer = modes.Modes.now()
         self._driver = greenlet.getcurrent()
         self._containers = Containers(self.model)

@@ -16,6 +16,12 @@ from torchprune.specs.method import GroupMoments
 SAMPLE_ROWS = 256
 """Input rows kept per group to measure the output error where no second moment is collected."""
 
+WIDEST = 32_768
+"""Columns up to which a second moment is collected where rows can do its work: 4.3 GB."""
+
+WIDE_ROWS = 4096
+"""Input rows kept per group of a wider layer."""
+
 _CHUNK = 8192
 _PANELS = 8
 
@@ -30,7 +36,8 @@ class Moments:
             `finish`. None where the method does not need it.
         rows: input rows seen by each group.
         batches: batches that reached the layer.
-        sample: per group, up to SAMPLE_ROWS input rows spread over the batches.
+        sample: per group, up to SAMPLE_ROWS input rows spread over the batches; WIDE_ROWS, where
+            they stand for a second moment that would be too large.
         total: (groups, cols) float32, sum of x, where it was asked for.
         cross: (groups, cols, cols) float32, sum of x_d x^T with x_d what the dense model reads
             there, where it was asked for. Rows without a counterpart count as their own.

@@ -219,7 +219,9 @@ class UnitRunner:
         """What a layer reads, and by which of its axes."""
         return self._reading[target.layer.key]
 
-    def calibration(self, *, gram: bool, ends: Ends | None = None) -> Calibration:
+    def calibration(
+        self, *, gram: bool, ends: Ends | None = None, rows_will_do: bool = False
+    ) -> Calibration:
         """Statistics of what the layers read that read some group."""
         return Calibration(
             self.model,
@@ -231,6 +233,7 @@ class UnitRunner:
             foresee=False,
             hold=self.hold,
             ends=ends,
+            rows_will_do=rows_will_do,
         )
 
     def _dense_scores(self) -> list[Tensor]:
@@ -269,7 +272,7 @@ class UnitRunner:
             ends = Ends(self._blocks or {"": self.model}, train, options.alpha)
         what = ", ".join(dict.fromkeys(choice.spec.method for choice in self.choices))
         bar = tqdm(total=len(self._targets), desc=what, unit="layer", disable=not progress)
-        with self.calibration(gram=refits, ends=ends) as calibration, bar:
+        with self.calibration(gram=refits, ends=ends, rows_will_do=True) as calibration, bar:
             for stop in calibration.stops():
                 for target, moments in stop:
                     with modes.exact():
@@ -316,7 +319,7 @@ class UnitRunner:
         done = self.done.setdefault(target.layer.key, _Done(tokens=sum(moments.rows)))
         if bool(keep.all()):
             done.error = 0.0
-        elif moments.gram is None or not any(spec.refit for spec in specs):
+        elif not any(spec.refit for spec in specs):
             done.error = sampled_error(target, moments, keep.expand_as(weights))
             kept = any(spec.reconstruct for spec in specs)
             edits.write(target, weights * keep, kept=kept)

@@ -63,11 +63,17 @@ def restate(module: nn.Module) -> None:
         owner.num_parameters = _shape(module)[0]
     elif isinstance(module, nn.RNNBase):
         owner.input_size = _shape(module, "weight_ih_l0")[1]
+        width = _shape(module, "weight_hh_l0")[1]
+        if module.proj_size:
+            owner.proj_size, owner.hidden_size = width, _shape(module, "weight_hr_l0")[1]
+        else:
+            owner.hidden_size = width
         if "_flat_weights" in vars(module):  # what its forward reads; with masks, a property
             names = module._flat_weights_names
             owner._flat_weights = [getattr(module, name, None) for name in names]
     elif isinstance(module, nn.RNNCellBase):
         owner.input_size = _shape(module, "weight_ih")[1]
+        owner.hidden_size = _shape(module, "weight_hh")[1]
     with_its_heads(module)
 
 

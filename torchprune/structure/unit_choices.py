@@ -109,14 +109,16 @@ def _coded(layer: Layer) -> str | None:
 def _target(layer: Layer) -> Target:
     view = view_of(layer.module, original_of(layer.module, layer.tensor).shape)
     reading = Reading(view) if _read_past_its_forward(layer.module) else None
+    if isinstance(layer.module, nn.RNNCellBase):  # as often as there are steps
+        reading = Reading(view, None)
     return Target(layer, Goal(Unstructured(), 0.0), view, reading=reading)
 
 
 def _read_past_its_forward(module: nn.Module) -> bool:
     """Whether to look for the products with a weight: torch's own attention calls no forward of its
-    output layer."""
+    output layer, and of recurrent nets each weight reads something else."""
     inherits = type(module).forward is nn.Linear.forward and not is_stock(module)
-    return inherits or isinstance(module, _ConvTransposeNd)
+    return inherits or isinstance(module, _ConvTransposeNd | nn.RNNBase)
 
 
 def columns_of(target: Target, member: Member) -> Tensor:

@@ -434,7 +434,12 @@ def test_export_writes_onnx_that_computes_the_same(pruned: Path, tmp_path: Path)
 
 
 def test_export_writes_an_archive_and_int8(pruned: Path, tmp_path: Path) -> None:
-    said = worked("export", pruned, "--to", "pt2", "--output", tmp_path / "m.pt2", "--json")
+    path = tmp_path / "m.pt2"
+    said = worked("export", pruned, "--to", "pt2", "--measure", "--output", path, "--json")
+    measured = json.loads(said)["measured"]
+    assert measured["bytes"] == path.stat().st_size
+    assert measured["latency"]["median"] > 0
+    assert len(measured["kernels"]["sparse"]) == len(json.loads(said)["packed"])
     figures = json.loads(said)
     assert figures["runtime"] == "the loaded program"
     assert figures["relative"] < 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any
@@ -83,6 +84,14 @@ def export(
             show_default=False,
         ),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Also write the model with its zeros filled, run both in turns, and tell what "
+            "zeros bring: bytes, milliseconds, and which kernels leave them out.",
+        ),
+    ] = False,
     dtype: DtypeOption = Dtype.auto,
     speech: Speech = Speech(),
 ) -> None:
@@ -101,7 +110,7 @@ def export(
 
       torchprune export smol-2of4 --to onnx --dtype float32 --output smol.onnx
 
-      torchprune export smol-2of4 --to pt2 --output smol.pt2
+      torchprune export smol-2of4 --to pt2 --measure --output smol.pt2
 
       torchprune export smol-2of4 --to hf --output smol-folded
     """
@@ -114,6 +123,12 @@ def export(
             raise typer.BadParameter(
                 "--keep-float says what --int8 leaves; add --int8, or leave it out",
                 param_hint="--keep-float",
+            )
+        if measure and to is Format.hf:
+            raise typer.BadParameter(
+                "--measure is for files that a runtime reads, and --to hf writes plain weights: "
+                "`torchprune profile` measures a model in torch",
+                param_hint="--measure",
             )
         if to in _SUFFIXES:
             package = to is Format.coreml
@@ -139,14 +154,21 @@ def export(
                 options["weights"] = "packed" if packed else "dense"
             if int8:
                 options |= {"int8": True, "int8_ignore": keep_float or ()}
+            write = getattr(writers, f"to_{to.value}")
             with without_cpuinfo() if to is Format.executorch else nullcontext():
-                report = getattr(writers, f"to_{to.value}")(net, output, tokens, **options)
-            told = str(report)
-            figures = dict(vars(report))
+                report = write(net, output, tokens, **options)
+                gains = _measured(write, net, report, tokens, options) if measure else None
+            told = str(report) if gains is None else f"{report}\n{gains}"
+            figures = dict(vars(report)) | ({} if gains is None else {"measured": asdict(gains)})
         if speech.as_json:
             print_json(figures)
         elif not speech.quiet:
             show(told)
+
+
+def _measured(write: Any, net: Any, report: Any, tokens: Any, options: dict[str, Any]) -> Any:
+    file_gains = import_module("torchprune.study.speed.file_gains").file_gains
+    return file_gains(write, net, report, tokens, **options)
 
 
 def _for_coreml(net: Any, tokens: Any, cache: bool) -> tuple[Any, dict[str, Any]]:

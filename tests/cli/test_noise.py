@@ -15,7 +15,7 @@ import pytest
 from commands import call, complaint, make_home, worked
 
 from torchprune.cli import documents
-from torchprune.cli.noise import _HARMLESS, hush, without_cpuinfo
+from torchprune.cli.noise import _HARMLESS, hush, without_runtime_lines
 from torchprune.reports.report import remember_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +153,7 @@ def test_an_example_says_nothing_foreign(tmp_path):
 
 
 def test_lines_about_the_processor_are_left_out_and_no_others(capfd):
-    with without_cpuinfo():
+    with without_runtime_lines():
         os.write(2, b"[cpuinfo_utils.cpp:71] Reading file\nError: mine\n[cpuinfo_utils.cpp:87] x\n")
         print("and mine", file=sys.stderr)
     assert sorted(capfd.readouterr().err.splitlines()) == ["Error: mine", "and mine"]

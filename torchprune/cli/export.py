@@ -20,7 +20,7 @@ from torchprune.cli.console import (
     typer,
 )
 from torchprune.cli.loading import Loading
-from torchprune.cli.noise import without_cpuinfo
+from torchprune.cli.noise import without_runtime_lines
 from torchprune.cli.result_files import check_form
 from torchprune.cli.saving import check_free_for_hf, with_memory
 
@@ -34,6 +34,7 @@ class Format(StrEnum):
     openvino = "openvino"
     executorch = "executorch"
     coreml = "coreml"
+    litert = "litert"
 
 
 _TOKENS = 512
@@ -45,6 +46,7 @@ _SUFFIXES = {
     Format.openvino: ".xml",
     Format.executorch: ".pte",
     Format.coreml: ".mlpackage",
+    Format.litert: ".tflite",
 }
 """Of the files; hf is a directory."""
 
@@ -55,7 +57,7 @@ def export(
         Format,
         typer.Option(
             help="ONNX, torch's archive of an exported program, a plain transformers directory, "
-            "OpenVINO, ExecuTorch, Core ML."
+            "OpenVINO, ExecuTorch, Core ML, LiteRT."
         ),
     ],
     output: NeededOutput,
@@ -63,7 +65,7 @@ def export(
         bool,
         typer.Option(
             "--packed/--dense",
-            help="onnx, pt2, coreml: weights as bits and nonzeros, or as they are.",
+            help="onnx, pt2, coreml, litert: weights as bits and nonzeros, or as they are.",
         ),
     ] = True,
     cache: Annotated[
@@ -103,8 +105,9 @@ def export(
     memory beforehand: its program takes 2 rows of 4 tokens, with the cache after 3 others, and no
     other sizes; bounds for others are given in Python. Core ML stores bits and nonzeros as it runs
     them: its program takes one token at a time, with the last 512 as state, or without a cache
-    texts of up to 512 tokens. --output is a file (.onnx, .pt2, OpenVINO's .xml, ExecuTorch's .pte),
-    and for hf and coreml (.mlpackage) a directory.
+    texts of up to 512 tokens. LiteRT stores nonzeros and their places; its program takes what
+    ExecuTorch's does. --output is a file (.onnx, .pt2, OpenVINO's .xml, ExecuTorch's .pte, LiteRT's
+    .tflite), and for hf and coreml (.mlpackage) a directory.
 
     [bold]Examples[/bold]
 
@@ -150,12 +153,13 @@ def export(
             if to is Format.coreml:
                 tokens, sizes = _for_coreml(net, tokens, cache)
                 options |= sizes
-            if to in (Format.onnx, Format.pt2, Format.coreml):
+            if to in (Format.onnx, Format.pt2, Format.coreml, Format.litert):
                 options["weights"] = "packed" if packed else "dense"
             if int8:
                 options |= {"int8": True, "int8_ignore": keep_float or ()}
             write = getattr(writers, f"to_{to.value}")
-            with without_cpuinfo() if to is Format.executorch else nullcontext():
+            loud = to in (Format.executorch, Format.litert)
+            with without_runtime_lines() if loud else nullcontext():
                 report = write(net, output, tokens, **options)
                 gains = _measured(write, net, report, tokens, options) if measure else None
             told = str(report) if gains is None else f"{report}\n{gains}"

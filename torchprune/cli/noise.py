@@ -43,12 +43,18 @@ def hush() -> None:
             logger.addFilter(_Harmless(beginnings))
 
 
-_CPUINFO = b"[cpuinfo_utils.cpp"
-"""How lines begin that ExecuTorch writes, past Python, when it looks at the processor."""
+_RUNTIMES = (
+    b"[cpuinfo_utils.cpp",  # ExecuTorch looks at the processor
+    b"INFO: Created TensorFlow Lite",  # LiteRT, and that it uses what is no longer to be used
+    b"ERROR: Subgraph reshaping is enabled by default",
+    b"WARNING: All log messages before absl::InitializeLog",
+    b"I0000 ",
+)
+"""How lines begin that runtimes write, past Python, which say nothing of the model."""
 
 
 @contextmanager
-def without_cpuinfo() -> Iterator[None]:
+def without_runtime_lines() -> Iterator[None]:
     """Leave those lines out of standard error; all others come when the block ends."""
     try:
         sys.stderr.flush()
@@ -66,5 +72,5 @@ def without_cpuinfo() -> Iterator[None]:
             os.close(before)
             held.seek(0)
             for line in held:
-                if not line.startswith(_CPUINFO):
+                if not line.startswith(_RUNTIMES):
                     os.write(2, line)

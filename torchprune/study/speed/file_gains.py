@@ -98,11 +98,11 @@ def file_gains(
         full = write(without_zeros(model), Path(folder) / report.path.name, example_inputs, **other)
         found = report.bytes, full.bytes
         try:
-            sample = files.example_of(
+            example = files.example_of(
                 model, example_inputs, with_cache=options.get("with_cache", False)
             )
-            ours = files.loaded_file(report.path, sample)
-            theirs = files.loaded_file(full.path, sample)
+            ours = files.loaded_file(report.path, example)
+            theirs = files.loaded_file(full.path, example)
         except TorchpruneError as error:
             return FileGains(*found, why=str(error))
         return _in_turns(found, ours, theirs, seconds, clock)

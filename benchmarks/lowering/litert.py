@@ -60,7 +60,7 @@ def write(folder: Path, sparsity: float, width: int) -> dict[str, int]:
     x = torch.randn(1, 3, SIZE, SIZE)
     full = mobile(width)
     to_litert(full, folder / "full.tflite", x, weights="dense")
-    pointwise = lambda name, module: getattr(module, "kernel_size", 0) == (1, 1)  # noqa: E731
+    pointwise = [n for n, m in full.named_modules() if getattr(m, "kernel_size", 0) == (1, 1)]
     spec = MagnitudeSpec(sparsity, targets=pointwise)
     model = torchprune.sparsify(full, spec, progress=False)
     to_litert(model, folder / "zeros.tflite", x, weights="dense")

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torchprune.errors import LoweringError
 from torchprune.lowering import bitmask, semi_structured
 from torchprune.lowering.bitmask import DTYPES, SLACK, WORD, Bitmask
+from torchprune.lowering.convolutions import BitmaskConv, convolves, objection
 from torchprune.lowering.kernels import operators as kernels
 from torchprune.lowering.modules import BitmaskLinear
 from torchprune.masking.mask import check_alone, detach, fold, mask_of, obstacle, original_of
-from torchprune.masking.matrices import is_transposed_linear, view_of
+from torchprune.masking.matrices import ConvNd, is_transposed_linear, view_of
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.packing import masked, zeros_in
 from torchprune.masking.selection import (
@@ -107,7 +108,8 @@ def lower(
 
     - "bitmask": linear layers become `BitmaskLinear`: one bit a weight and the nonzeros. On CPUs
       it is faster than dense for up to about 8 rows of input (decoding), and as fast beyond. Any
-      pattern will do.
+      pattern will do. Convolutions that `targets` names become `BitmaskConv`: smaller, and faster
+      where a call has few positions alone.
     - "semi_structured": 2:4 linear layers on a CUDA device, in float16 or bfloat16, hold torch's
       semi-structured tensors (cuSPARSELt, or CUTLASS). They stay `nn.Linear`; products with many
       rows of input are faster, those with one are slower. What is not 2:4 is left, and said.
@@ -147,7 +149,8 @@ def lower(
         if mask_of(layer.module, layer.tensor) is not None:
             detach(layer.module, layer.tensor)
         view = view_of(layer.module, cast(Tensor, layer.module.weight).shape)
-        lowered = BitmaskLinear(packed, layer.module, view)
+        kind = BitmaskConv if isinstance(layer.module, ConvNd) else BitmaskLinear
+        lowered = kind(packed, layer.module, view)
         for parent, name in places[layer.module]:
             parent._modules[name] = lowered
     fold(model)
@@ -206,7 +209,8 @@ def _plan(
         if any(matches(s, layer) for s in unwanted):
             plan.left[layer.name] = "ignored"
             continue
-        if why := _hindrance(layer, ties, "cpu" if target == "bitmask" else "cuda"):
+        device = "cpu" if target == "bitmask" else "cuda"
+        if why := _hindrance(layer, ties, device, asked=bool(wanted)):
             plan.left[layer.name] = why
             continue
         weight = _effective(layer)
@@ -237,14 +241,26 @@ def _bitmask_bytes(layer: Layer, weight: Tensor, zeros: float, dtype: torch.dtyp
     return size + (4 * view.rows if dtype == torch.int8 else 0)
 
 
-def _hindrance(layer: Layer, ties: dict[int, list[str]], device: str) -> str | None:
-    """Why a layer's module cannot be lowered for this kind of device, or None."""
+def _hindrance(layer: Layer, ties: dict[int, list[str]], device: str, *, asked: bool) -> str | None:
+    """Why a layer's module cannot be lowered for this kind of device, or None.
+
+    Args:
+        asked: whether a selector names it.
+    """
     module = layer.module
     plain = mask_of(module, layer.tensor) is not None
     kind = type(module).__bases__[0] if plain else type(module)
     if kind.__name__ == "Conv1D" and is_transposed_linear(module):
         if device == "cuda":
             return "a Conv1D holds its weight the other way round; 2:4 products want a Linear"
+    elif convolves(kind) and device == "cpu":
+        if not asked:
+            return (
+                f"a {kind.__name__} is no linear layer: as a bitmask it is smaller, and faster for "
+                "few positions alone, so it is lowered where targets= names it"
+            )
+        if reason := objection(module):
+            return reason
     elif kind is not nn.Linear:
         if isinstance(module, nn.Linear):
             return f"a {kind.__name__} may compute otherwise than a Linear"

@@ -33,14 +33,11 @@ from torchprune.export.written import WEIGHTS, ExportReport, tensors_of
 _ALLOWED = 1e-3
 """Difference from torch, relative to the largest output, beyond which a program is wrong."""
 
-_SKIPPED = 2 / 3
-"""Share of zeros from which XNNPACK leaves them out."""
-
 _PACKED = (
-    "The file is smaller. XNNPACK leaves zeros out of 1x1 convolutions of mobile networks, on ARM "
-    "processors and on x86 without AVX, if more than two thirds of the weights of a chain of them "
-    "are zero: {count} of the packed weights are of such convolutions. Elsewhere it runs at dense "
-    "speed."
+    "The file is smaller. XNNPACK leaves zeros out of mobile networks' 1x1 convolutions, on ARM "
+    "processors and on x86 without AVX, if more than two thirds of the weights of 1x1 convolutions "
+    "and fully connected layers together are zero; here {share:.0%} are. Elsewhere it runs at "
+    "dense speed."
 )
 _DENSE = "The zeros are stored and multiplied like all numbers: neither smaller nor faster."
 
@@ -63,8 +60,9 @@ def to_litert(
     XNNPACK, which runs floating point in LiteRT, then looks for chains that it can compute without
     the zeros: from a 3x3 convolution of stride 2 with three input channels, through 1x1
     convolutions, depthwise ones of 3x3 and 5x5, additions and activations, to a global average.
-    More than two thirds of the weights of the chain's 1x1 convolutions have to be zero (Elsen et
-    al., Fast Sparse ConvNets, 2019).
+    More than two thirds of the weights of the chain's 1x1 convolutions, and of the fully connected
+    layers behind it, have to be zero: a dense head counts (Elsen et al., Fast Sparse ConvNets,
+    2019).
 
     Args:
         model: masked, folded, lowered or dense; float32. It is not changed.
@@ -96,17 +94,18 @@ def to_litert(
         vary=False,
         accept=lambda plain: dtype_of(plain, (torch.float32,), "to_litert"),
     )
-    from torchprune.export.litert_sparse import name_ends, pack_weights, read_model, written_model
+    from torchprune.export import litert_sparse as sparse
 
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
         partial = Path(home) / target.name
         _convert(call, partial)
         with promised("LiteRT's file could not be read again"):
-            made = read_model(partial.read_bytes())
-            packed = pack_weights(made, min_sparsity) if weights == "packed" else []
+            made = sparse.read_model(partial.read_bytes())
+            share = sparse.skippable_share(made)
+            packed = sparse.pack_weights(made, min_sparsity) if weights == "packed" else []
             outputs = call.names[1]
-            name_ends(made, call.inputs, outputs)
-            partial.write_bytes(written_model(made))
+            sparse.name_ends(made, call.inputs, outputs)
+            partial.write_bytes(sparse.written_model(made))
         with promised("LiteRT cannot load this program"):
             seconds, runner = _loaded(partial)
         found = check(call, "LiteRT", lambda s: _run(runner, call, s), _ALLOWED)
@@ -122,7 +121,7 @@ def to_litert(
         difference=found[0],
         relative=found[1],
         load_seconds=seconds,
-        brings=_brings(packed) if weights == "packed" else _DENSE,
+        brings=_PACKED.format(share=share) if weights == "packed" else _DENSE,
         inputs=call.inputs,
         outputs=outputs or [],
         sizes={n: tuple(t.shape) for n, t in _inputs(call, call.samples[0])},
@@ -237,16 +236,3 @@ def _names(module: nn.Module, packed: Sequence[Any]) -> list[str]:
         known.pop(name, None)
         found.append(name)
     return found
-
-
-def _brings(packed: Sequence[Any]) -> str:
-    """What the packed weights bring, and how many of them XNNPACK may leave zeros out of."""
-    from ai_edge_litert.schema_py_generated import BuiltinOperator
-
-    count = sum(
-        weight.reader == BuiltinOperator.CONV_2D
-        and weight.dense.shape[1:3] == (1, 1)
-        and (weight.dense == 0).mean() > _SKIPPED
-        for weight in packed
-    )
-    return _PACKED.format(count=count)

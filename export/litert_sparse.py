@@ -28,14 +28,12 @@ class SparseWeight:
         name: of its tensor in the graph.
         dense: the weight as the graph reads it: outputs first, inputs last.
         before, after: its bytes.
-        reader: which operator reads it, as a number of `schema.BuiltinOperator`.
     """
 
     name: str
     dense: Any
     before: int
     after: int
-    reader: int
 
 
 def read_model(content: bytes) -> Any:
@@ -52,6 +50,21 @@ def written_model(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
+def skippable_share(model: Any) -> float:
+    """Share of zeros among the weights that XNNPACK counts before it leaves any out: those of 1x1
+    convolutions and fully connected layers."""
+    zeros = total = 0
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            code = model.operatorCodes[operator.opcodeIndex].builtinCode
+            if code not in (schema.BuiltinOperator.CONV_2D, schema.BuiltinOperator.FULLY_CONNECTED):
+                continue
+            weight = _weight(model, graph.tensors[operator.inputs[1]])
+            if weight is not None and (weight.ndim == 2 or weight.shape[1:3] == (1, 1)):
+                zeros, total = zeros + int((weight == 0).sum()), total + weight.size
+    return zeros / total if total else 0.0
+
+
 def pack_weights(model: Any, min_sparsity: float) -> list[SparseWeight]:
     """Pack the float32 weights with at least this share of zeros, where it makes them smaller.
 
@@ -62,12 +75,8 @@ def pack_weights(model: Any, min_sparsity: float) -> list[SparseWeight]:
     code.version = 1
     place, found = len(model.operatorCodes), []
     for graph in model.subgraphs:
-        readers = {}
-        for operator in graph.operators:
-            for at in operator.inputs:
-                readers.setdefault(int(at), model.operatorCodes[operator.opcodeIndex].builtinCode)
-        new = []
-        for at, reader in readers.items():
+        read, new = [int(at) for operator in graph.operators for at in operator.inputs], []
+        for at in dict.fromkeys(read):
             packed = None if at < 0 else _packed(model, graph.tensors[at], min_sparsity)
             if packed is None:
                 continue
@@ -75,7 +84,7 @@ def pack_weights(model: Any, min_sparsity: float) -> list[SparseWeight]:
             graph.tensors.append(tensor)
             graph.tensors[at].buffer = 0  # by convention the empty one
             new.append(_densify(place, len(graph.tensors) - 1, at))
-            found.append(SparseWeight(_text(tensor.name), weight, weight.nbytes, size, reader))
+            found.append(SparseWeight(_text(tensor.name), weight, weight.nbytes, size))
         graph.operators = [*new, *graph.operators]
     if found:
         model.operatorCodes.append(code)
@@ -85,13 +94,9 @@ def pack_weights(model: Any, min_sparsity: float) -> list[SparseWeight]:
 
 def _packed(model: Any, tensor: Any, min_sparsity: float) -> tuple[Any, Any, int] | None:
     """A sparse tensor of the same weight, the weight, and the bytes it takes; None if it stays."""
-    held = model.buffers[tensor.buffer].data
-    if held is None or not len(held) or tensor.type != schema.TensorType.FLOAT32:
+    weight = _weight(model, tensor)
+    if weight is None:
         return None
-    if tensor.sparsity is not None or tensor.shape is None or len(tensor.shape) < 2:
-        return None
-    weight = np.frombuffer(np.asarray(held, np.uint8).tobytes(), np.float32)
-    weight = weight.reshape([int(size) for size in tensor.shape])
     rows = weight.reshape(-1, weight.shape[-1])
     kept = rows != 0
     if np.count_nonzero(kept) > (1 - min_sparsity) * kept.size:
@@ -110,6 +115,17 @@ def _packed(model: Any, tensor: Any, min_sparsity: float) -> tuple[Any, Any, int
     sparse.buffer = len(model.buffers)
     model.buffers.append(buffer)
     return sparse, weight, size
+
+
+def _weight(model: Any, tensor: Any) -> Any:
+    """The numbers of a dense float32 constant of two axes or more, or None if it is none."""
+    held = model.buffers[tensor.buffer].data
+    if held is None or not len(held) or tensor.type != schema.TensorType.FLOAT32:
+        return None
+    if tensor.sparsity is not None or tensor.shape is None or len(tensor.shape) < 2:
+        return None
+    flat = np.frombuffer(np.asarray(held, np.uint8).tobytes(), np.float32)
+    return flat.reshape([int(size) for size in tensor.shape])
 
 
 def _parameters(shape: tuple[int, ...], segments: Any, indices: Any) -> Any:

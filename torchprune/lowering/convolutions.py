@@ -99,7 +99,9 @@ class BitmaskConv(BitmaskLinear):
             0,
             (*one, *self.stride),
         )
-        parts: Tensor = found.unflatten(1, (self.in_channels, -1))  # (batch, channel, kernel, position)
+        parts: Tensor = found.unflatten(
+            1, (self.in_channels, -1)
+        )  # (batch, channel, kernel, position)
         return parts.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
 
     def extra_repr(self) -> str:

@@ -55,7 +55,25 @@ class Resolved:
 
 
 Choice = tuple[object, int]
-"""Where a choice was made: the node, and which of its choices."""
+"""Where a choice was made: the node, and which of its choices; or what has groups of channels, and
+the first label of its weight."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupChoice:
+    """How the channels of a convolution with groups may go.
+
+    Attributes:
+        reads: (groups, inputs of a group) labels.
+        makes: (groups, outputs of a group) labels; (1, outputs of a group) where these are one for
+            all groups anyway.
+        whole: whether whole groups go; else the same places of all groups do.
+    """
+
+    choice: Choice
+    reads: Tensor
+    makes: Tensor
+    whole: bool
 
 
 class Labels:
@@ -64,10 +82,20 @@ class Labels:
     Where (copies, features) meet what has a say in the copies alone, either can give way: the
     copies stay what may go and the features of each are one, as heads are; or the features are the
     same in all copies. The first is chosen, unless this choice is among `turned`.
+
+    Of groups of channels the same places of all go, or whole groups where this choice is among
+    `turned`.
+
+    Args:
+        settled: choices about groups that are not to be regretted.
     """
 
-    def __init__(self, turned: Collection[Choice] = ()) -> None:
-        self._turned = turned
+    def __init__(
+        self, turned: Collection[Choice] = (), settled: Collection[Choice] = ()
+    ) -> None:
+        self._turned, self._settled = turned, settled
+        self.grouped: list[GroupChoice] = []
+        """The choices about groups of channels, in the order of the graph."""
         self._choices: list[tuple[Choice, Tensor, int]] = []
         self._summed: list[tuple[Tensor, int]] = []
         self._asked = 0
@@ -126,10 +154,25 @@ class Labels:
         self._choices.append((choice, tag, tag.shape[axes_of(tag)[0]]))
         return choice in self._turned
 
+    def whole_groups(self, owner: Tensor, reads: Tensor, makes: Tensor) -> bool:
+        """Whether whole groups of channels go, and not the same places of all groups.
+
+        Args:
+            owner: labels of the weight that has the groups, the same in all graphs.
+            reads, makes: as in `GroupChoice`.
+        """
+        choice = "groups", int(owner.min())
+        if self.idle or choice[1] == UNLABELLED or not bool((reads != UNLABELLED).any()):
+            return False  # nothing to choose
+        whole = choice in self._turned
+        self.grouped.append(GroupChoice(choice, reads, makes, whole))
+        return whole
+
     @property
     def chose(self) -> bool:
         """Whether there was any choice that could be regretted."""
-        return bool({size for _, _, size in self._choices} & {size for _, size in self._summed})
+        sizes = {size for _, _, size in self._choices} & {size for _, size in self._summed}
+        return bool(sizes or self.grouped)
 
     def summed(self, tag: Tensor, axes: Iterable[int]) -> None:
         """Remember that a tag was read as a whole along some axes."""
@@ -137,6 +180,44 @@ class Labels:
             self._summed += [(tag, tag.shape[axis]) for axis in axes]
 
     def regretted(self, resolved: Resolved) -> set[Choice]:
+        """The choices that had better be the other way."""
+        return self._copies_regretted(resolved) | self._groups_regretted(resolved)
+
+    def _groups_regretted(self, resolved: Resolved) -> set[Choice]:
+        """Groups of which less may go than if they were cut the other way.
+
+        Within groups there are to be some places to choose from, of inputs and outputs; of what
+        hangs together the last is turned first. Whole groups are to be several, and no rows of a
+        view, whose number stands in the code.
+        """
+        found: set[Choice] = set()
+        rows = self._rows(resolved)
+        touched = torch.zeros(self._count, dtype=torch.bool)
+        for one in reversed(self.grouped):
+            if one.choice in self._settled:
+                continue
+            sides = [resolved.classes[labels].unique() for labels in (one.reads, one.makes)]
+            least = min(int((~resolved.frozen[side]).sum()) for side in sides)
+            if one.whole:
+                if least < 2 or bool(rows[sides[0]].any()):
+                    found.add(one.choice)
+                continue
+            both = torch.cat(sides)
+            if least < max(2, min(_FEW, len(one.reads))) and not bool(touched[both].any()):
+                found.add(one.choice)
+                touched[both] = True
+        return found
+
+    def _rows(self, resolved: Resolved) -> Tensor:
+        """(labels,) bool: the classes that are rows of a view, but for heads."""
+        found = torch.zeros(self._count, dtype=torch.bool)
+        for grid in self._grids:
+            own = resolved.classes[grid]
+            if axes_of(collapsed(own)) == axes_of(grid)[:1]:
+                found[own] = True
+        return found & ~resolved.attended
+
+    def _copies_regretted(self, resolved: Resolved) -> set[Choice]:
         """Choices of copies that are read as a whole later, so that none can go alone."""
         extents: dict[int, Tensor] = {}
         for tag, extent in self._summed:
@@ -146,7 +227,7 @@ class Labels:
         for choice, tag, extent in self._choices:
             own = resolved.classes[tag]
             whole = extent in extents and bool(extents[extent][own].any())
-            if whole and not bool(resolved.attended[own].any()):
+            if choice not in self._turned and whole and not bool(resolved.attended[own].any()):
                 found.add(choice)
         return found
 
@@ -263,12 +344,24 @@ class Labels:
     def _straighten(self, classes: Tensor) -> bool:
         """Join what would leave a tensor without its corners. Whether there was any."""
         found = False
+        inside = torch.zeros(self._count, dtype=torch.bool)
+        for one in self.grouped:
+            if not one.whole:
+                inside[classes[torch.cat([one.reads.flatten(), one.makes.flatten()])]] = True
+        for tag in self._attended:
+            inside[classes[tag]] = False
         for grid in self._grids:
             now = collapsed(classes[grid])
-            if len(axes_of(now)) > 1:
-                self.united(now, axes_of(now)[1:])
+            axes = axes_of(now)
+            if len(axes) > 1:
+                # where groups stay, so do rows, whose number the code may have
+                self.united(now, axes[:-1] if bool(inside[now].any()) else axes[1:])
                 found = True
         return found
+
+
+_FEW = 4
+"""With fewer places in a group than this, and more groups, whole groups leave more choice."""
 
 
 def components(count: int, one: Tensor, two: Tensor) -> Tensor:

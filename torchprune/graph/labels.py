@@ -197,12 +197,12 @@ class Labels:
             if one.choice in self._settled:
                 continue
             sides = [resolved.classes[labels].unique() for labels in (one.reads, one.makes)]
-            least = min(int((~resolved.frozen[side]).sum()) for side in sides)
+            free = [int((~resolved.frozen[side]).sum()) for side in sides]
             if one.whole:
-                if least < 2 or bool(rows[sides[0]].any()):
+                if free[0] < 2 or bool(rows[sides[0]].any()):
                     found.add(one.choice)
                 continue
-            both = torch.cat(sides)
+            both, least = torch.cat(sides), min(free)
             if least < max(2, min(_FEW, len(one.reads))) and not bool(touched[both].any()):
                 found.add(one.choice)
                 touched[both] = True

@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from structures import close, outputs
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import torchprune
 from torchprune import ChannelSpec
-from torchprune.errors import CheckpointError, TargetError
-from torchprune.graph.groups import structure_of
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SPREAD: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

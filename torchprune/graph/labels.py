@@ -90,9 +90,7 @@ class Labels:
         settled: choices about groups that are not to be regretted.
     """
 
-    def __init__(
-        self, turned: Collection[Choice] = (), settled: Collection[Choice] = ()
-    ) -> None:
+    def __init__(self, turned: Collection[Choice] = (), settled: Collection[Choice] = ()) -> None:
         self._turned, self._settled = turned, settled
         self.grouped: list[GroupChoice] = []
         """The choices about groups of channels, in the order of the graph."""

@@ -16,7 +16,7 @@ from torchprune.structure.cuts import Cut
 
 
 def groups_left(model: nn.Module, slots: Mapping[str, Slot], cuts: Sequence[Cut]) -> dict[int, int]:
-    """By a convolution's id its groups after some cuts; of those that have groups and lose anything.
+    """By a convolution's id its groups after some cuts; of those that have any, and lose channels.
 
     Args:
         slots: of the model, before the cuts.
@@ -64,4 +64,5 @@ def cuts_within(units: Tensor, module: Any) -> bool:
 
 
 def _groups_of(rows: Tensor, module: Any) -> Tensor:
-    return rows // (rows_of(module) // module.groups)
+    each: int = rows_of(module) // module.groups
+    return rows // each

@@ -58,7 +58,8 @@ def _widen(model: nn.Module, slot: Slot, like: Member, groups: dict[int, int]) -
     if places is None:
         return
     if isinstance(slot.module, _ConvNd):
-        groups[id(slot.module)] = int(slots_of(model)[like.key].module.groups)
+        wider: Any = slots_of(model)[like.key].module
+        groups[id(slot.module)] = wider.groups
     shape = [*old.shape]
     shape[like.axis] = len(like.units)
     wide = torch.zeros(shape, dtype=old.dtype, device=old.device)

@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from structures import close, outputs
 from torch import Tensor, nn
 
 import torchprune
 from torchprune import ChannelSpec
+from torchprune.calibration.batches import Batch
+from torchprune.errors import ShrinkError
+from torchprune.graph.groups import structure_of
+from torchprune.reports.report import RunRecord
+from torchprune.structure.prune_units import UnitScorer
+from torchprune.structure.size_record import Resized, resize
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SPREAD: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -185,3 +194,241 @@ def test_places_within_groups_go_exactly_and_files_keep_it(name: str, tmp_path: 
     assert again.grouped.groups == groups
     assert torch.equal(again(x), net(x))
     assert torch.equal(again.train()(x), net.train()(x))
+
+
+# -- whole groups, where places within them cannot go ----------------------------------------------
+
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    "two places in each": lambda: Net(16, 16, 8),
+    "one place in each": lambda: Net(32, 16, 16),
+    "a norm of each": lambda: Net(behind="norm of each"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_groups_go_where_few_places_or_none_could(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net: Any = WHOLE[name]().double().eval()
+    x = torch.randn(2, 3, 4, 4).double()
+    rows, inner = net.grouped.weight.shape[:2]
+    groups = net.grouped.groups
+    pruned(net, x)
+    shrunk(net, x)
+    assert net.grouped.groups == groups // 2
+    assert net.grouped.weight.shape[:2] == (rows // 2, inner)
+    torchprune.save(net, tmp_path)
+    again: Any = torchprune.load_into(WHOLE[name]().double().eval(), tmp_path)
+    assert again.grouped.groups == groups // 2
+    assert torch.equal(again(x), net(x))
+
+
+ZEROS = {
+    "what reads a group": (["last.weight"], 1, range(8, 16)),
+    "what reads a place": (["last.weight"], 1, range(3, 32, 8)),
+    "filters of a group, what it reads": (["first.weight", "first.bias"], 0, range(4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_the_plan_takes_what_is_zero_already(name: str, tmp_path: Path) -> None:
+    """A model that was masked by whole groups, or by places within them."""
+    keys, axis, places = ZEROS[name]
+    torch.manual_seed(0)
+    net: Any = Net().double().eval()
+    x = torch.randn(2, 3, 4, 4).double()
+    with torch.no_grad():
+        for key in keys:
+            net.get_parameter(key).index_fill_(axis, torch.tensor(places), 0)
+        if axis == 0:
+            net.grouped.weight[8:16] = 0
+    shrunk(net, x)
+    place = name.endswith("place")
+    assert (net.grouped.groups, net.grouped.out_channels) == ((4, 28) if place else (3, 24))
+    torchprune.save(net, tmp_path)
+    again: Any = torchprune.load_into(Net().double().eval(), tmp_path)
+    assert again.grouped.groups == net.grouped.groups
+    assert torch.equal(again(x), net(x))
+
+
+def test_files_of_sizes_alone_mean_whole_groups() -> None:
+    """As they were written when nothing else could go."""
+    net: Any = Net()
+    shapes = {"grouped.weight": (24, 4, 3, 3), "grouped.bias": (24,), "first.weight": (12, 3, 1, 1)}
+    resize(net, Resized(), shapes)
+    assert (net.grouped.groups, net.grouped.in_channels) == (3, 12)
+
+
+@pytest.mark.parametrize("groups", [0, 5, 8, -4])
+def test_groups_that_cannot_be_are_refused(groups: int) -> None:
+    record = Resized(attributes={"grouped": {"groups": groups}})
+    with pytest.raises(ShrinkError, match=r"'grouped': 24 channels cannot be -?\d groups"):
+        resize(Net(), record, {"grouped.weight": (24, 4, 3, 3)})
+
+
+# -- shuffled channels -----------------------------------------------------------------------------
+
+
+class Shuffled(nn.Module):
+    """ShuffleNet: groups, their channels shuffled, a depthwise convolution, and groups again.
+
+    The number of rows is no attribute that could be made another.
+    """
+
+    def __init__(self, width: int, before: int, rows: int, behind: int, how: str) -> None:
+        super().__init__()
+        self.rows, self.how = (rows,), how
+        self.first, self.last = nn.Conv2d(3, width, 1), nn.Conv2d(width, 5, 1)
+        self.before = nn.Conv2d(width, width, 1, groups=before)
+        self.depth = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.behind = nn.Conv2d(width, width, 1, groups=behind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(self.first(x).relu()).relu()
+        (rows,) = self.rows
+        if self.how == "operator":
+            y = F.channel_shuffle(y, rows)
+        else:
+            b, c, h, w = y.shape
+            y = y.view(b, rows, c // rows, h, w).transpose(1, 2).reshape(b, -1, h, w)
+        return self.last(self.behind(self.depth(y)).relu())
+
+
+def lined_up(width: int, before: int, rows: int, behind: int, whole: tuple[bool, bool]) -> int:
+    """How many sets of the channels between the two there are that can only go together.
+
+    Args:
+        whole: of the two convolutions, whether their groups go whole.
+    """
+    owner = [*range(width)]
+
+    def together(one: int, other: int, groups: int, whole: bool) -> bool:
+        each = width // groups
+        return one // each == other // each if whole else one % each == other % each
+
+    def unite(one: int, other: int) -> None:
+        low, high = sorted((owner[one], owner[other]))
+        owner[:] = [low if o == high else o for o in owner]
+
+    def shuffled(place: int) -> int:
+        row, column = divmod(place, width // rows)
+        return column * rows + row
+
+    for one in range(width):
+        for other in range(one):
+            same = together(one, other, before, whole[0]) or together(one, other, rows, False)
+            if same or together(shuffled(one), shuffled(other), behind, whole[1]):
+                unite(one, other)
+    return len({*owner})
+
+
+@settings(max_examples=8)
+@given(
+    times=st.sampled_from([12, 24, 36, 48]),
+    before=st.sampled_from([2, 3, 4]),
+    rows=st.sampled_from([2, 3, 4]),
+    behind=st.sampled_from([1, 2, 4]),
+    how=st.sampled_from(["operator", "view"]),
+)
+def test_shuffled_channels_go_where_rows_line_up(
+    times: int, before: int, rows: int, behind: int, how: str
+) -> None:
+    torch.manual_seed(0)
+    net = Shuffled(times, before, rows, behind, how).double().eval()
+    x = torch.randn(2, 3, 4, 4).double()
+    structure = structure_of(net, x)
+    ways = [one.whole for one in structure.trace.grouped]
+    whole = ways[0], behind > 1 and ways[-1]
+    members = [m for g in structure.groups for m in g.members if m.key == "before.weight"]
+    found = next((int(m.units.max()) + 1 for m in members if m.axis == 0), 1)
+    assert found == lined_up(times, before, rows, behind, whole)
+    pruned(net, x)
+    shrunk(net, x)
+    if not whole[0]:
+        assert net.before.groups == before
+    assert net.before.in_channels < times
+
+
+@pytest.mark.parametrize("how", ["operator", "view"])
+def test_channels_shuffled_past_lining_up_stay_and_it_is_told(how: str) -> None:
+    net = Shuffled(20, 2, 4, 2, how).eval()
+    x = torch.randn(2, 3, 4, 4)
+    why = {(f.key, f.axis): f.why for f in structure_of(net, x).frozen}
+    assert why["depth.weight", 0] == "all its indices go together, so none can go alone"
+
+
+# -- what is made of them --------------------------------------------------------------------------
+
+
+def test_constants_go_into_the_biases_of_their_own_groups() -> None:
+    torch.manual_seed(0)
+    net: Any = Net(behind="none").double().eval()
+    net.grouped = nn.Conv2d(16, 32, 1, groups=4).double()
+    x = torch.randn(2, 3, 4, 4).double()
+    with torch.no_grad():
+        net.first.weight[1::4] = 0
+        net.first.bias[1::4] = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    shrunk(net, x)
+    assert (net.grouped.groups, net.grouped.in_channels) == (4, 12)
+
+
+def test_layers_with_groups_are_refitted_with_their_biases() -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(8, 3, 6, 6) + 1 for _ in range(2)]
+    lost = {}
+    for refit in (False, True):
+        torch.manual_seed(1)
+        net = Net(32, 32, 4, behind="none").eval()
+        want = outputs(net, data[0])[0]
+        before = net.grouped.bias.detach().clone()
+        spec = ChannelSpec(0.5, refit=refit, round_to=1, targets="first")
+        torchprune.sparsify(net, spec, data, progress=False)
+        moved = (net.grouped.bias != before).view(4, -1)
+        assert bool(moved.any(1).all()) == refit
+        lost[refit] = float((outputs(net, data[0])[0] - want).square().mean())
+    assert lost[True] < 0.7 * lost[False]
+
+
+def test_widths_are_rounded_in_channels() -> None:
+    """Eight places of eight groups are 64 channels: any number of them leaves a multiple of 8."""
+    net, x = Net(64, 64, 8), torch.randn(2, 3, 4, 4)
+    assert {g.width for g in structure_of(net, x).groups} == {8}
+    torchprune.sparsify(net, ChannelSpec(0.3, score="l2", refit=False), [x], progress=False)
+    patterns = {layer.pattern for layer in torchprune.report(net).layers}
+    assert "l2 2/8 channels of 8" in patterns
+    spec = ChannelSpec(0.3, round_to=16)
+    assert (spec.kept(8, 8), spec.kept(8, 4), spec.kept(64)) == (6, 4, 48)
+
+
+def test_layers_that_read_the_same_share_what_a_place_is_worth() -> None:
+    """A layer with groups reads every token in each of them, like one without."""
+    torch.manual_seed(0)
+    data = torch.randn(4, 3, 6, 6)
+
+    class Both(nn.Module):
+        def __init__(self, groups: int) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 16, 1)
+            self.read = nn.Conv2d(16, 16, 1, groups=groups, bias=False)
+            self.last = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.read(self.first(x)).relu())
+
+    torch.manual_seed(1)
+    two, one = Both(2), Both(1)
+    one.load_state_dict({**two.state_dict(), "read.weight": spread_out(two.read.weight)})
+    found = []
+    for net in (one, two):
+        spec = ChannelSpec(0.5, score="activation", targets="first")
+        scorer = UnitScorer(net, spec, [Batch((data,), {})], RunRecord(spec=spec))
+        found.append(scorer.scores()[0])
+    assert torch.allclose(found[0].view(2, -1).sum(0), found[1], rtol=1e-4)
+
+
+def spread_out(weight: Tensor) -> Tensor:
+    """A weight of two groups as one of none."""
+    whole = torch.zeros(len(weight), 2 * weight.shape[1], 1, 1)
+    half = len(weight) // 2
+    whole[:half, : weight.shape[1]], whole[half:, weight.shape[1] :] = weight[:half], weight[half:]
+    return whole.detach()

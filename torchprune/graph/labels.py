@@ -104,6 +104,7 @@ class Labels:
         """Labels that were joined: pairs of flat tensors, element by element."""
         self._frozen: list[tuple[Tensor, str]] = []
         self._grids: list[Tensor] = []
+        self._of_rows: set[int] = set()
         self._attended: list[Tensor] = []
         self.read: list[Tensor] = []
         """Labels of weights' input indices: where what they carry is consumed."""
@@ -177,19 +178,23 @@ class Labels:
         if not self.idle:
             self._summed += [(tag, tag.shape[axis]) for axis in axes]
 
-    def regretted(self, resolved: Resolved) -> set[Choice]:
-        """The choices that had better be the other way."""
-        return self._copies_regretted(resolved) | self._groups_regretted(resolved)
+    def regretted(self, resolved: Resolved, had: dict[Choice, int] | None = None) -> set[Choice]:
+        """The choices that had better be the other way.
 
-    def _groups_regretted(self, resolved: Resolved) -> set[Choice]:
+        Args:
+            had: of groups, how many places there were to choose from when whole ones were tried
+                instead; gains those that are to be tried now.
+        """
+        found = self._groups_regretted(resolved, {} if had is None else had)
+        return found | self._copies_regretted(resolved)
+
+    def _groups_regretted(self, resolved: Resolved, had: dict[Choice, int]) -> set[Choice]:
         """Groups of which less may go than if they were cut the other way.
 
         Within groups there are to be some places to choose from, of inputs and outputs; of what
-        hangs together the last is turned first. Whole groups are to be several, and no rows of a
-        view, whose number stands in the code.
+        hangs together the last is turned first. Whole groups are to be more than these.
         """
         found: set[Choice] = set()
-        rows = self._rows(resolved)
         touched = torch.zeros(self._count, dtype=torch.bool)
         for one in reversed(self.grouped):
             if one.choice in self._settled:
@@ -197,23 +202,17 @@ class Labels:
             sides = [resolved.classes[labels].unique() for labels in (one.reads, one.makes)]
             free = [int((~resolved.frozen[side]).sum()) for side in sides]
             if one.whole:
-                if free[0] < 2 or bool(rows[sides[0]].any()):
+                if free[0] <= had.get(one.choice, 1):
                     found.add(one.choice)
+                continue
+            if one.choice in had:
                 continue
             both, least = torch.cat(sides), min(free)
             if least < max(2, min(_FEW, len(one.reads))) and not bool(touched[both].any()):
                 found.add(one.choice)
+                had[one.choice] = max(1, least)
                 touched[both] = True
         return found
-
-    def _rows(self, resolved: Resolved) -> Tensor:
-        """(labels,) bool: the classes that are rows of a view, but for heads."""
-        found = torch.zeros(self._count, dtype=torch.bool)
-        for grid in self._grids:
-            own = resolved.classes[grid]
-            if axes_of(collapsed(own)) == axes_of(grid)[:1]:
-                found[own] = True
-        return found & ~resolved.attended
 
     def _copies_regretted(self, resolved: Resolved) -> set[Choice]:
         """Choices of copies that are read as a whole later, so that none can go alone."""
@@ -245,6 +244,16 @@ class Labels:
         if len(axes_of(tag)) > 1 and not self.idle:
             self._grids.append(tag)
         return tag
+
+    def shuffle(self, tag: Tensor) -> None:
+        """Two axes of a tag become one. Where another axis was cut into them the other way round,
+        channels are shuffled: there are as many rows as the code says, and the same goes from all.
+        """
+        own = _without_ones(tag)
+        for at, grid in enumerate(self._grids):
+            cut = _without_ones(grid)
+            if cut.dim() == 2 and cut.shape == own.mT.shape and torch.equal(cut, own.mT):
+                self._of_rows.add(at)
 
     def attend(self, tag: Tensor) -> None:
         """Mark labels as heads of attention."""
@@ -348,14 +357,21 @@ class Labels:
                 inside[classes[torch.cat([one.reads.flatten(), one.makes.flatten()])]] = True
         for tag in self._attended:
             inside[classes[tag]] = False
-        for grid in self._grids:
+        for at, grid in enumerate(self._grids):
             now = collapsed(classes[grid])
             axes = axes_of(now)
-            if len(axes) > 1:
-                # where groups stay, so do rows, whose number the code may have
-                self.united(now, axes[:-1] if bool(inside[now].any()) else axes[1:])
+            if at in self._of_rows:
+                spare = axes if axes == axes_of(grid)[:1] else axes[:-1]
+            else:
+                spare = axes[:-1] if bool(inside[now].any()) else axes[1:]  # rows stay as groups do
+            if spare:
+                self.united(now, spare)
                 found = True
         return found
+
+
+def _without_ones(tag: Tensor) -> Tensor:
+    return tag.reshape([size for size in tag.shape if size > 1])
 
 
 _FEW = 4

@@ -154,21 +154,20 @@ def _walked(
     """Programs followed, and again where choices were made that had better be otherwise."""
     given = given or {}
     turned = {choice for choice, other in given.items() if other}
-    settled = {*given}
+    had: dict[Choice, int] = {}
     for last in range(_WALKS, 0, -1):
-        walk = _Walk(model, turned, settled)
+        walk = _Walk(model, turned, given)
         for program in programs:
             walk.meet(program)
         for program in programs:
             walk.follow(program)
         if last == 1 or not walk.labels.chose:
             break
-        regretted = walk.labels.regretted(walk.labels.resolve())
+        regretted = walk.labels.regretted(walk.labels.resolve(), had)
         if last == 2:  # what was turned in vain is turned back at least
             regretted &= turned
         if not regretted:
             break
-        settled |= regretted & turned
         turned ^= regretted
     return walk
 

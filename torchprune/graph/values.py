@@ -96,6 +96,8 @@ def reshaped(labels: Labels, value: Value, shape: Sequence[int], why: str) -> Va
             labels.freeze(tag, why)
         elif axes_of(new):
             made.append(labels.watch(new))
+            if (len(axes_of(tag)), len(axes_of(new))) == (2, 1):
+                labels.shuffle(tag)
     return Value(tuple(shape), tuple(made), value.weight)
 
 

@@ -104,7 +104,7 @@ class Labels:
         """Labels that were joined: pairs of flat tensors, element by element."""
         self._frozen: list[tuple[Tensor, str]] = []
         self._grids: list[Tensor] = []
-        self._of_rows: set[int] = set()
+        self._cuts: list[Tensor] = []
         self._attended: list[Tensor] = []
         self.read: list[Tensor] = []
         """Labels of weights' input indices: where what they carry is consumed."""
@@ -192,23 +192,20 @@ class Labels:
         """Groups of which less may go than if they were cut the other way.
 
         Within groups there are to be some places to choose from, of inputs and outputs; of what
-        hangs together the last is turned first. Whole groups are to be more than these.
+        hangs together the last is turned first. Whole groups are to be more than these, or have
+        to wait for what is turned now.
         """
         found: set[Choice] = set()
         touched = torch.zeros(self._count, dtype=torch.bool)
-        for one in reversed(self.grouped):
-            if one.choice in self._settled:
-                continue
+        for one in sorted(self.grouped[::-1], key=lambda one: one.whole):
             sides = [resolved.classes[labels].unique() for labels in (one.reads, one.makes)]
             free = [int((~resolved.frozen[side]).sum()) for side in sides]
-            if one.whole:
-                if free[0] <= had.get(one.choice, 1):
-                    found.add(one.choice)
+            both, least = torch.cat(sides), free[0] if one.whole else min(free)
+            if one.choice in self._settled or bool(touched[both].any()):
                 continue
-            if one.choice in had:
-                continue
-            both, least = torch.cat(sides), min(free)
-            if least < max(2, min(_FEW, len(one.reads))) and not bool(touched[both].any()):
+            if one.whole and least <= had.get(one.choice, 1):
+                found.add(one.choice)
+            elif not one.whole and one.choice not in had and least < min(_FEW, len(one.reads)):
                 found.add(one.choice)
                 had[one.choice] = max(1, least)
                 touched[both] = True
@@ -245,15 +242,19 @@ class Labels:
             self._grids.append(tag)
         return tag
 
-    def shuffle(self, tag: Tensor) -> None:
-        """Two axes of a tag become one. Where another axis was cut into them the other way round,
-        channels are shuffled: there are as many rows as the code says, and the same goes from all.
+    def moved(self, before: Tensor, after: Tensor) -> None:
+        """A view has the labels of one tag lie on other axes; of these tags they are full.
+
+        Where an axis is cut into rows, which later lie on one axis the other way round, channels
+        are shuffled: there are as many rows as the code says, and the same goes from all.
         """
-        own = _without_ones(tag)
-        for at, grid in enumerate(self._grids):
-            cut = _without_ones(grid)
-            if cut.dim() == 2 and cut.shape == own.mT.shape and torch.equal(cut, own.mT):
-                self._of_rows.add(at)
+        one, other = _without_ones(before), _without_ones(after)
+        if (one.dim(), other.dim()) == (1, 2):
+            self._cuts.append(other)
+        elif (one.dim(), other.dim()) == (2, 1):
+            for cut in self._cuts:
+                if cut.shape == one.mT.shape and torch.equal(cut, one.mT):
+                    self.united(cut, [0])
 
     def attend(self, tag: Tensor) -> None:
         """Mark labels as heads of attention."""
@@ -357,15 +358,11 @@ class Labels:
                 inside[classes[torch.cat([one.reads.flatten(), one.makes.flatten()])]] = True
         for tag in self._attended:
             inside[classes[tag]] = False
-        for at, grid in enumerate(self._grids):
+        for grid in self._grids:
             now = collapsed(classes[grid])
             axes = axes_of(now)
-            if at in self._of_rows:
-                spare = axes if axes == axes_of(grid)[:1] else axes[:-1]
-            else:
-                spare = axes[:-1] if bool(inside[now].any()) else axes[1:]  # rows stay as groups do
-            if spare:
-                self.united(now, spare)
+            if len(axes) > 1:  # rows stay where groups do
+                self.united(now, axes[:-1] if bool(inside[now].any()) else axes[1:])
                 found = True
         return found
 

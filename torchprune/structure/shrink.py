@@ -337,7 +337,7 @@ def _attempts(
 def _with_groups(model: nn.Module, attributes: Attributes, groups: Mapping[int, int]) -> Attributes:
     """Attributes, with the groups of convolutions by id, which no shape tells."""
     own = {p: {"groups": groups[id(m)]} for p, m in model.named_modules() if id(m) in groups}
-    return {p: {**attributes.get(p, {}), **own.get(p, {})} for p in {*attributes, *own}}
+    return {p: {**attributes.get(p, {}), **own.get(p, {})} for p in sorted({*attributes, *own})}
 
 
 def _remember(model: nn.Module, record: Resized, before: Mapping[str, nn.Module]) -> None:

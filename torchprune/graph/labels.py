@@ -197,7 +197,8 @@ class Labels:
         """
         found: set[Choice] = set()
         touched = torch.zeros(self._count, dtype=torch.bool)
-        for one in sorted(self.grouped[::-1], key=lambda one: one.whole):
+        within = [one for one in self.grouped if not one.whole]
+        for one in (*reversed(within), *(one for one in self.grouped if one.whole)):
             sides = [resolved.classes[labels].unique() for labels in (one.reads, one.makes)]
             free = [int((~resolved.frozen[side]).sum()) for side in sides]
             both, least = torch.cat(sides), free[0] if one.whole else min(free)

@@ -214,7 +214,7 @@ def test_whole_groups_go_where_few_places_or_none_could(name: str, tmp_path: Pat
     rows, inner = net.grouped.weight.shape[:2]
     groups = net.grouped.groups
     pruned(net, x)
-    shrunk(net, x)
+    shrunk(net, x, training=True)
     assert net.grouped.groups == groups // 2
     assert net.grouped.weight.shape[:2] == (rows // 2, inner)
     torchprune.save(net, tmp_path)

@@ -77,10 +77,9 @@ def _as_zeros_lie(
     structure = plan.structure
     assert structure is not None
     removed = removed_classes(structure, plan.removals)[structure.trace.resolved.classes]
-    others: dict[Choice, bool] = {}
-    for one in structure.trace.grouped:
-        if not bool(removed[one.reads].any() or removed[one.makes].any()):
-            others[one.choice] = not one.whole
+    grouped = structure.trace.grouped
+    lose = {one.choice for one in grouped if removed[one.reads].any() or removed[one.makes].any()}
+    others: dict[Choice, bool] = {o.choice: not o.whole for o in grouped if o.choice not in lose}
     if not others:
         return plan
     traced = captured.trace(closed=True, given=others)

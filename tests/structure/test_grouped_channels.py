@@ -22,6 +22,7 @@ from torchprune.graph.groups import structure_of
 from torchprune.reports.report import RunRecord
 from torchprune.structure.prune_units import UnitScorer
 from torchprune.structure.size_record import Resized, resize
+from torchprune.study.proofs.verify import verify
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SPREAD: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -413,13 +414,15 @@ def test_layers_with_groups_are_refitted_with_their_biases() -> None:
     assert lost[True] < 0.7 * lost[False]
 
 
-def test_widths_are_rounded_in_channels() -> None:
+def test_widths_are_rounded_in_channels(tmp_path: Path) -> None:
     """Eight places of eight groups are 64 channels: any number of them leaves a multiple of 8."""
     net, x = Net(64, 64, 8), torch.randn(2, 3, 4, 4)
     assert {g.width for g in structure_of(net, x).groups} == {8}
     torchprune.sparsify(net, ChannelSpec(0.3, score="l2", refit=False), [x], progress=False)
     patterns = {layer.pattern for layer in torchprune.report(net).layers}
-    assert "l2 2/8 channels of 8" in patterns
+    assert patterns == {"l2 2/8 channels of 8"}
+    torchprune.save(net, tmp_path)
+    assert verify(tmp_path, laws=("count", "pattern"), progress=False).holds
     spec = ChannelSpec(0.3, round_to=16)
     assert (spec.kept(8, 8), spec.kept(8, 4), spec.kept(64)) == (6, 4, 48)
 

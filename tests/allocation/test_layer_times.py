@@ -121,6 +121,34 @@ def test_convolutions_are_made_narrower_in_both_axes() -> None:
     assert time_of(model, batch, watch) - account.total == pytest.approx(2 * each)
 
 
+def test_convolutions_with_groups_are_made_with_narrower_ones() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 32, 1, groups=2), nn.Conv2d(32, 4, 1)
+    ).eval()
+    batch, made = Batch((torch.randn(2, 3, 6, 6),), {}), set[tuple[int, int]]()
+
+    def noting(module: nn.Module, inputs: tuple[Any, ...]) -> float:
+        if isinstance(module, nn.Conv2d) and module.in_channels != 3 and module.out_channels != 4:
+            made.add((module.out_channels, module.groups))
+        return watch(module, inputs)
+
+    spec = BudgetSpec(latency_ms=1.0, over=ChannelSpec(round_to=1), runtime=noting)
+    offers = offers_of(model, spec, [batch], RunRecord(spec=spec))
+    ledger = times_of(offers, batch, *stopwatches_of(spec))
+    assert made == {(8, 2), (16, 2), (24, 2), (32, 2)}
+    first, second = offers.groups
+    assert (first.count, second.count) == (8, 16)
+    account = ledger.of([torch.arange(8), torch.arange(16)], [torch.tensor([0, 4])] * 2)
+    account.open([0, 0], ())
+    assert account.total == pytest.approx(time_of(model, batch, watch))
+    account.go(0, 1)
+    account.go(1, 1)
+    small = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 24, 1, groups=2), nn.Conv2d(24, 4, 1)
+    )
+    assert account.total == pytest.approx(time_of(small, batch, watch))
+
+
 LAYERS = [
     (nn.Linear(6, 5), (2, 3, 6)),
     (nn.Linear(6, 5, bias=False), (4, 6)),

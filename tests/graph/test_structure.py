@@ -219,7 +219,7 @@ def test_the_residual_stream_is_frozen_by_its_norm_and_the_vocabulary_by_the_out
         ("mobilenet", [8, 32, 32, 12, 48]),
         ("densenet", [8, 6, 6, 6, 10]),
         ("unet", [8, 4, 16, 12, 8]),  # four groups of a group norm
-        ("grouped", [8, 4, 6, 20]),  # four groups of a convolution
+        ("grouped", [8, 4, 4, 6, 20]),  # four places in each group of a convolution
     ],
 )
 def test_convolutions(name: str, counts: list[int]) -> None:

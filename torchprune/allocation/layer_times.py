@@ -7,7 +7,7 @@ interpolated; what else a block does, and the model around the blocks, takes wha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,9 @@ from torchprune import modes
 from torchprune.allocation.stopwatches import Stopwatch
 from torchprune.calibration.batches import Batch
 from torchprune.calibration.replay import private
-from torchprune.masking.matrices import is_transposed_linear
+from torchprune.masking.matrices import ConvNd, is_transposed_linear
 from torchprune.masking.selection import repeated_blocks
+from torchprune.structure.conv_groups import cuts_within, groups_by_rows
 from torchprune.structure.ledger import Item, Ledger, Use, Worth
 from torchprune.structure.offers import Offers
 
@@ -67,7 +68,7 @@ def times_of(offers: Offers, batch: Batch, layers: Stopwatch, around: Stopwatch)
     blocks = repeated_blocks(model)
     with modes.calibration_mode(model), torch.no_grad():
         seen = _watched({found[p]: p for p in owners.values()}, blocks, model, batch)
-        bench = _Bench(found, seen, layers, around)
+        bench = _Bench(found, seen, layers, around, _cut_within(offers, found))
         items, moved = list[Item](), dict[int, int]()
         for number, path in owners.items():
             axes = {u.axis for uses in parameters.uses for u in uses if u.item == number}
@@ -89,6 +90,18 @@ def times_of(offers: Offers, batch: Batch, layers: Stopwatch, around: Stopwatch)
         for some in parameters.uses
     ]
     return Ledger(items, uses)
+
+
+def _cut_within(offers: Offers, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The convolutions with groups that have as many when they are narrower."""
+    found = set()
+    for member in (m for group in offers.structure.groups for m in group.members):
+        path = member.key.removesuffix(".weight")
+        module: Any = modules.get(path)
+        grouped = path != member.key and isinstance(module, ConvNd) and module.groups > 1
+        if grouped and member.axis == 0 and cuts_within(member.units, module):
+            found.add(path)
+    return found
 
 
 def time_of(model: nn.Module, batch: Batch, watch: Stopwatch) -> float:
@@ -147,8 +160,9 @@ class _Bench:
         seen: _Seen,
         layers: Stopwatch,
         around: Stopwatch,
+        within: Collection[str],
     ) -> None:
-        self._modules, self._seen = modules, seen
+        self._modules, self._seen, self._within = modules, seen, within
         self._layers, self._around = layers, around
         self._known: dict[Any, float] = {}
 
@@ -195,13 +209,22 @@ class _Bench:
         module = self._modules[path]
         total = 0.0
         for given in self._seen.shapes.get(path, ()):
-            key = type(module), shape, given, _settings(module), around
+            groups = self._groups(path, shape)
+            key = type(module), shape, given, _settings(module), groups, around
             if key not in self._known:
-                layer, x = _made(module, shape, given)
+                layer, x = _made(module, shape, given, groups)
                 watch = self._around if around else self._layers
                 self._known[key] = watch(layer, (x,))
             total += self._known[key]
         return total
+
+    def _groups(self, path: str, shape: tuple[int, ...]) -> int:
+        """Of a convolution whose weight has this shape."""
+        module: Any = self._modules[path]
+        groups: int = getattr(module, "groups", 1)
+        if groups == 1 or path in self._within:
+            return groups
+        return groups_by_rows(module, shape[0])
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...]:
@@ -213,19 +236,16 @@ def _settings(module: Any) -> tuple[Any, ...]:
     return module.bias is not None, *(str(getattr(module, name, None)) for name in names)
 
 
-def _made(module: Any, shape: tuple[int, ...], given: torch.Size) -> tuple[nn.Module, Tensor]:
+def _made(
+    module: Any, shape: tuple[int, ...], given: torch.Size, groups: int
+) -> tuple[nn.Module, Tensor]:
     """A layer of the same kind with a weight of that shape, and an input for it."""
     like = {"device": module.weight.device, "dtype": module.weight.dtype}
     biased = module.bias is not None
     if isinstance(module, nn.Linear) or is_transposed_linear(module):
         wide, tall = shape[::-1] if isinstance(module, nn.Linear) else shape
         return nn.Linear(wide, tall, biased, **like), torch.randn(*given[:-1], wide, **like)
-    groups = (
-        module.groups
-        if module.groups == 1
-        else max(1, shape[0] * module.groups // len(module.weight))
-    )
-    tall = shape[0] // groups * groups
+    tall = max(1, shape[0] // groups) * groups
     layer = type(module)(
         shape[1] * groups,
         tall,

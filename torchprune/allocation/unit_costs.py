@@ -58,7 +58,9 @@ def unit_costs(
                 score = scores.get(id(choice))
                 if score is None:
                     score = torch.stack([r.score for r in reads if r.score is not None]).sum(0)
-                order, steps = way_of(score, choice.spec, offers.already(choice.group))
+                order, steps = way_of(
+                    score, choice.spec, offers.already(choice.group), choice.group.width
+                )
                 cost = torch.zeros(len(steps), dtype=torch.float64)
                 for read in reads:
                     energy = energies[read.target.layer.key]

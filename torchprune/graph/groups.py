@@ -49,12 +49,15 @@ class Group:
             "neurons".
         count: how many units there are.
         members: where they live. Removing a unit removes its indices in all of them.
+        width: how many channels, or neurons, a unit is at least wherever it lies: as many as there
+            are groups where the same places go from all groups of a convolution.
     """
 
     name: str
     kind: Kind
     count: int
     members: tuple[Member, ...]
+    width: int = 1
 
     def __str__(self) -> str:
         axes = ", ".join(f"{m.key}[{m.axis}]" for m in self.members)
@@ -196,7 +199,8 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
             reads = bool(traced.read[axis.labels[lookup[own[at]] >= 0]].any())
             members.append(Member(axis.key, axis.axis, lookup[own[at]], reads))
         kind = _kind(members, bool(traced.resolved.attended[some].any()), modules)
-        groups.append(Group(_name(members), kind, len(some), tuple(members)))
+        width = min(_width(member, len(some), modules) for member in members)
+        groups.append(Group(_name(members), kind, len(some), tuple(members), width))
         names.append(some)
     for at, why in dict(idle).items():
         axis = traced.axes[at]
@@ -208,6 +212,15 @@ def read_groups(model: nn.Module, traced: Trace) -> Structure:
 def _is_kernel(key: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether axes past the second are a convolution's: extents that nobody wants to remove."""
     return isinstance(modules.get(key.rpartition(".")[0]), _ConvNd)
+
+
+def _width(member: Member, count: int, modules: Mapping[str, nn.Module]) -> int:
+    """How many channels a unit is on one axis; those of one group of a convolution are as many
+    in each."""
+    spans = torch.bincount(member.units[member.units >= 0], minlength=count)
+    owner: Any = modules.get(member.key.rpartition(".")[0])
+    times = owner.groups if isinstance(owner, _ConvNd) and member.axis == 1 else 1
+    return int(spans[spans > 0].min()) * times
 
 
 def _ordered(classes: Tensor) -> Tensor:

@@ -55,7 +55,25 @@ class Resolved:
 
 
 Choice = tuple[object, int]
-"""Where a choice was made: the node, and which of its choices."""
+"""Where a choice was made: the node, and which of its choices; or what has groups of channels, and
+the first label of its weight."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupChoice:
+    """How the channels of a convolution with groups may go.
+
+    Attributes:
+        reads: (groups, inputs of a group) labels.
+        makes: (groups, outputs of a group) labels; (1, outputs of a group) where these are one for
+            all groups anyway.
+        whole: whether whole groups go; else the same places of all groups do.
+    """
+
+    choice: Choice
+    reads: Tensor
+    makes: Tensor
+    whole: bool
 
 
 class Labels:
@@ -64,10 +82,18 @@ class Labels:
     Where (copies, features) meet what has a say in the copies alone, either can give way: the
     copies stay what may go and the features of each are one, as heads are; or the features are the
     same in all copies. The first is chosen, unless this choice is among `turned`.
+
+    Of groups of channels the same places of all go, or whole groups where this choice is among
+    `turned`.
+
+    Args:
+        settled: choices about groups that are not to be regretted.
     """
 
-    def __init__(self, turned: Collection[Choice] = ()) -> None:
-        self._turned = turned
+    def __init__(self, turned: Collection[Choice] = (), settled: Collection[Choice] = ()) -> None:
+        self._turned, self._settled = turned, settled
+        self.grouped: list[GroupChoice] = []
+        """The choices about groups of channels, in the order of the graph."""
         self._choices: list[tuple[Choice, Tensor, int]] = []
         self._summed: list[tuple[Tensor, int]] = []
         self._asked = 0
@@ -78,6 +104,7 @@ class Labels:
         """Labels that were joined: pairs of flat tensors, element by element."""
         self._frozen: list[tuple[Tensor, str]] = []
         self._grids: list[Tensor] = []
+        self._cuts: list[Tensor] = []
         self._attended: list[Tensor] = []
         self.read: list[Tensor] = []
         """Labels of weights' input indices: where what they carry is consumed."""
@@ -126,17 +153,66 @@ class Labels:
         self._choices.append((choice, tag, tag.shape[axes_of(tag)[0]]))
         return choice in self._turned
 
+    def whole_groups(self, owner: Tensor, reads: Tensor, makes: Tensor) -> bool:
+        """Whether whole groups of channels go, and not the same places of all groups.
+
+        Args:
+            owner: labels of the weight that has the groups, the same in all graphs.
+            reads, makes: as in `GroupChoice`.
+        """
+        choice = "groups", int(owner.min())
+        if self.idle or choice[1] == UNLABELLED or not bool((reads != UNLABELLED).any()):
+            return False  # nothing to choose
+        whole = choice in self._turned
+        self.grouped.append(GroupChoice(choice, reads, makes, whole))
+        return whole
+
     @property
     def chose(self) -> bool:
         """Whether there was any choice that could be regretted."""
-        return bool({size for _, _, size in self._choices} & {size for _, size in self._summed})
+        sizes = {size for _, _, size in self._choices} & {size for _, size in self._summed}
+        return bool(sizes or self.grouped)
 
     def summed(self, tag: Tensor, axes: Iterable[int]) -> None:
         """Remember that a tag was read as a whole along some axes."""
         if not self.idle:
             self._summed += [(tag, tag.shape[axis]) for axis in axes]
 
-    def regretted(self, resolved: Resolved) -> set[Choice]:
+    def regretted(self, resolved: Resolved, had: dict[Choice, int] | None = None) -> set[Choice]:
+        """The choices that had better be the other way.
+
+        Args:
+            had: of groups, how many places there were to choose from when whole ones were tried
+                instead; gains those that are to be tried now.
+        """
+        found = self._groups_regretted(resolved, {} if had is None else had)
+        return found | self._copies_regretted(resolved)
+
+    def _groups_regretted(self, resolved: Resolved, had: dict[Choice, int]) -> set[Choice]:
+        """Groups of which less may go than if they were cut the other way.
+
+        Within groups there are to be some places to choose from, of inputs and outputs; of what
+        hangs together the last is turned first. Whole groups are to be more than these, or have
+        to wait for what is turned now.
+        """
+        found: set[Choice] = set()
+        touched = torch.zeros(self._count, dtype=torch.bool)
+        within = [one for one in self.grouped if not one.whole]
+        for one in (*reversed(within), *(one for one in self.grouped if one.whole)):
+            sides = [resolved.classes[labels].unique() for labels in (one.reads, one.makes)]
+            free = [int((~resolved.frozen[side]).sum()) for side in sides]
+            both, least = torch.cat(sides), free[0] if one.whole else min(free)
+            if one.choice in self._settled or bool(touched[both].any()):
+                continue
+            if one.whole and least <= had.get(one.choice, 1):
+                found.add(one.choice)
+            elif not one.whole and one.choice not in had and least < min(_FEW, len(one.reads)):
+                found.add(one.choice)
+                had[one.choice] = max(1, least)
+                touched[both] = True
+        return found
+
+    def _copies_regretted(self, resolved: Resolved) -> set[Choice]:
         """Choices of copies that are read as a whole later, so that none can go alone."""
         extents: dict[int, Tensor] = {}
         for tag, extent in self._summed:
@@ -146,7 +222,7 @@ class Labels:
         for choice, tag, extent in self._choices:
             own = resolved.classes[tag]
             whole = extent in extents and bool(extents[extent][own].any())
-            if whole and not bool(resolved.attended[own].any()):
+            if choice not in self._turned and whole and not bool(resolved.attended[own].any()):
                 found.add(choice)
         return found
 
@@ -166,6 +242,20 @@ class Labels:
         if len(axes_of(tag)) > 1 and not self.idle:
             self._grids.append(tag)
         return tag
+
+    def moved(self, before: Tensor, after: Tensor) -> None:
+        """A view has the labels of one tag lie on other axes; of these tags they are full.
+
+        Where an axis is cut into rows, which later lie on one axis the other way round, channels
+        are shuffled: there are as many rows as the code says, and the same goes from all.
+        """
+        one, other = _without_ones(before), _without_ones(after)
+        if (one.dim(), other.dim()) == (1, 2):
+            self._cuts.append(other)
+        elif (one.dim(), other.dim()) == (2, 1):
+            for cut in self._cuts:
+                if cut.shape == one.mT.shape and torch.equal(cut, one.mT):
+                    self.united(cut, [0])
 
     def attend(self, tag: Tensor) -> None:
         """Mark labels as heads of attention."""
@@ -263,12 +353,27 @@ class Labels:
     def _straighten(self, classes: Tensor) -> bool:
         """Join what would leave a tensor without its corners. Whether there was any."""
         found = False
+        inside = torch.zeros(self._count, dtype=torch.bool)
+        for one in self.grouped:
+            if not one.whole:
+                inside[classes[torch.cat([one.reads.flatten(), one.makes.flatten()])]] = True
+        for tag in self._attended:
+            inside[classes[tag]] = False
         for grid in self._grids:
             now = collapsed(classes[grid])
-            if len(axes_of(now)) > 1:
-                self.united(now, axes_of(now)[1:])
+            axes = axes_of(now)
+            if len(axes) > 1:  # rows stay where groups do
+                self.united(now, axes[:-1] if bool(inside[now].any()) else axes[1:])
                 found = True
         return found
+
+
+def _without_ones(tag: Tensor) -> Tensor:
+    return tag.reshape([size for size in tag.shape if size > 1])
+
+
+_FEW = 4
+"""With fewer places in a group than this, and more groups, whole groups leave more choice."""
 
 
 def components(count: int, one: Tensor, two: Tensor) -> Tensor:

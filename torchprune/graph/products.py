@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchprune.graph.context import Context, Product, unknown
-from torchprune.graph.labels import axes_of
+from torchprune.graph.labels import UNLABELLED, axes_of
 from torchprune.graph.values import (
     Value,
     expanded,
@@ -263,32 +263,78 @@ def _depthwise(ctx: Context, x: Value, filters: Value) -> Value:
 
 
 def _grouped(ctx: Context, x: Value, weight: Value, groups: int, *, swapped: bool) -> Value:
-    """A group of input channels, and the filters that read it, go together or not at all.
+    """Whole groups of channels go, or the same places of all groups.
 
     A weight has its channels on the first axis, of outputs (of inputs, if swapped), and those of
-    one group on the second, which stay as many.
+    one group on the second.
     """
     shared = Value(weight.shape[:2], _flat(weight.tags, weight.dim - 2), weight.weight)
     channels, count = x.shape[-1], ctx.shape[x.dim - 1]
     if (tag := x.on(x.dim - 1)) is not None and len(axes_of(tag)) > 1:
         ctx.freeze(x, weight)
         return Value((*x.shape[:-1], count))
-    read = torch.zeros(channels, dtype=torch.long) if tag is None else tag.reshape(-1)
-    first, second = shared.on(0), shared.on(1)
-    if second is not None:
-        ctx.labels.freeze(second, ctx.why)
-    size = weight.shape[0]
-    rows = torch.zeros(size, dtype=torch.long) if first is None else first.reshape(-1)
-    reads = ctx.labels.united(read.view(groups, -1), [1])
+    read = _labels(tag, channels)
+    rows, inner = (_labels(shared.on(axis), weight.shape[axis]) for axis in (0, 1))
+    reads = read.view(groups, -1)
+    makes = inner.view(1, -1) if swapped else rows.view(groups, -1)
+    if ctx.labels.whole_groups(rows, reads, makes):
+        return _whole_groups(ctx, x, reads, rows, inner, count, swapped=swapped)
+    return _within_groups(ctx, x, reads, rows, inner, count, swapped=swapped)
+
+
+def _whole_groups(
+    ctx: Context, x: Value, reads: Tensor, rows: Tensor, inner: Tensor, count: int, *, swapped: bool
+) -> Value:
+    """A group of input channels, and the filters that read it, go together or not at all.
+
+    Args:
+        reads: (groups, inputs of a group) labels of the input.
+        rows, inner: labels of the weight's axes; what is inside a group stays as it is.
+    """
+    groups = len(reads)
+    _stay(ctx, inner)
     makes = ctx.labels.united(rows.view(groups, -1), [1])
-    ctx.labels.join(reads, makes)
-    if tag is None:
-        return Value((*x.shape[:-1], count))
+    ctx.labels.join(ctx.labels.united(reads, [1]), makes)
     if swapped:  # a group's outputs are no axis of the weight: they stand for their group
         rows = makes.expand(groups, count // groups).reshape(-1)
-    shape = (*x.shape[:-1], count, channels // groups)
+    shape = (*x.shape[:-1], count, reads.shape[1])
     ctx.products.append(Product(shape, (_last(rows, x.dim + 1, -2),), ctx.module))
     return Value((*x.shape[:-1], count), (_last(rows, x.dim, -1),))
+
+
+def _within_groups(
+    ctx: Context, x: Value, reads: Tensor, rows: Tensor, inner: Tensor, count: int, *, swapped: bool
+) -> Value:
+    """The same places of all groups go together: there are as many groups, each is narrower.
+
+    Args: as of `_whole_groups`.
+    """
+    groups = len(reads)
+    each = ctx.labels.united(rows.view(groups, -1), [0]).reshape(-1)
+    ins, outs = (each, inner) if swapped else (inner, each)
+    fixed = not bool((reads != UNLABELLED).any())
+    if fixed:
+        _stay(ctx, ins)
+    else:
+        ctx.labels.join(reads, ins)
+        ctx.labels.read.append(rows if swapped else inner)
+    made = outs.repeat(groups)
+    tags = [_last(made, x.dim + 1, -2)]
+    if not fixed:
+        tags.append(_last(ins, x.dim + 1, -1))
+    shape = (*x.shape[:-1], count, reads.shape[1])
+    ctx.products.append(Product(shape, tuple(t for t in tags if axes_of(t)), ctx.module))
+    return Value((*x.shape[:-1], count), (_last(made, x.dim, -1),))
+
+
+def _stay(ctx: Context, labels: Tensor) -> None:
+    if bool((labels != UNLABELLED).any()):
+        ctx.labels.freeze(labels, ctx.why)
+
+
+def _labels(tag: Tensor | None, size: int) -> Tensor:
+    """(size,) the labels of a tag of one axis, or of what stays."""
+    return torch.full((size,), UNLABELLED) if tag is None else tag.reshape(-1)
 
 
 def _last(tag: Tensor, dim: int, axis: int) -> Tensor:

@@ -172,6 +172,7 @@ _OPERATORS: dict[Rule, list[Any]] = {
     views.interleaved: _named("repeat_interleave"),
     views.sliced: _named("slice"),
     views.narrowed: _named("narrow"),
+    views.shuffled: _named("channel_shuffle", "native_channel_shuffle"),
     views.chosen: _named("select"),
     views.unbound: _named("unbind"),
     views.cut: _named("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, exported, module_of_node, place_of_node
 from torchprune.graph.context import Context, Product
-from torchprune.graph.labels import Choice, Labels, Resolved, axes_of
+from torchprune.graph.labels import Choice, GroupChoice, Labels, Resolved, axes_of
 from torchprune.graph.numbering import Numbering
 from torchprune.graph.rules import follow, tensors_in
 from torchprune.graph.values import Constant, Value, fresh, sizes_of
@@ -72,6 +72,7 @@ class Trace:
         unread: the parameters that no graph reads.
         untried: why the other mode, in which they may be read, could not be captured.
         asks: where the code gives sizes as numbers, in order.
+        grouped: how convolutions with groups may lose channels.
     """
 
     axes: list[Axis]
@@ -83,6 +84,7 @@ class Trace:
     unread: list[str] = field(default_factory=list)
     untried: str = ""
     asks: list[Ask] = field(default_factory=list, repr=False)
+    grouped: list[GroupChoice] = field(default_factory=list, repr=False)
 
 
 def trace(model: nn.Module, calls: Sequence[Call], *, closed: bool = False) -> Trace:
@@ -97,19 +99,7 @@ def trace(model: nn.Module, calls: Sequence[Call], *, closed: bool = False) -> T
     Raises:
         ShrinkError: the model cannot be exported, with what torch says about it.
     """
-    programs = [exported(model, call) for call in calls]
-    walk, untried = _walked(model, programs), ""
-    if walk.unread() and len({call.training for call in calls}) == 1:
-        others = []
-        for call in calls:
-            try:
-                others.append(exported(model, replace(call, training=not call.training)))
-            except ShrinkError as error:
-                untried = str(error)
-        walk = _walked(model, [*programs, *others]) if others else walk
-    if closed:
-        walk.close()
-    return replace(walk.end(), untried=untried)
+    return Captured(model, calls).trace(closed=closed)
 
 
 def trace_program(model: nn.Module, program: ExportedProgram) -> Trace:
@@ -117,30 +107,81 @@ def trace_program(model: nn.Module, program: ExportedProgram) -> Trace:
     return _walked(model, [program]).end()
 
 
-def _walked(model: nn.Module, programs: Sequence[ExportedProgram]) -> _Walk:
-    """Programs followed, and again where copies were kept apart that cannot go one by one."""
-    turned: set[Choice] = set()
-    for _ in range(_WALKS):
-        walk = _Walk(model, turned)
+class Captured:
+    """The graphs of a model, to be followed once or in several ways.
+
+    Raises:
+        ShrinkError: the model cannot be exported, with what torch says about it.
+    """
+
+    def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
+        self._model, self._calls = model, calls
+        self._programs = [exported(model, call) for call in calls]
+        self._untried: str | None = None
+
+    def trace(self, *, closed: bool = False, given: Mapping[Choice, bool] | None = None) -> Trace:
+        """As the function.
+
+        Args:
+            given: of choices about groups, whether whole ones go; the others are made as always.
+        """
+        walk = _walked(self._model, self._programs, given)
+        if self._untried is None:
+            self._untried = ""
+            if walk.unread() and len({call.training for call in self._calls}) == 1:
+                others = self._in_the_other_mode()
+                self._programs += others
+                walk = _walked(self._model, self._programs, given) if others else walk
+        if closed:
+            walk.close()
+        return replace(walk.end(), untried=self._untried)
+
+    def _in_the_other_mode(self) -> list[ExportedProgram]:
+        found = []
+        for call in self._calls:
+            try:
+                found.append(exported(self._model, replace(call, training=not call.training)))
+            except ShrinkError as error:
+                self._untried = str(error)
+        return found
+
+
+def _walked(
+    model: nn.Module,
+    programs: Sequence[ExportedProgram],
+    given: Mapping[Choice, bool] | None = None,
+) -> _Walk:
+    """Programs followed, and again where choices were made that had better be otherwise."""
+    given = given or {}
+    turned = {choice for choice, other in given.items() if other}
+    had: dict[Choice, int] = {}
+    for last in range(_WALKS, 0, -1):
+        walk = _Walk(model, turned, given)
+        for program in programs:
+            walk.meet(program)
         for program in programs:
             walk.follow(program)
-        if not walk.labels.chose:
+        if last == 1 or not walk.labels.chose:
             break
-        regretted = walk.labels.regretted(walk.labels.resolve())
-        if regretted <= turned:
+        regretted = walk.labels.regretted(walk.labels.resolve(), had)
+        if last == 2:  # what was turned in vain is turned back at least
+            regretted &= turned
+        if not regretted:
             break
-        turned |= regretted
+        turned ^= regretted
     return walk
 
 
-_WALKS = 3
+_WALKS = 8
 
 
 class _Walk:
     """The graphs of one model, followed one after the other with the same labels."""
 
-    def __init__(self, model: nn.Module, turned: Collection[Choice] = ()) -> None:
-        self.model, self.labels = model, Labels(turned)
+    def __init__(
+        self, model: nn.Module, turned: Collection[Choice], settled: Collection[Choice]
+    ) -> None:
+        self.model, self.labels = model, Labels(turned, settled)
         self.graphs = 0
         self.slots = slots_of(model)
         self.ties = ties_of(self.slots)
@@ -151,6 +192,13 @@ class _Walk:
         self.extents: dict[str, dict[int, deque[tuple[int, Tensor]]]] = {}
         self.known: dict[str, Value] = {}
         self.counting = True
+
+    def meet(self, program: ExportedProgram) -> None:
+        """Label what a graph reads, before it is followed: the same in every walk."""
+        sources, constants = sources_of(self.model, program), constants_of(program)
+        for node in program.graph_module.graph.nodes:
+            if node.op == "placeholder" and node.users and node.name not in constants:
+                self._source(node, sources.get(node.name))
 
     def follow(self, program: ExportedProgram) -> None:
         """Every node of a graph; the products of the first graph are counted."""
@@ -221,6 +269,7 @@ class _Walk:
             self.labels.edges,
             self.unread(),
             asks=self.asks,
+            grouped=self.labels.grouped,
         )
 
     def _source(self, node: Node, key: str | None) -> Any:

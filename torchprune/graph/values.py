@@ -91,7 +91,9 @@ def reshaped(labels: Labels, value: Value, shape: Sequence[int], why: str) -> Va
     for tag in sorted(
         value.tags, key=lambda tag: (labels.repeats(tag, unmet=True), axes_of(tag)[:1])
     ):
-        new = _moved(tag, value.shape, shape, spans)
+        before, after = _moved(tag, value.shape, shape, spans)
+        labels.moved(before, after)
+        new = collapsed(after)
         if any({*axes_of(new)} & {*axes_of(other)} for other in made):
             labels.freeze(tag, why)
         elif axes_of(new):
@@ -104,15 +106,17 @@ def _moved(
     old: Sequence[int],
     new: Sequence[int],
     spans: Sequence[tuple[list[int], list[int]]],
-) -> Tensor:
-    """A tag of a tensor of an old shape as it is in the new shape."""
+) -> tuple[Tensor, Tensor]:
+    """A tag of a tensor of an old shape, expanded to the axes that a view brings together with
+    those on which it varies; and as it is in the new shape."""
     full, sizes = list(tag.shape), list[int]()
     for sources, targets in spans:
         varies = any(tag.shape[a] > 1 for a in sources)
         for axis in sources:
             full[axis] = old[axis] if varies else 1
         sizes += [new[a] if varies else 1 for a in targets]
-    return collapsed(tag.expand(full).reshape(sizes))
+    wide = tag.expand(full)
+    return wide, wide.reshape(sizes)
 
 
 def _spans(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -10,6 +10,7 @@ import torch
 
 from torchprune.graph import values
 from torchprune.graph.context import Context, unknown
+from torchprune.graph.labels import axes_of
 from torchprune.graph.values import (
     Value,
     expanded,
@@ -127,6 +128,19 @@ def chosen(ctx: Context, x: Value, dim: int, index: int) -> Value:
 def unbound(ctx: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
     """The indices of one axis, one by one."""
     return tuple(selected(x, dim, i) for i in range(x.shape[dim]))
+
+
+def shuffled(ctx: Context, x: Value, rows: int) -> Value:
+    """Channels cut into rows and read column by column: the same places of all rows go together."""
+    whole = []
+    for tag in x.tags:
+        if tag.shape[1] > 1 and len(axes_of(tag)) == 1:
+            cut = ctx.labels.united(tag.reshape(rows, -1), [0])
+            tag = cut.reshape(-1).repeat_interleave(rows).reshape(tag.shape)
+        elif tag.shape[1] > 1:
+            ctx.labels.freeze(tag, ctx.why)
+        whole.append(tag)
+    return replace(x, tags=tuple(whole))
 
 
 def cut(ctx: Context, x: Value, _: Any, dim: int = 0) -> tuple[Value, ...]:

@@ -131,8 +131,7 @@ def _axis_of(module: nn.Module) -> int | None:
         return 1
     if is_transposed_linear(module):
         return 0
-    plain = isinstance(module, ConvNd) and module.groups == 1
-    return 1 if plain and not isinstance(module, nn.modules.conv._ConvTransposeNd) else None
+    return 1 if isinstance(module, ConvNd) else None
 
 
 def _seen(
@@ -197,8 +196,14 @@ def _other(value: Any, generator: torch.Generator) -> Any:
 def _by_unit(columns: Tensor, member: Member, count: int) -> Tensor:
     """(count,) bool: units all of whose columns hold."""
     found = torch.ones(count, dtype=torch.bool)
-    found[member.units[~columns & (member.units >= 0)]] = False
+    units = _of_inputs(member.units, columns)
+    found[units[~columns & (units >= 0)]] = False
     return found
+
+
+def _of_inputs(units: Tensor, inputs: Tensor) -> Tensor:
+    """(inputs,) what is told of the inputs of one group, for those of all groups."""
+    return units.repeat(len(inputs) // len(units))
 
 
 def _foldable(
@@ -212,7 +217,8 @@ def _foldable(
     for member in (m for m in group.members if m.reads):
         values = here[member.key][0]
         if problem := _why_not(slots[member.key].module):
-            alive = member.units[(values != 0) & (member.units >= 0)]
+            units = _of_inputs(member.units, values)
+            alive = units[(values != 0) & (units >= 0)]
             stays = torch.zeros_like(gone)
             stays[alive] = True
             if (stays & gone).any():
@@ -223,12 +229,14 @@ def _foldable(
             gone = gone & ~stays
     for member in (m for m in group.members if m.reads):
         values = here[member.key][0]
-        columns = member.indices(gone) & (values != 0)
+        columns = _of_inputs(member.indices(gone), values) & (values != 0)
         if columns.any():
             weight = effective(slots[member.key]).double().movedim(member.axis, -1)
-            own = weight[..., columns] * values[columns].to(weight)
-            owner = member.key.removesuffix("weight") + "bias"
-            found.folds.append(Fold(owner, own.flatten(1).sum(1), group))
+            own = values.masked_fill(~columns, 0).to(weight).view(-1, weight.shape[-1])
+            own = own.repeat_interleave(len(weight) // len(own), 0)  # of each row, by its group
+            own = own.view(len(weight), *(1,) * (weight.dim() - 2), -1)
+            gain = (weight.masked_fill(own == 0, 0) * own).flatten(1).sum(1)
+            found.folds.append(Fold(member.key.removesuffix("weight") + "bias", gain, group))
     return gone
 
 

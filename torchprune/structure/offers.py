@@ -218,12 +218,18 @@ def _inside(key: str, blocks: Collection[str]) -> bool:
     return any(key.startswith(f"{block}.") for block in blocks)
 
 
-def way_of(score: Tensor, spec: StructuredSpec, already: Tensor) -> tuple[Tensor, Tensor]:
+def way_of(
+    score: Tensor, spec: StructuredSpec, already: Tensor, width: int = 1
+) -> tuple[Tensor, Tensor]:
     """(count,) the order in which units go, what goes anyway first; and (s,) how many are gone
-    after each step, such that what stays is a multiple of the spec's."""
+    after each step, such that what stays is a multiple of the spec's.
+
+    Args:
+        width: of one unit, in channels.
+    """
     order = score.double().masked_fill(already, -torch.inf)
     order = order.argsort(descending=True, stable=True).flip(0)  # of equals the later go
     count, here = len(score), int((~already).sum())
-    width = min(spec.multiple(count), count)
-    kept = [here, *range((here - 1) // width * width, width - 1, -width)]
+    step = min(spec.multiple(count, width), count)
+    kept = [here, *range((here - 1) // step * step, step - 1, -step)]
     return order, torch.tensor([count - n for n in kept])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from torchprune.graph.groups import Group, Member, structure_of
 from torchprune.masking.plain_state import Slot, slots_of
@@ -30,13 +31,14 @@ def pad_to_widest(model: nn.Module, example_inputs: Any) -> nn.Module:
         role = group.kind, tuple(_role(member.key) for member in group.members)
         if role not in widest or widest[role].count < group.count:
             widest[role] = group
+    groups: dict[int, int] = {}
     for group in widest.values():
         for member in group.members:
             for key, slot in slots_of(model).items():
                 if _role(key) == _role(member.key):
-                    _widen(model, slot, member)
+                    _widen(model, slot, member, groups)
     for module in model.modules():
-        restate(module)
+        restate(module, groups.get(id(module)))
     return model
 
 
@@ -45,12 +47,19 @@ def _role(key: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", key)
 
 
-def _widen(model: nn.Module, slot: Slot, like: Member) -> None:
-    """Lay a tensor out as the wider one is that `like` belongs to, its own units first."""
+def _widen(model: nn.Module, slot: Slot, like: Member, groups: dict[int, int]) -> None:
+    """Lay a tensor out as the wider one is that `like` belongs to, its own units first.
+
+    Args:
+        groups: gains those of a convolution, by its id.
+    """
     old = slot.tensor
     places = _places(like.units, old.shape[like.axis])
     if places is None:
         return
+    if isinstance(slot.module, _ConvNd):
+        wider: Any = slots_of(model)[like.key].module
+        groups[id(slot.module)] = wider.groups
     shape = [*old.shape]
     shape[like.axis] = len(like.units)
     wide = torch.zeros(shape, dtype=old.dtype, device=old.device)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, as_calls
 from torchprune.graph.groups import Group, Structure, read_groups
-from torchprune.graph.trace import Trace, trace
+from torchprune.graph.labels import Choice
+from torchprune.graph.trace import Captured, Trace
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import every_layer, layers_of, repeated_blocks
@@ -24,6 +25,7 @@ from torchprune.structure.shrink_plan import (
     drawn_up,
     inside,
     parameters_left,
+    removed_classes,
 )
 
 
@@ -61,8 +63,28 @@ def plan_shrink(
     if on_refusal not in ("raise", "ignore"):
         raise ShrinkError(f'on_refusal must be "raise" or "ignore", got {on_refusal!r}')
     calls = as_calls(model, example_inputs, modes)
-    plan = planned(model, calls, read_groups(model, trace(model, calls, closed=True)))
+    captured = Captured(model, calls)
+    plan = planned(model, calls, read_groups(model, captured.trace(closed=True)))
+    plan = _as_zeros_lie(model, calls, captured, plan)
     return accepted(model, plan, slots_of(model)) if on_refusal == "ignore" and plan else plan
+
+
+def _as_zeros_lie(
+    model: nn.Module, calls: Sequence[Call], captured: Captured, plan: ShrinkPlan
+) -> ShrinkPlan:
+    """The plan, or one for fewer parameters where channels of convolutions with groups that lose
+    nothing by it go the other way: whole groups, or places within them."""
+    structure = plan.structure
+    assert structure is not None
+    removed = removed_classes(structure, plan.removals)[structure.trace.resolved.classes]
+    grouped = structure.trace.grouped
+    lose = {one.choice for one in grouped if removed[one.reads].any() or removed[one.makes].any()}
+    others: dict[Choice, bool] = {o.choice: not o.whole for o in grouped if o.choice not in lose}
+    if not others:
+        return plan
+    traced = captured.trace(closed=True, given=others)
+    other = planned(model, calls, read_groups(model, traced))
+    return other if other.parameters[1] < plan.parameters[1] else plan
 
 
 def planned(model: nn.Module, calls: Sequence[Call], structure: Structure) -> ShrinkPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torchprune.graph.capture import Call
 from torchprune.graph.groups import Group, Member, read_groups
 from torchprune.graph.trace import trace
 from torchprune.masking.mask import Record, attach, mask_of, original_of
+from torchprune.masking.matrices import ConvNd
 from torchprune.masking.selection import Layer, repeated_blocks
 from torchprune.masking.targets import Target
 from torchprune.methods.decide import groups_of, sampled_error
@@ -171,9 +173,12 @@ class UnitRunner:
                 return
         scores = self.scores()
         if spec.allocation == "uniform":
-            found = [uniform(score, spec) for score in scores]
+            found = [
+                uniform(score, spec, choice.group.width)
+                for choice, score in zip(self.choices, scores, strict=True)
+            ]
         else:
-            found = across(scores, spec)
+            found = across(scores, spec, [choice.group.width for choice in self.choices])
         for choice, gone in zip(self.choices, found, strict=True):
             choice.gone = gone
 
@@ -303,14 +308,16 @@ class UnitRunner:
         """Decide what no batch reached."""
         for choice in self.choices:
             if choice.gone is None:
-                choice.gone = uniform(self._unreached(choice), choice.spec)
+                score = self._unreached(choice)
+                choice.gone = uniform(score, choice.spec, choice.group.width)
         if not self.run.batches:
             self.run.finish(batches=len(self.batches), usage=Usage())
 
     def _decide(self, target: Target, moments: Moments) -> None:
         for choice, member in self.read_by(target):
             if choice.gone is None:
-                choice.gone = uniform(score_at(choice, member, target, moments), choice.spec)
+                score = score_at(choice, member, target, moments)
+                choice.gone = uniform(score, choice.spec, choice.group.width)
 
     def _edit(self, target: Target, moments: Moments, edits: Edits) -> None:
         """Let the layer read no more what goes, and fit it to what stays."""
@@ -369,8 +376,9 @@ class UnitRunner:
         done.changed = fits
         new = torch.stack([f.weight for f in found]).to(target.weight.dtype)
         edits.write(target, new, kept=fits)
-        if fits and found[0].shift is not None:
-            edits.shift(target.layer, found[0].shift)
+        shifts = [f.shift for f in found if f.shift is not None]
+        if fits and shifts:
+            edits.shift(target.layer, torch.cat(shifts))
 
 
 def by_inputs(spec: StructuredSpec) -> bool:
@@ -382,10 +390,13 @@ def score_at(choice: Choice, member: Member, target: Target, moments: Moments) -
     """(count,) what a group's units are worth to one layer that reads them."""
     units = columns_of(target, member).cpu()
     total = torch.zeros(choice.group.count)
+    module: Any = target.layer.module
+    spread = isinstance(module, ConvNd | _ConvTransposeNd)
+    times = module.groups if spread else 1  # each group reads every token
     with modes.exact():
         for group, weight in enumerate(groups_of(target)):
             found = read_scores(str(choice.spec.score), weight, moments, group)
-            total += by_unit(found, units, choice.group.count)
+            total += times * by_unit(found, units, choice.group.count)
     return total
 
 
@@ -413,6 +424,8 @@ def attach_units(
         assert choice.gone is not None
         gone, group, spec = choice.gone, choice.group, choice.spec
         text = f"{spec.score_name} {int(gone.sum())}/{group.count} {group.kind}"
+        if group.width > 1 and group.kind != "heads":
+            text += f" of {group.width}"
         for key in choice.layers:
             patterns.setdefault(key, []).append(text)
             methods.setdefault(key, spec.method)

@@ -33,26 +33,28 @@ _NEVER = re.compile(
 _REPEATS = ("num_key_value_groups", "n_rep", "num_kv_groups", "num_queries_per_kv")
 
 
-def restate(module: nn.Module) -> None:
-    """Let a module of torch say the sizes that its tensors have."""
+def restate(module: nn.Module, groups: int | None = None) -> None:
+    """Let a module of torch say the sizes that its tensors have.
+
+    Args:
+        groups: of a convolution, where there are others now; shapes do not tell.
+    """
     owner: Any = module
     _recompute(module)
     if isinstance(module, nn.Linear):
-        owner.out_features, owner.in_features = _shape(module)
+        owner.out_features, owner.in_features = weight_shape(module)
     elif is_transposed_linear(module):
-        owner.nx, owner.nf = _shape(module)
+        owner.nx, owner.nf = weight_shape(module)
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-        inputs, outputs = _shape(module)[:2]
-        if module.groups > 1:
-            owner.groups = module.groups * inputs // module.in_channels
+        inputs, outputs = weight_shape(module)[:2]
+        owner.groups = groups or module.groups
         owner.in_channels, owner.out_channels = inputs, outputs * module.groups
     elif isinstance(module, ConvNd):
-        outputs, inputs = _shape(module)[:2]
-        if module.groups > 1:
-            owner.groups = module.groups * outputs // module.out_channels
+        outputs, inputs = weight_shape(module)[:2]
+        owner.groups = groups or module.groups
         owner.out_channels, owner.in_channels = outputs, inputs * module.groups
     elif isinstance(module, nn.Embedding):
-        owner.num_embeddings, owner.embedding_dim = _shape(module)
+        owner.num_embeddings, owner.embedding_dim = weight_shape(module)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         owner.num_features = _length(module, module.num_features)
     elif isinstance(module, nn.GroupNorm):
@@ -60,20 +62,20 @@ def restate(module: nn.Module) -> None:
         owner.num_groups = module.num_groups * channels // module.num_channels
         owner.num_channels = channels
     elif isinstance(module, nn.PReLU):
-        owner.num_parameters = _shape(module)[0]
+        owner.num_parameters = weight_shape(module)[0]
     elif isinstance(module, nn.RNNBase):
-        owner.input_size = _shape(module, "weight_ih_l0")[1]
-        width = _shape(module, "weight_hh_l0")[1]
+        owner.input_size = weight_shape(module, "weight_ih_l0")[1]
+        width = weight_shape(module, "weight_hh_l0")[1]
         if module.proj_size:
-            owner.proj_size, owner.hidden_size = width, _shape(module, "weight_hr_l0")[1]
+            owner.proj_size, owner.hidden_size = width, weight_shape(module, "weight_hr_l0")[1]
         else:
             owner.hidden_size = width
         if "_flat_weights" in vars(module):  # what its forward reads; with masks, a property
             names = module._flat_weights_names
             owner._flat_weights = [getattr(module, name, None) for name in names]
     elif isinstance(module, nn.RNNCellBase):
-        owner.input_size = _shape(module, "weight_ih")[1]
-        owner.hidden_size = _shape(module, "weight_hh")[1]
+        owner.input_size = weight_shape(module, "weight_ih")[1]
+        owner.hidden_size = weight_shape(module, "weight_hh")[1]
     with_its_heads(module)
 
 
@@ -84,7 +86,7 @@ def _recompute(module: nn.Module) -> None:
             hook(module, ())
 
 
-def _shape(module: nn.Module, name: str = "weight") -> torch.Size:
+def weight_shape(module: nn.Module, name: str = "weight") -> torch.Size:
     """Of a weight as it is used, whatever parametrizations make it."""
     weight: Tensor | None = original_of(module, name)
     if weight is not None:

@@ -10,20 +10,29 @@ from torch import Tensor
 from torchprune.structure.specs import StructuredSpec, standardised
 
 
-def uniform(score: Tensor, spec: StructuredSpec) -> Tensor:
-    """(count,) bool: the units that go, the lowest scores of one group; of equals the later."""
+def uniform(score: Tensor, spec: StructuredSpec, width: int = 1) -> Tensor:
+    """(count,) bool: the units that go, the lowest scores of one group; of equals the later.
+
+    Args:
+        width: of one unit, in channels.
+    """
     count = len(score)
     order = score.double().argsort(descending=True, stable=True)
     gone = torch.ones(count, dtype=torch.bool)
-    gone[order[: spec.kept(count)]] = False
+    gone[order[: spec.kept(count, width)]] = False
     return gone
 
 
-def across(scores: Sequence[Tensor], spec: StructuredSpec) -> list[Tensor]:
+def across(
+    scores: Sequence[Tensor], spec: StructuredSpec, widths: Sequence[int] = ()
+) -> list[Tensor]:
     """A mask a group as by `uniform`, with one budget: sparsity times all units, rounded down.
 
     Units go in steps that leave a multiple of `spec.multiple` in each group, the step with the
     lowest mean of standardised scores first; the last step of a group stays.
+
+    Args:
+        widths: of one unit of each group, in channels; 1 by default.
     """
     steps: list[tuple[float, int, int, int]] = []  # mean score, group, place, units
     orders = []
@@ -31,7 +40,7 @@ def across(scores: Sequence[Tensor], spec: StructuredSpec) -> list[Tensor]:
         normal = standardised(score)
         order = normal.argsort(stable=True)
         orders.append(order)
-        width = spec.multiple(len(score))
+        width = spec.multiple(len(score), widths[at] if widths else 1)
         start, first = 0, len(score) % width or width
         while start + first < len(score):
             mean = float(normal[order[start : start + first]].mean())

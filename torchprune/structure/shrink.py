@@ -24,6 +24,7 @@ from torchprune.structure.config import (
     native_settings,
     setting,
 )
+from torchprune.structure.conv_groups import groups_left
 from torchprune.structure.cuts import cut
 from torchprune.structure.generating import differing, generated
 from torchprune.structure.refusals import told, without_refused
@@ -141,14 +142,16 @@ def _carry_out(
     """Change the model; if this fails, it is left half changed."""
     shared_key = {path for path, m in model.named_modules() if key_heads(m) == 1}
     before = dict(model.named_modules())
+    groups = groups_left(model, slots, plan.cuts)
     recorded = _drop(model, plan.blocks, known.seen)
     now = {key: replace(s, tensor=original_of(s.module, s.name)) for key, s in slots.items()}
     cut(now, plan.cuts, plan.folds)  # tensors with a part for each block are shorter already
     for module in model.modules():
-        restate(module)
+        restate(module, groups.get(id(module)))
     resized = _settled(model, plan, known.seen, shared_key, before)
     _check_generating(model, plan, known.spoken)
-    _remember(model, replace(resized, drops=recorded), before)
+    attributes = _with_groups(model, resized.attributes, groups)
+    _remember(model, replace(resized, drops=recorded, attributes=attributes), before)
 
 
 def _tried(model: nn.Module, plan: ShrinkPlan, known: _Known) -> Fault | None:
@@ -329,6 +332,12 @@ def _attempts(
 
 
 # -- memory ----------------------------------------------------------------------------------------
+
+
+def _with_groups(model: nn.Module, attributes: Attributes, groups: Mapping[int, int]) -> Attributes:
+    """Attributes, with the groups of convolutions by id, which no shape tells."""
+    own = {p: {"groups": groups[id(m)]} for p, m in model.named_modules() if id(m) in groups}
+    return {p: {**attributes.get(p, {}), **own.get(p, {})} for p in sorted({*attributes, *own})}
 
 
 def _remember(model: nn.Module, record: Resized, before: Mapping[str, nn.Module]) -> None:

@@ -114,7 +114,7 @@ def drawn_up(
 ) -> ShrinkPlan:
     """The plan with these removals and what follows from them; the rest as it is."""
     cuts = list(_cuts(removals))
-    removed = _removed(structure, removals)
+    removed = removed_classes(structure, removals)
     going = {id(removal.group) for removal in removals}
     return replace(
         plan,
@@ -131,7 +131,7 @@ def drawn_up(
 
 def asked_of(structure: Structure, removal: Removal) -> list[Asked]:
     """Where the code gives as numbers sizes that a removal changes, in the order of the graph."""
-    removed = _removed(structure, [removal])
+    removed = removed_classes(structure, [removal])
     classes = structure.trace.resolved.classes
     found = []
     for ask in structure.trace.asks:
@@ -157,7 +157,7 @@ def _cuts(removals: Sequence[Removal]) -> Iterator[Cut]:
         yield Cut(key, axis, len(indices), (~indices).nonzero().flatten())
 
 
-def _removed(structure: Structure, removals: Sequence[Removal]) -> Tensor:
+def removed_classes(structure: Structure, removals: Sequence[Removal]) -> Tensor:
     """(labels,) bool, over classes: what goes."""
     removed = torch.zeros(len(structure.trace.resolved.classes), dtype=torch.bool)
     classes = dict(zip(map(id, structure.groups), structure.classes, strict=True))

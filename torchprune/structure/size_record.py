@@ -8,10 +8,18 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from torchprune.errors import ShrinkError
 from torchprune.masking.plain_state import slots_of
-from torchprune.structure.resize import Attributes, drop_blocks, restate, set_attributes
+from torchprune.structure.conv_groups import groups_by_rows
+from torchprune.structure.resize import (
+    Attributes,
+    drop_blocks,
+    restate,
+    set_attributes,
+    weight_shape,
+)
 
 _RESIZED = "_torchprune_resized"
 
@@ -23,7 +31,8 @@ class Resized:
     Attributes:
         drops: names of blocks that were taken out, a list for each time; later names count from
             what was left.
-        attributes: module -> attribute -> value, where the modules' code reads sizes from them.
+        attributes: module -> attribute -> value, where the modules' code reads sizes from them;
+            and the groups of convolutions that lost channels.
         settings: of the configuration, where transformers would refuse them in a file.
         original: what those settings were before, with which the configuration is written.
     """
@@ -92,8 +101,8 @@ def resize(model: nn.Module, record: Resized, shapes: Mapping[str, Sequence[int]
         module: Any = slot.module
         table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
         table[slot.name] = tensor
-    for module in model.modules():
-        restate(module)
+    for path, module in model.named_modules():
+        restate(module, _groups(path, module, record.attributes.get(path, {})))
     _check_attributes(model, record.attributes)
     set_attributes(dict(model.named_modules()), record.attributes)
     config = getattr(model, "config", None)
@@ -102,6 +111,17 @@ def resize(model: nn.Module, record: Resized, shapes: Mapping[str, Sequence[int]
             raise ShrinkError(f"the configuration has no number {name!r:.80}")
         setattr(config, name, value)
     keep_resized(model, record)
+
+
+def _groups(path: str, module: nn.Module, attributes: Mapping[str, int]) -> int | None:
+    """The groups of a convolution: as recorded, or as few as whole ones went."""
+    if not isinstance(module, _ConvNd) or module.groups == 1:
+        return None
+    rows = int(weight_shape(module)[0])
+    groups = attributes.get("groups", groups_by_rows(module, rows))
+    if not 0 < groups <= module.groups or rows % groups:
+        raise ShrinkError(f"{path!r:.80}: {rows} channels cannot be {groups!r:.20} groups")
+    return groups
 
 
 def _check_blocks(model: nn.Module, names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -41,8 +42,10 @@ class StructuredSpec(Checked):
         damping: of the refit, as a share of the second moment's mean diagonal.
         allocation: "uniform", the same share in every group; "global", the lowest scores of all
             groups together, each group's standardised first.
-        round_to: the width that stays is a multiple of it. Default 8, or 64 for groups of 4096 and
-            more, or 1 where the group's own width is no multiple; heads are always whole.
+        round_to: the width that stays is a multiple of it, in neurons or channels, of which a unit
+            may be several, as where the same places go from all groups of a convolution. Default 8,
+            or 64 for groups of 4096 and more, or 1 where the group's own width is no multiple;
+            heads are always whole.
         targets: which groups: selectors as for the other specs, that match a layer of the group.
         ignore: groups left alone, selected likewise.
         loss: (model, batch) -> scalar, for "taylor". Default: a transformers language model's own
@@ -100,16 +103,19 @@ class StructuredSpec(Checked):
         """The score, as a record names it."""
         return self.score if isinstance(self.score, str) else "given score"
 
-    def multiple(self, count: int) -> int:
-        """What the number of units that stay is a multiple of, in a group of so many."""
-        if self.round_to is not None:
-            return self.round_to
-        usual = 64 if count >= 4096 else 8
-        return usual if count % usual == 0 else 1
+    def multiple(self, count: int, width: int = 1) -> int:
+        """What the number of units that stay is a multiple of, in a group of so many.
 
-    def kept(self, count: int) -> int:
+        Args:
+            width: how wide one unit is: so many channels go with it.
+        """
+        wide = self.round_to or (64 if count * width >= 4096 else 8)
+        step = wide // math.gcd(wide, width)
+        return step if self.round_to or count % step == 0 else 1
+
+    def kept(self, count: int, width: int = 1) -> int:
         """How many of a group's units stay under uniform allocation."""
-        step = min(self.multiple(count), count)
+        step = min(self.multiple(count, width), count)
         return min(count, max(step, step * round(count * (1 - self.sparsity) / step)))
 
 
@@ -125,7 +131,7 @@ class HeadSpec(StructuredSpec):
     method: ClassVar[str] = "heads"
     kind: ClassVar[Kind] = "heads"
 
-    def multiple(self, count: int) -> int:
+    def multiple(self, count: int, width: int = 1) -> int:
         return self.round_to or 1
 
 

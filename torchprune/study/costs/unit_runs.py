@@ -128,9 +128,8 @@ def _trials(
     blocks = list(repeated_blocks(bench.model))
     kind, names = bench.asked.units.removesuffix("s"), _names(units)
     for at, own in enumerate(units):
-        group = own.group
         depth = next((d for key in own.layers if (d := depth_of(key, blocks)) is not None), None)
-        for level, gone in _levels(bench, group.count, None if scores is None else scores[at]):
+        for level, gone in _levels(bench, own, None if scores is None else scores[at]):
             keeps = own.without(gone).values()
             sizes = [keep.numel() for _, keep in keeps]
             zeros = sum(keep.numel() - int(keep.sum()) for _, keep in keeps)
@@ -148,8 +147,9 @@ def _names(units: Sequence[Units]) -> list[str]:
     return found
 
 
-def _levels(bench: Bench, count: int, score: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+def _levels(bench: Bench, own: Units, score: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """Every unit alone; or at each level as many as the spec would let go."""
+    count = own.group.count
     if score is None:
         for unit in range(count):
             yield str(unit), torch.arange(count) == unit
@@ -157,7 +157,7 @@ def _levels(bench: Bench, count: int, score: Tensor | None) -> Iterator[tuple[st
     spec, order = bench.asked.spec, score.argsort(stable=True)
     assert isinstance(spec, StructuredSpec)
     for level, goal in bench.asked.goals.items():
-        kept = replace(spec, sparsity=float(goal.sparsity)).kept(count)
+        kept = replace(spec, sparsity=float(goal.sparsity)).kept(count, own.group.width)
         gone = torch.zeros(count, dtype=torch.bool)
         gone[order[: count - kept]] = True
         yield level, gone

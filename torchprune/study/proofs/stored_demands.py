@@ -21,18 +21,19 @@ from torchprune.structure.specs import StructuredSpec
 
 _SHARED = re.compile(r"(unstructured|block:\d+x\d+) (\d\.?\d*(?:e-\d+)?)")
 _GROUPS = re.compile(r"(\d+:\d+)(?:, (\d\.?\d*(?:e-\d+)?) of it)?")
-_UNITS = re.compile(r"(.{1,200}) (\d{1,12})/(\d{1,12}) (heads|neurons|channels)")
+_UNITS = re.compile(r"(.{1,200}) (\d{1,12})/(\d{1,12}) (heads|neurons|channels)(?: of (\d{1,12}))?")
 BY_ROW = "each row keeps its share"
 """What a record's note says of a layer whose rows have counts of their own though it need not."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """So many of so many whole units are gone."""
+    """So many of so many whole units are gone, each of so many channels."""
 
     gone: int
     count: int
     kind: str
+    width: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _units_of(text: str) -> tuple[Units, ...]:
     parts = [_UNITS.fullmatch(part) for part in text.split(", ")]
     if not all(part is not None and 0 <= int(part[2]) <= int(part[3]) for part in parts):
         return ()
-    return tuple(Units(int(p[2]), int(p[3]), p[4]) for p in parts if p is not None)
+    return tuple(Units(int(p[2]), int(p[3]), p[4], int(p[5] or 1)) for p in parts if p is not None)
 
 
 def _of_weights(read: Demand, layer: Layer, record: Record, runs: Sequence[RunRecord]) -> Demand:
@@ -169,7 +170,7 @@ def _of_units(units: tuple[Units, ...], record: Record, runs: Sequence[RunRecord
     at, spec = mine[0]
     clash = ""
     for one in units:
-        wanted = one.count - spec.kept(one.count)
+        wanted = one.count - spec.kept(one.count, one.width)
         if one.kind == spec.kind and one.gone != wanted:
             clash = (
                 f"{wanted} of {one.count} {one.kind} gone by the spec of run {at + 1}|"

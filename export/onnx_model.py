@@ -39,6 +39,9 @@ _EXTERNAL = 1 << 30
 _ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2}
 """Largest difference from torch, relative to the largest output, beyond which a graph is wrong."""
 
+_FIELD = 3
+"""Bytes of a file that say what follows and how long it is, mostly."""
+
 _BRINGS = "Sparsity makes the file smaller; the runtime unpacks it and runs at dense speed."
 _INT8 = " int8 is what is faster; it rounds activations too, so measure what it costs."
 
@@ -131,9 +134,9 @@ def write_onnx(
         if int8:
             graph = quantize(graph, Path(home), int8_ignore, _weights_bytes(graph) > _EXTERNAL)
             allowed = float("inf")
+        dense = _graph_bytes(graph)
         packed = pack_initializers(graph, min_sparsity) if packing else []
-        size = _weights_bytes(graph)
-        dense = size + sum(p.before - p.after for p in packed)
+        saved = dense - _graph_bytes(graph)
         partial = Path(home) / target.name
         data = save_graph(graph, partial)
         seconds, session = _session(partial)
@@ -151,7 +154,7 @@ def write_onnx(
         data=None if data is None else target.parent / data.name,
         runtime="ONNX Runtime",
         bytes=total,
-        dense_bytes=dense + max(total - size, 0),
+        dense_bytes=total + saved,
         packed=[p.name for p in packed],
         difference=difference,
         relative=relative,
@@ -245,6 +248,20 @@ def _exported(call: Call) -> Any:
 
 def _weights_bytes(model: Any) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values())
+
+
+def _graph_bytes(model: Any) -> int:
+    """Bytes of a graph's weights, nodes and known sizes in a file, to a few for each weight."""
+    from onnx_ir import serde
+
+    graph = model.graph
+    held = list(graph.initializers.values())
+    size = sum(v.const_value.nbytes + len(v.name) + 4 * _FIELD for v in held)
+    made = [out for node in graph for out in node.outputs]
+    known = [v for v in (*held, *made) if v.type is not None or v.shape is not None]
+    parts = [*map(serde.serialize_node, graph), *map(serde.serialize_value, known)]
+    size += sum(part.ByteSize() + _FIELD for part in parts)
+    return int(size)
 
 
 def _save(model: Any, path: Path, data: Path | None) -> None:

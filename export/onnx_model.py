@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from torchprune.export.call import (
     reason_of,
     told,
 )
+from torchprune.export.encoder_decoder import is_encoder_decoder, prepare_three
 from torchprune.export.output_names import name_outputs
 from torchprune.export.quiet import without_torchvision_notes
-from torchprune.export.written import WEIGHTS, ExportReport
+from torchprune.export.written import WEIGHTS, ExportReport, together
 
 _EXTERNAL = 1 << 30
 """Bytes of initialisers above which they go to a file of their own (protobuf ends at 2 GiB)."""
@@ -104,6 +106,9 @@ def to_onnx(
         raise ExportError(f"weights must be {' or '.join(map(repr, WEIGHTS))}, got {weights!r}")
     require_onnx("torchprune.export.to_onnx")
     target = Path(path)
+    how = (weights == "packed", min_sparsity, int8, int8_ignore)
+    if with_cache and is_encoder_decoder(model):
+        return _write_three(model, target, example_inputs, dynamic_shapes, how)
     call = prepare(
         model,
         example_inputs,
@@ -112,8 +117,36 @@ def to_onnx(
         vary=True,
         accept=lambda plain: allowed_of(plain, int8),
     )
-    how = (weights == "packed", min_sparsity, int8, int8_ignore)
     return holding(call, lambda call: write_onnx(call, target, *how))
+
+
+def _write_three(
+    model: nn.Module, target: Path, example: Any, dynamic_shapes: Any, how: tuple[Any, ...]
+) -> ExportReport:
+    """The graphs of an encoder-decoder, in a folder; all or none."""
+    if dynamic_shapes is not None:
+        raise ExportError("with_cache: an encoder-decoder's sizes are found, not given")
+    if target.is_file():
+        raise ExportError(f"{target} is a file; an encoder-decoder's graphs go to a folder")
+    calls = prepare_three(model, example, lambda plain: allowed_of(plain, how[2]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as home:
+        parts = {
+            name: write_onnx(call, Path(home) / f"{name}.onnx", *how)
+            for name, call in calls.items()
+        }
+        target.mkdir(exist_ok=True)
+        moved = {}
+        for name, part in parts.items():
+            data = _data_of(target / f"{name}.onnx") if part.data is None else None
+            for file in (part.data, part.path):
+                if file is not None:
+                    file.replace(target / file.name)
+            if data is not None:
+                data.unlink(missing_ok=True)
+            beside = None if part.data is None else target / part.data.name
+            moved[name] = replace(part, path=target / part.path.name, data=beside)
+    return together(target, moved)
 
 
 def write_onnx(

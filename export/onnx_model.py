@@ -63,8 +63,8 @@ def to_onnx(
     """Write a model as ONNX, with its masks folded, and compare ONNX Runtime with torch.
 
     With `weights="packed"` a half-sparse weight takes 0.53 (float32) or 0.56 (float16) of its dense
-    bytes in the file. Stock operators unpack it when a session loads; from then on it is the dense
-    model: same outputs, speed and memory.
+    bytes in the file; one that would not be smaller so stays dense. Stock operators unpack it when
+    a session loads; from then on it is the dense model: same outputs, speed and memory.
 
     Args:
         model: masked, folded, lowered or dense; float32 or float16. It is not changed.
@@ -77,6 +77,10 @@ def to_onnx(
             `position_ids` of the new tokens, which do not count padding), and
             `past_key_values.N.key` and `.value` of shape (batch, heads, past, size), and gives
             `logits` and `present.N.key` and `.value`. The example is then `input_ids`.
+            For encoder-decoders (T5, BART, Whisper) `path` is a folder, and the example has what
+            the encoder reads. It gets `encoder_model.onnx`, `decoder_model.onnx` for the first
+            tokens, and `decoder_with_past_model.onnx` for all others, with the names that optimum
+            gives their inputs and outputs, `past_key_values.N.decoder.key` and so on.
         dynamic_shapes: as for `torch.export.export`; by default the first size of every input
             varies, and the second of integer ones (tokens), where the model runs at other sizes.
             Inputs equally long in the example stay so, unless the model runs only otherwise. With
@@ -90,7 +94,8 @@ def to_onnx(
             inputs have outliers in many language models.
 
     Returns:
-        sizes, names and differences, and which sizes of the inputs are fixed; print it. Outputs
+        sizes, names and differences, and which sizes of the inputs are fixed; print it. Of several
+        graphs the sums, with a report of each in `parts`. Outputs
         are named as the model names them: by keys and fields; "output", or "output.0" and so on,
         where it does not.
 

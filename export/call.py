@@ -91,8 +91,8 @@ def prepare(
     Raises:
         ExportError: the example is no call, or does not fit `with_cache`.
     """
-    plain = _exportable(lift(folded_copy(model)).eval())
-    args, kwargs = _contiguous(_as_call(example_inputs))
+    plain = plain_of(model)
+    args, kwargs = _contiguous(as_call(example_inputs))
     accept(plain)
     if with_cache:
         tokens = _tokens_of(args, kwargs)
@@ -327,7 +327,12 @@ def file_bytes(*files: str | os.PathLike[str] | None) -> int:
     return sum(Path(file).stat().st_size for file in files if file is not None)
 
 
-def _as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def plain_of(model: nn.Module) -> nn.Module:
+    """A copy with masks folded, weights dense and nothing that exporters cannot read."""
+    return _exportable(lift(folded_copy(model)).eval())
+
+
+def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):

@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,19 @@ from torchprune.export.call import (
     reason_of,
     told,
 )
+from torchprune.export.encoder_decoder import is_encoder_decoder, prepare_three
 from torchprune.export.output_names import name_outputs
 from torchprune.export.quiet import without_torchvision_notes
-from torchprune.export.written import WEIGHTS, ExportReport
+from torchprune.export.written import WEIGHTS, ExportReport, together
 
 _EXTERNAL = 1 << 30
 """Bytes of initialisers above which they go to a file of their own (protobuf ends at 2 GiB)."""
 
 _ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2}
 """Largest difference from torch, relative to the largest output, beyond which a graph is wrong."""
+
+_FIELD = 3
+"""Bytes of a file that say what follows and how long it is, mostly."""
 
 _BRINGS = "Sparsity makes the file smaller; the runtime unpacks it and runs at dense speed."
 _INT8 = " int8 is what is faster; it rounds activations too, so measure what it costs."
@@ -58,8 +63,8 @@ def to_onnx(
     """Write a model as ONNX, with its masks folded, and compare ONNX Runtime with torch.
 
     With `weights="packed"` a half-sparse weight takes 0.53 (float32) or 0.56 (float16) of its dense
-    bytes in the file. Stock operators unpack it when a session loads; from then on it is the dense
-    model: same outputs, speed and memory.
+    bytes in the file; one that would not be smaller so stays dense. Stock operators unpack it when
+    a session loads; from then on it is the dense model: same outputs, speed and memory.
 
     Args:
         model: masked, folded, lowered or dense; float32 or float16. It is not changed.
@@ -72,6 +77,10 @@ def to_onnx(
             `position_ids` of the new tokens, which do not count padding), and
             `past_key_values.N.key` and `.value` of shape (batch, heads, past, size), and gives
             `logits` and `present.N.key` and `.value`. The example is then `input_ids`.
+            For encoder-decoders (T5, BART, Whisper) `path` is a folder, and the example has what
+            the encoder reads. It gets `encoder_model.onnx`, `decoder_model.onnx` for the first
+            tokens, and `decoder_with_past_model.onnx` for all others, with the names that optimum
+            gives their inputs and outputs, `past_key_values.N.decoder.key` and so on.
         dynamic_shapes: as for `torch.export.export`; by default the first size of every input
             varies, and the second of integer ones (tokens), where the model runs at other sizes.
             Inputs equally long in the example stay so, unless the model runs only otherwise. With
@@ -85,7 +94,8 @@ def to_onnx(
             inputs have outliers in many language models.
 
     Returns:
-        sizes, names and differences, and which sizes of the inputs are fixed; print it. Outputs
+        sizes, names and differences, and which sizes of the inputs are fixed; print it. Of several
+        graphs the sums, with a report of each in `parts`. Outputs
         are named as the model names them: by keys and fields; "output", or "output.0" and so on,
         where it does not.
 
@@ -101,6 +111,9 @@ def to_onnx(
         raise ExportError(f"weights must be {' or '.join(map(repr, WEIGHTS))}, got {weights!r}")
     require_onnx("torchprune.export.to_onnx")
     target = Path(path)
+    how = (weights == "packed", min_sparsity, int8, int8_ignore)
+    if with_cache and is_encoder_decoder(model):
+        return _write_three(model, target, example_inputs, dynamic_shapes, how)
     call = prepare(
         model,
         example_inputs,
@@ -109,8 +122,36 @@ def to_onnx(
         vary=True,
         accept=lambda plain: allowed_of(plain, int8),
     )
-    how = (weights == "packed", min_sparsity, int8, int8_ignore)
     return holding(call, lambda call: write_onnx(call, target, *how))
+
+
+def _write_three(
+    model: nn.Module, target: Path, example: Any, dynamic_shapes: Any, how: tuple[Any, ...]
+) -> ExportReport:
+    """The graphs of an encoder-decoder, in a folder; all or none."""
+    if dynamic_shapes is not None:
+        raise ExportError("with_cache: an encoder-decoder's sizes are found, not given")
+    if target.is_file():
+        raise ExportError(f"{target} is a file; an encoder-decoder's graphs go to a folder")
+    calls = prepare_three(model, example, lambda plain: allowed_of(plain, how[2]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as home:
+        parts = {
+            name: write_onnx(call, Path(home) / f"{name}.onnx", *how)
+            for name, call in calls.items()
+        }
+        target.mkdir(exist_ok=True)
+        moved = {}
+        for name, part in parts.items():
+            data = _data_of(target / f"{name}.onnx") if part.data is None else None
+            for file in (part.data, part.path):
+                if file is not None:
+                    file.replace(target / file.name)
+            if data is not None:
+                data.unlink(missing_ok=True)
+            beside = None if part.data is None else target / part.data.name
+            moved[name] = replace(part, path=target / part.path.name, data=beside)
+    return together(target, moved)
 
 
 def write_onnx(
@@ -131,9 +172,9 @@ def write_onnx(
         if int8:
             graph = quantize(graph, Path(home), int8_ignore, _weights_bytes(graph) > _EXTERNAL)
             allowed = float("inf")
+        dense = _graph_bytes(graph)
         packed = pack_initializers(graph, min_sparsity) if packing else []
-        size = _weights_bytes(graph)
-        dense = size + sum(p.before - p.after for p in packed)
+        saved = dense - _graph_bytes(graph)
         partial = Path(home) / target.name
         data = save_graph(graph, partial)
         seconds, session = _session(partial)
@@ -151,7 +192,7 @@ def write_onnx(
         data=None if data is None else target.parent / data.name,
         runtime="ONNX Runtime",
         bytes=total,
-        dense_bytes=dense + max(total - size, 0),
+        dense_bytes=total + saved,
         packed=[p.name for p in packed],
         difference=difference,
         relative=relative,
@@ -245,6 +286,20 @@ def _exported(call: Call) -> Any:
 
 def _weights_bytes(model: Any) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values())
+
+
+def _graph_bytes(model: Any) -> int:
+    """Bytes of a graph's weights, nodes and known sizes in a file, to a few for each weight."""
+    from onnx_ir import serde
+
+    graph = model.graph
+    held = list(graph.initializers.values())
+    size = sum(v.const_value.nbytes + len(v.name) + 4 * _FIELD for v in held)
+    made = [out for node in graph for out in node.outputs]
+    known = [v for v in (*held, *made) if v.type is not None or v.shape is not None]
+    parts = [*map(serde.serialize_node, graph), *map(serde.serialize_value, known)]
+    size += sum(part.ByteSize() + _FIELD for part in parts)
+    return int(size)
 
 
 def _save(model: Any, path: Path, data: Path | None) -> None:

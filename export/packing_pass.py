@@ -1,47 +1,50 @@
 """Initialisers as bits and nonzeros, which stock ONNX operators unpack when a session loads.
 
 A weight W of n elements becomes `bits`, one a weight, least significant first as
-`torchprune.masking.packing` orders them, and `values`, a zero and then its nonzeros, row-major:
+`torchprune.masking.packing` orders them, and `values`, its nonzeros, row-major:
 
-    before = CumSum(Gather(counts, bits))              one number a byte: nonzeros before its bits
-    place  = Max(Gather(places, bits) + before, 0)     one a weight: where its value is, or 0
-    weight = Reshape(Gather(values, place))
+    mask   = Reshape(Gather(table, Cast(bits)))         one byte a weight: whether it is not zero
+    places = Compress(count, mask)                      where its nonzeros are
+    weight = Reshape(ScatterElements(zeros, places, values))
 
-`counts` and `places` are tables over the 256 bytes: how many bits of one are set, and for each of
-its eight bits how many are set up to it, or a number far below zero if it is not. All inputs are
-constant, so a runtime that folds constants does this once, at load, and then runs the dense graph.
-Large weights are unpacked in pieces: folding holds a few int32 numbers for every weight of a piece,
-and runtimes refuse to fold what takes a gigabyte.
+`table` has the eight bits of each of the 256 bytes, `count` the numbers from zero on, `zeros` as
+many zeros as the weight has elements. All inputs are constant, so a runtime that folds constants
+does this once, at load, and then runs the dense graph. ONNX Runtime folds only what it knows the
+size of beforehand, so the file says how many places there are.
+
+Folding holds about nine bytes for every weight beside the result: large weights are unpacked in
+pieces, large models in stages, see `unpacking_stages`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from torchprune.export.unpacking_stages import Stages, constant, then
+
 PIECE = 1 << 23
 """Weights unpacked by one chain of operators; whole bytes of bits."""
 
-SMALLEST = 1024
-"""Weights below which packing saves nothing worth a chain of operators."""
+LARGEST = 1 << 30
+"""Bytes of a weight above which it stays dense: ONNX Runtime folds nothing that is larger."""
+
+CHAIN, SHARED = 600, 2500
+"""Most bytes of the operators and names of one piece, but for six times its name; and of what all
+pieces share."""
 
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8)
 
-_BITS = np.arange(256)[:, None] >> np.arange(8) & 1
-
-_TABLES = {
-    "counts": _BITS.sum(1).astype(np.int32),
-    "places": np.where(_BITS, _BITS.cumsum(1), -(1 << 30)).astype(np.int32),
-    "zero": np.array(0, np.int32),
-}
+_TABLE = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(bool)
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One initialiser that was packed: its size before and after, in bytes."""
+    """One initialiser that was packed: bytes of its numbers before and after."""
 
     name: str
     before: int
@@ -49,96 +52,115 @@ class PackedWeight:
 
 
 def pack_initializers(model: ir.Model, min_sparsity: float) -> list[PackedWeight]:
-    """Pack every float or int8 initialiser with at least this share of zeros, in place.
+    """Pack the float and int8 initialisers that are smaller so, in place.
+
+    Those are weights, of two axes or more, with at least `min_sparsity` zeros, whose bits,
+    nonzeros and operators take fewer bytes than they do; none where all together save less than
+    what they share.
 
     The law: what the operators give is the weight, bit for bit, but that -0.0 becomes 0.0.
     """
-    graph, packed = model.graph, []
-    shared = _Shared(graph)
-    for value in list(graph.initializers.values()):
+    graph, packed, saved = model.graph, [], 0
+    chosen: list[ir.Value] = []
+    for value in graph.initializers.values():
+        gain = _saved(value, min_sparsity)
+        if gain > 0:
+            chosen.append(value)
+            saved += gain
+    if saved <= SHARED:
+        return []
+    chains = _Chains(graph, chosen)
+    for value in chosen:
         tensor = value.const_value
-        if tensor is None or tensor.dtype not in _DTYPES or tensor.size < SMALLEST:
-            continue
-        if len(tensor.shape) < 2:  # scales, zero points, norms
-            continue
-        weight = tensor.numpy()
-        if np.count_nonzero(weight) > (1 - min_sparsity) * weight.size:
-            continue
-        nodes, after = _unpacked(value.name, weight, graph, shared)
+        assert tensor is not None
+        nodes, after = chains.unpacked(str(value.name), tensor.numpy())
         whole = nodes[-1].outputs[0]
         whole.dtype, whole.shape = value.dtype, value.shape
         ir.convenience.replace_all_uses_with(value, whole)
-        graph.initializers.pop(value.name)
-        graph.insert_before(graph[0], nodes)
-        packed.append(PackedWeight(str(value.name), weight.nbytes, after))
+        graph.initializers.pop(str(value.name))
+        chains.nodes += nodes
+        packed.append(PackedWeight(str(value.name), tensor.nbytes, after))
+    graph.insert_before(graph[0], chains.nodes)
     return packed
 
 
-class _Shared:
-    """Constants that all chains use, added to the graph when first asked for."""
+def _saved(value: ir.Value, min_sparsity: float) -> int:
+    """Bytes that packing a value saves in the file, at least; 0 for what is not to be packed."""
+    tensor = value.const_value
+    if tensor is None or tensor.dtype not in _DTYPES or len(tensor.shape) < 2:
+        return 0  # no weight: scales, zero points, norms
+    size, least = int(tensor.size), -(-int(tensor.size) // 8)
+    if not least + CHAIN < tensor.nbytes <= LARGEST:
+        return 0
+    nonzeros = int(np.count_nonzero(tensor.numpy()))
+    if nonzeros > (1 - min_sparsity) * size:
+        return 0
+    operators = -(-size // PIECE) * (CHAIN + 6 * len(str(value.name)))
+    return tensor.nbytes - least - nonzeros * tensor.dtype.itemsize - operators
 
-    def __init__(self, graph: ir.Graph) -> None:
+
+class _Chains:
+    """The operators that unpack some weights of a graph, and the constants that they share."""
+
+    def __init__(self, graph: ir.Graph, weights: list[ir.Value]) -> None:
         self._graph = graph
-        self._found: dict[str, ir.Value] = {}
-
-    def get(self, name: str, array: Any) -> ir.Value:
-        if name not in self._found:
-            self._found[name] = _constant(self._graph, f"torchprune.{name}", array)
-        return self._found[name]
-
-
-def _constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(
-        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def _unpacked(
-    name: str | None, weight: Any, graph: ir.Graph, shared: _Shared
-) -> tuple[list[ir.Node], int]:
-    """The nodes that make a weight, the last of which gives it, and the bytes they read."""
-    flat, nodes, pieces, size = weight.reshape(-1), [], [], 0
-    for start in range(0, flat.size, PIECE):
-        piece = flat[start : start + PIECE]
-        label = name if flat.size <= PIECE else f"{name}.{start // PIECE}"
-        made, read = _piece(str(label), piece, graph, shared)
-        nodes += made
-        pieces.append(made[-1].outputs[0])
-        size += read
-    if len(pieces) > 1:
-        nodes.append(ir.node("Concat", pieces, {"axis": 0}))
-    if flat.size % 8:
-        line, begin, end = (
-            shared.get(f"{key}.{at}", np.array([at], np.int64))
-            for key, at in (("line", -1), ("start", 0), ("end", flat.size))
+        self.nodes: list[ir.Node] = []
+        sizes = [int(value.const_value.size) for value in weights if value.const_value is not None]
+        self._stages, self._done = Stages(graph, sum(sizes)), 0
+        self._zeros: dict[Any, ir.Value] = {}
+        longest = 8 * -(-min(max(sizes), PIECE) // 8)
+        self._table = constant(graph, "torchprune.table", _TABLE)
+        self._line = constant(graph, "torchprune.line", np.array([-1], np.int64))
+        bounds = [np.array(n, np.int32) for n in (0, longest, 1)]
+        names = [f"torchprune.{name}" for name in ("first", "end", "step")]
+        self._count = then(
+            self.nodes, "Range", *(constant(graph, *one) for one in zip(names, bounds, strict=True))
         )
-        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], line]))
-        nodes.append(ir.node("Slice", [nodes[-1].outputs[0], begin, end]))
-    shape = _constant(graph, f"{name}.shape", np.array(weight.shape, np.int64))
-    nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape]))
-    return nodes, size
+
+    def unpacked(self, name: str, weight: Any) -> tuple[list[ir.Node], int]:
+        """The nodes that make a weight, the last of which gives it, and the bytes they read."""
+        nodes: list[ir.Node] = []
+        flat, found, size = weight.reshape(-1), [], 0
+        for at, piece in enumerate(_cut(flat)):
+            label = name if flat.size <= PIECE else f"{name}.{at}"
+            made, read = self._piece(label, piece, nodes)
+            found.append(made)
+            size += read
+        whole = found[0] if len(found) == 1 else then(nodes, "Concat", *found, axis=0)
+        shape = constant(self._graph, f"{name}.shape", np.array(weight.shape, np.int64))
+        then(nodes, "Reshape", whole, shape)
+        return nodes, size
+
+    def _piece(self, name: str, flat: Any, nodes: list[ir.Node]) -> tuple[ir.Value, int]:
+        kept = flat != 0
+        packed, nonzeros = np.packbits(kept, bitorder="little"), flat[kept]
+        bits = constant(self._graph, f"{name}.bits", packed)
+        values = constant(self._graph, f"{name}.values", nonzeros)
+        gate = self._stages.open(self._done, nodes)
+        self._done += flat.size
+        zeros = self._zeros_of(flat, gate, nodes)
+        known = bits if gate is None else then(nodes, "Expand", bits, gate)
+        byte = then(nodes, "Cast", known, to=ir.DataType.INT32)
+        mask = then(nodes, "Reshape", then(nodes, "Gather", self._table, byte), self._line)
+        places = then(nodes, "Compress", self._count, mask)
+        places.dtype, places.shape = ir.DataType.INT32, ir.Shape([nonzeros.size])
+        made = then(nodes, "ScatterElements", zeros, places, values, axis=0)
+        return made, packed.nbytes + nonzeros.nbytes
+
+    def _zeros_of(self, flat: Any, gate: ir.Value | None, nodes: list[ir.Node]) -> ir.Value:
+        """As many zeros as a piece has weights, for all pieces like it in its stage."""
+        key = flat.size, flat.dtype, gate
+        if key not in self._zeros:
+            name = f"torchprune.size.{flat.size}"
+            size = self._graph.initializers.get(name)
+            if size is None:
+                size = constant(self._graph, name, np.array([flat.size], np.int64))
+            many = size if gate is None else then(nodes, "Mul", size, gate)
+            zero = ir.tensor(np.zeros(1, flat.dtype))
+            self._zeros[key] = then(nodes, "ConstantOfShape", many, value=zero)
+        return self._zeros[key]
 
 
-def _piece(name: str, flat: Any, graph: ir.Graph, shared: _Shared) -> tuple[list[ir.Node], int]:
-    kept = flat != 0
-    packed = np.packbits(kept, bitorder="little")
-    nonzeros = np.concatenate([np.zeros(1, flat.dtype), flat[kept]])
-    bits = _constant(graph, f"{name}.bits", packed)
-    values = _constant(graph, f"{name}.values", nonzeros)
-    nodes: list[ir.Node] = []
-
-    def then(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        nodes.append(ir.node(operator, inputs, attributes))
-        return nodes[-1].outputs[0]
-
-    counts, places, zero = (shared.get(key, table) for key, table in _TABLES.items())
-    axis = shared.get("axis", np.array(0, np.int64))
-    column = shared.get("column", np.array([-1, 1], np.int64))
-    byte = then("Cast", bits, to=ir.DataType.INT32)
-    before = then("CumSum", then("Gather", counts, byte), axis, exclusive=1)
-    signed = then("Add", then("Gather", places, byte), then("Reshape", before, column))
-    then("Gather", values, then("Max", signed, zero))
-    return nodes, packed.nbytes + nonzeros.nbytes
+def _cut(flat: Any) -> Iterator[Any]:
+    for start in range(0, flat.size, PIECE):
+        yield flat[start : start + PIECE]

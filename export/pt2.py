@@ -40,6 +40,9 @@ _ALLOWED = 3e-2
 
 Half-precision products that are packed sum in another order; dense ones are equal."""
 
+_ENTRIES = 2500
+"""About what an archive holds of a packed weight beside its numbers, more than of a dense one."""
+
 _BRINGS = {
     "packed": "Linear layers read their weights packed: smaller and, for few rows of input on a "
     "CPU, faster. Whoever loads the file must have imported torchprune before.",
@@ -102,9 +105,11 @@ def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> Expor
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export's own making
         if weights == "packed":
-            passed = passes.pack_linears(program, min_sparsity=min_sparsity)
+            passed = passes.pack_linears(
+                program, min_sparsity=min_sparsity, min_saving=_ENTRIES + 1
+            )
             program, packed = passed.program, passed.modified
-        saved = dense - _bytes_of(program)
+        saved = dense - _bytes_of(program) - len(packed) * _ENTRIES
         program.example_inputs = None
         partial = Path(home) / target.name
         with promised("torch cannot write this program"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class ExportReport:
             None.
         unmoved: axes that were to vary and are fixed, in words.
         note: why they are, where the graph did not hold at other sizes.
+        parts: the graphs by name, where there are several: `path` is their folder.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class ExportReport:
     bounds: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     unmoved: list[str] = field(default_factory=list)
     note: str = ""
+    parts: dict[str, ExportReport] = field(default_factory=dict)
 
     def __str__(self) -> str:
         share = self.bytes / self.dense_bytes if self.dense_bytes else 1.0
@@ -79,10 +81,32 @@ class ExportReport:
         if self.unmoved:
             why = f": {self.note}" if self.note else ", the model or the graph allows no other"
             lines.append(f"fixed, though it was to vary{why}: {few(self.unmoved)}")
+        for name, part in self.parts.items():
+            told = f"{part.bytes:,} bytes; {few(part.inputs)} -> {few(part.outputs)}"
+            lines.append(f"{name}: {told}")
         return "\n".join([*lines, self.brings])
 
     def _shown(self) -> list[str]:
         return [f"{name} ({', '.join(map(str, sizes))})" for name, sizes in self.sizes.items()]
+
+
+def together(folder: Path, parts: Mapping[str, ExportReport]) -> ExportReport:
+    """The report of several graphs in a folder: sums, and the largest differences."""
+    some = list(parts.values())
+    return ExportReport(
+        path=folder,
+        data=None,
+        runtime=some[0].runtime,
+        bytes=sum(y.bytes for y in some),
+        dense_bytes=sum(y.dense_bytes for y in some),
+        packed=[f"{name}: {weight}" for name, y in parts.items() for weight in y.packed],
+        difference=max(y.difference for y in some),
+        relative=max(y.relative for y in some),
+        load_seconds=sum(y.load_seconds for y in some),
+        brings=some[0].brings,
+        unmoved=[f"{name}: {axis}" for name, y in parts.items() for axis in y.unmoved],
+        parts=dict(parts),
+    )
 
 
 def few(names: list[str]) -> str:

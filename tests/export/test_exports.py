@@ -128,7 +128,7 @@ def test_packed_archives_are_smaller_and_stay_dynamic(dtype: torch.dtype, tmp_pa
     x = torch.randn(3, 256, dtype=dtype)
     packed = export.to_pt2(model, tmp_path / "packed.pt2", x)
     dense = export.to_pt2(model, tmp_path / "dense.pt2", x, weights="dense")
-    assert packed.packed == ["0.weight", "2.weight"]
+    assert packed.packed == ["0.weight", "2.weight"][: 2 if dtype == torch.float32 else 1]
     assert dense.relative == 0
     assert packed.bytes < 0.75 * dense.bytes
     assert packed.dense_bytes == pytest.approx(dense.bytes, rel=0.1)
@@ -138,6 +138,16 @@ def test_packed_archives_are_smaller_and_stay_dynamic(dtype: torch.dtype, tmp_pa
             with torch.no_grad():
                 found, expected = export.load_pt2(path).module()(x), model(x)
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_an_archive_holds_narrow_weights_as_they_are(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 64))
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    packed = export.to_pt2(model, tmp_path / "packed.pt2", torch.randn(3, 64))
+    dense = export.to_pt2(model, tmp_path / "dense.pt2", torch.randn(3, 64), weights="dense")
+    assert not packed.packed
+    assert packed.bytes == packed.dense_bytes == packed.path.stat().st_size
+    assert packed.bytes <= dense.bytes + 200
 
 
 def test_an_archive_holds_no_pickle_and_runs_elsewhere(tmp_path: Path) -> None:

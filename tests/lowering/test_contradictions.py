@@ -296,7 +296,7 @@ def test_packed_programs_refuse_parts_of_others(tmp_path: Path) -> None:
     x, paths = torch.randn(3, 70), [tmp_path / "0.pt2", tmp_path / "1.pt2"]
     for seed, path in enumerate(paths):
         to_pt2(torchprune.lift(lowered(seed, share=0.5 + seed / 10)), path, x)
-    program, other = map(load_pt2, paths)
+    program, other = (passes.pack_linears(load_pt2(path)).program for path in paths)
     module = program.module()
     state = other.state_dict
     module.load_state_dict({"0.weight_bits": state["0.weight_bits"]}, strict=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import pytest
 import structures
@@ -19,6 +20,7 @@ from torch.export import ExportedProgram
 import torchprune
 from torchprune import MagnitudeSpec, passes
 from torchprune.errors import LoweringError, MaskError
+from torchprune.lowering.bitmask import Bitmask
 from torchprune.passes.program import Passed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.export
@@ -62,7 +64,9 @@ def test_insert_fold_and_pack_on_every_family(name: str) -> None:
 
     packed = passes.pack_linears(folded.program)
     linear = {key for key in masks if folded.program.state_dict[key].dim() == 2}
-    assert set(packed.modified) == linear
+    larger = {key for key, why in packed.left.items() if why.startswith("packed it takes")}
+    assert set(packed.modified) == linear - larger
+    assert len(packed.modified) >= len(larger)
     assert operators(packed.program)["torchprune.bitmask_linear.default"] >= len(packed.modified)
     assert not packed.program.state_dict.keys() & set(packed.modified)
     assert_close(outputs(packed.program, batch), expected)
@@ -199,6 +203,31 @@ def test_a_pass_with_nothing_to_do_says_so() -> None:
     left = passes.pack_linears(program)
     assert left.modified == []
     assert "left: 0.weight: less than 25% of it is zero" in str(left)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]))
+def test_weights_are_packed_where_that_makes_them_smaller(
+    rows: int, cols: int, share: float
+) -> None:
+    model = nn.Sequential(nn.Linear(cols, rows, bias=False))
+    with torch.no_grad():
+        flat = torch.arange(1.0, rows * cols + 1)
+        flat[: int(share * rows * cols)] = 0
+        model[0].weight.copy_(flat.reshape(rows, cols))
+    program = exported(model, torch.ones(2, cols), dynamic=False)
+    dense = sum(t.nbytes for t in program.state_dict.values())
+    passed = passes.pack_linears(program, min_sparsity=0.0)
+    size = sum(t.nbytes for t in passed.program.state_dict.values())
+    assert size <= dense
+    assert (size < dense) is bool(passed.modified)
+    if not passed.modified and share < 1:
+        assert re.fullmatch(r"packed it takes .* bytes and dense .*", passed.left["0.weight"])
+        assert Bitmask.pack(model[0].weight).nbytes >= dense
+    saved = dense - size
+    for least, packs in ((saved, True), (saved + 1, False)) if saved else ():
+        again = passes.pack_linears(program, min_sparsity=0.0, min_saving=least)
+        assert bool(again.modified) is packs
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ class Bitmask:
         """Rows of the matrix."""
         return len(self.bits)
 
+    @staticmethod
+    def bytes_of(rows: int, cols: int, nonzeros: int, dtype: torch.dtype) -> int:
+        """Bytes of a matrix packed: bits in whole words, starts, nonzeros with slack, scales."""
+        size = rows * (WORD // 8 * -(-cols // WORD) + 4) + 4
+        return size + dtype.itemsize * (nonzeros + SLACK) + (4 * rows if dtype == torch.int8 else 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""

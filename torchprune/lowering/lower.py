@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchprune.errors import LoweringError
 from torchprune.lowering import bitmask, semi_structured
-from torchprune.lowering.bitmask import DTYPES, SLACK, WORD, Bitmask
+from torchprune.lowering.bitmask import DTYPES, Bitmask
 from torchprune.lowering.convolutions import BitmaskConv, convolves, objection
 from torchprune.lowering.kernels import operators as kernels
 from torchprune.lowering.modules import BitmaskLinear
@@ -233,12 +233,9 @@ def _plan(
 
 
 def _bitmask_bytes(layer: Layer, weight: Tensor, zeros: float, dtype: torch.dtype | None) -> int:
-    """Bits in whole words, starts, and nonzeros with their slack; scales for int8."""
     view = view_of(layer.module, weight.shape)
     nonzeros = round((1 - zeros) * weight.numel())
-    size = view.rows * (8 * -(-view.cols // WORD) + 4) + 4
-    size += (dtype or weight.dtype).itemsize * (nonzeros + SLACK)
-    return size + (4 * view.rows if dtype == torch.int8 else 0)
+    return Bitmask.bytes_of(view.rows, view.cols, nonzeros, dtype or weight.dtype)
 
 
 def _hindrance(layer: Layer, ties: dict[int, list[str]], device: str, *, asked: bool) -> str | None:

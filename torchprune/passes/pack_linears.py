@@ -20,7 +20,11 @@ FORMATS = ("bitmask",)
 
 
 def pack_linears(
-    program: ExportedProgram, format: str = "bitmask", *, min_sparsity: float = 0.25
+    program: ExportedProgram,
+    format: str = "bitmask",
+    *,
+    min_sparsity: float = 0.25,
+    min_saving: int = 1,
 ) -> Passed:
     """Let products with sparse weights read them packed. Fold masks first.
 
@@ -32,6 +36,7 @@ def pack_linears(
     Args:
         format: "bitmask".
         min_sparsity: weights with a smaller share of zeros are left.
+        min_saving: weights of which packing saves fewer bytes are left, as narrow ones may be.
 
     Raises:
         LoweringError: an unknown format.
@@ -48,7 +53,11 @@ def pack_linears(
         if why := _readers(node, uses) or _obstacle(weight, min_sparsity, shared.get(name)):
             left[name] = why
             continue
-        packed = Bitmask.pack(weight.t() if uses[0].turned else weight)
+        matrix = weight.t() if uses[0].turned else weight
+        if why := _loss(matrix, min_saving):
+            left[name] = why
+            continue
+        packed = Bitmask.pack(matrix)
         parts = [
             draft.add_buffer(f"{name}_{part}", getattr(packed, part))
             for part in ("bits", "values", "starts")
@@ -93,6 +102,15 @@ _ARGUMENTS = ("x", "bits", "values", "starts", "scales", "bias", "cols")
 
 def _obstacle(weight: Tensor, min_sparsity: float, others: list[str] | None) -> str | None:
     return f"it is tied to {', '.join(others)}" if others else obstacle(weight, min_sparsity)
+
+
+def _loss(matrix: Tensor, min_saving: int) -> str | None:
+    """Why a matrix is not to be packed though it can be, or None."""
+    rows, cols = matrix.shape
+    packed = Bitmask.bytes_of(rows, cols, int(torch.count_nonzero(matrix)), matrix.dtype)
+    if matrix.nbytes - packed >= min_saving:
+        return None
+    return f"packed it takes {packed:,} bytes and dense {matrix.nbytes:,}"
 
 
 def _readers(weight: Node, products: Sequence[Product]) -> str | None:

@@ -101,16 +101,16 @@ def _unpacked(whole: str, stems: list[str], constants: Mapping[str, Any]) -> Ten
 def _piece(stem: str, constants: Mapping[str, Any]) -> Tensor:
     bits = _array(constants[f"{stem}.bits"])
     values = _array(constants[f"{stem}.values"])
-    if bits.dtype != torch.uint8 or values.dim() != 1 or not len(values):
+    if bits.dtype != torch.uint8 or values.dim() != 1:
         raise CheckpointError(f"{stem}: bits {bits.dtype} and values {tuple(values.shape)}")
     kept = ((bits.reshape(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1).bool()
-    if int(kept.sum()) != len(values) - 1 or bool(values[0] != 0):
-        raise CheckpointError(
-            f"{stem}: {int(kept.sum())} bits set but {len(values) - 1} values after "
-            f"the zero, which is {float(values[0]):g}"
-        )
+    count = int(kept.sum())
+    if len(values) == count + 1 and not bool(values[0]):  # as files before 2026-12 have them
+        values = values[1:]
+    if count != len(values):
+        raise CheckpointError(f"{stem}: {count} bits set but {len(values)} values")
     out = torch.zeros(len(kept), dtype=values.dtype)
-    out[kept] = values[1:]
+    out[kept] = values
     return out
 
 

@@ -1,0 +1,112 @@
+"""What opening an ONNX file costs: dense, packed, and packed with all weights unpacked at once.
+
+    python benchmarks/export/opening.py [--model smollm2|layers] [--layers 40] [--int8] [--rounds 3]
+
+Every file is opened by ONNX Runtime in a process of its own, in turn; medians of the rounds. The
+peak is the process's largest resident memory less what it had before; "kept" is what it holds
+afterwards. "smollm2" is SmolLM2-135M at 50 % (embeddings and head dense), "layers" so many
+products with random 1232 x 1232 weights, half of them zero.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import torchprune
+from torchprune import MagnitudeSpec
+from torchprune.export import to_onnx, unpacking_stages
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+OPEN = """
+import json, sys, time, onnxruntime
+def held(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith(key))
+before = held("VmRSS")
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+wall, processor = time.perf_counter(), time.process_time()
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+found = {
+    "peak, GB": held("VmHWM") - before,
+    "kept, GB": held("VmRSS") - before,
+    "processor s": time.process_time() - processor,
+    "s": time.perf_counter() - wall,
+}
+print(json.dumps(found))
+"""
+
+
+def model_and_example(name: str, layers: int) -> tuple[nn.Module, Tensor, bool]:
+    """The model pruned, an example, and whether it has a cache."""
+    if name == "layers":
+        torch.manual_seed(0)
+        model: nn.Module = nn.Sequential(*(nn.Linear(1232, 1232) for _ in range(layers)))
+    else:
+        import smollm2
+
+        model = smollm2.load_model().float()
+    torchprune.sparsify(model, MagnitudeSpec(), progress=False)
+    if name == "layers":
+        return model, torch.randn(2, 1232), False
+    return model, torch.ones(2, 8, dtype=torch.int64), True
+
+
+@contextmanager
+def stages(count: int) -> Iterator[None]:
+    """Files written here unpack in so many stages."""
+    before, unpacking_stages.STAGES = unpacking_stages.STAGES, count
+    try:
+        yield
+    finally:
+        unpacking_stages.STAGES = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["smollm2", "layers"], default="smollm2")
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    model, example, cache = model_and_example(asked.model, asked.layers)
+    forms = {
+        "dense": ("dense", unpacking_stages.STAGES),
+        "packed": ("packed", unpacking_stages.STAGES),
+        "packed, at once": ("packed", 1),
+    }
+    with tempfile.TemporaryDirectory() as home:
+        paths, sizes = {}, {}
+        for name, (weights, count) in forms.items():
+            path = Path(home) / f"{len(paths)}.onnx"
+            with stages(count):
+                report = to_onnx(
+                    model, path, example, weights=weights, with_cache=cache, int8=asked.int8
+                )
+            paths[name], sizes[name] = path, report.bytes / 1e6
+        rounds = [{name: opened(path) for name, path in paths.items()} for _ in range(asked.rounds)]
+    for name, size in sizes.items():
+        cells = {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}
+        print(f"{name}: {size:.1f} MB, " + ", ".join(f"{k} {v:.2f}" for k, v in cells.items()))
+
+
+def opened(path: Path) -> dict[str, float]:
+    """What opening it took."""
+    code = [sys.executable, "-c", OPEN, str(path)]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torchprune.errors import ExportError
 from torchprune.export.call import (
     Call,
+    SizesError,
     check,
     file_bytes,
     folder_of,
@@ -38,9 +39,12 @@ _ALLOWED = {torch.float32: 1e-3}
 _ALLOWED_HALF = 5e-2
 """The same where some weights are of half precision, which inductor rounds less often."""
 
-_OPTIONS = {"cpp.dynamic_threads": True, "aot_inductor.enable_line_tables": False}
-"""Of inductor, which otherwise writes into the code how many threads this process has, and into two
-thirds of a small package where its lines are."""
+_OPTIONS = {
+    "cpp.dynamic_threads": True,  # else as many as this process has
+    "aot_inductor.check_lowerbound": False,  # where inputs are checked, one row is no mistake
+    "aot_inductor.enable_line_tables": False,  # two thirds of a small package
+}
+"""Of inductor."""
 
 _BRINGS = {
     "packed": "Linear layers read their weights packed: smaller and, for few rows of input on a "
@@ -176,20 +180,22 @@ def _compile(program: ExportedProgram, path: Path, parts: Path) -> None:
                 program, package_path=str(path), inductor_configs=options
             )
     except Exception as error:
-        raise ExportError(f"{_why(error)}; nothing was written") from error
+        kind, why = _failure(getattr(error, "inner_exception", error))
+        raise kind(f"{why}; nothing was written") from error
 
 
-def _why(error: Exception) -> str:
-    """What inductor failed of, in a line."""
+def _failure(error: BaseException) -> tuple[type[ExportError], str]:
+    """What inductor failed of, in a line; a SizesError if fixed sizes may help."""
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    inner = getattr(error, "inner_exception", error)
-    if isinstance(inner, InvalidCxxCompiler):
-        return f"AOTInductor compiles C++, and found no compiler: {inner} (CXX names another)"
-    if isinstance(inner, CppCompileError):
-        lines = inner.output.strip().splitlines() or ["it said nothing"]
-        return f"the C++ compiler failed: {next((y for y in lines if 'error' in y), lines[-1])}"
-    return f"AOTInductor could not compile this model: {reason_of(inner)}"
+    if isinstance(error, InvalidCxxCompiler):
+        why = f"AOTInductor compiles C++, and found no compiler: {error} (CXX names another)"
+        return ExportError, why
+    if isinstance(error, CppCompileError):
+        lines = error.output.strip().splitlines() or ["it said nothing"]
+        said = next((line for line in lines if "error" in line), lines[-1])
+        return SizesError, f"the C++ compiler failed: {said}"
+    return SizesError, f"AOTInductor could not compile this model: {reason_of(error)}"
 
 
 def _uses_kernels(program: ExportedProgram) -> bool:

@@ -62,8 +62,9 @@ def to_pt2(
 
     With `weights="packed"` linear layers with enough zeros become `torchprune::bitmask_linear` (see
     `torchprune.passes.pack_linears`): the file is smaller, and decoding on a CPU faster. Such a
-    file needs `import torchprune` before `torch.export.load`. No example inputs are stored, so that
-    the archive holds JSON and plain bytes and nothing that loading would have to unpickle.
+    file needs `import torchprune` before `torch.export.load`. Layers that are lowered stay so. No
+    example inputs are stored, so that the archive holds JSON and plain bytes and nothing that
+    loading would have to unpickle.
 
     Args:
         model: masked, folded, lowered or dense, of any dtype. It is not changed.

@@ -74,6 +74,9 @@ def test_a_packed_package_is_whole_and_smaller(report: ExportReport) -> None:
     own = report.path.stat().st_size
     assert report.dense_bytes - own == pytest.approx(0.47 * weights, rel=0.02)
     assert own < 1_000_000
+    with zipfile.ZipFile(report.path) as package:
+        (code,) = [package.read(n) for n in package.namelist() if n.endswith(".kernel.cpp")]
+    assert b"#pragma omp parallel\n" in code  # with as many threads as there will be
     said = str(report)
     assert f"load {report.library} before it" in said
     assert "machine code for processors like this one (" in said
@@ -88,8 +91,9 @@ def test_any_number_of_rows_is_computed(report: ExportReport, rows: int) -> None
 
 
 ELSEWHERE = """
-import sys
+import os, sys
 import torch
+os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
 package, library, copy, order = sys.argv[1:]
 try:
     torch._inductor.aoti_load_package(package)
@@ -101,8 +105,13 @@ for word in order.split():
     else:
         torch.ops.load_library(word)
 print(torch._C._dispatch_has_kernel_for_dispatch_key("torchprune::bitmask_linear", "CPU"))
-print(torch._inductor.aoti_load_package(package)(torch.ones(1, 256)).tolist())
+compiled = torch._inductor.aoti_load_package(package)
+print(compiled(torch.ones(1, 256)).tolist())
 print("torchprune" in sys.modules)
+try:
+    compiled(torch.ones(2, 3, 256))
+except RuntimeError as error:
+    print(error)
 """
 
 
@@ -112,10 +121,13 @@ def test_the_library_is_all_that_another_process_needs(
     copy = shutil.copy(report.library, tmp_path / "other.kernels.so")
     expected = plain()(torch.ones(1, 256))
     for order in (f"{report.library} {copy}", f"python {copy}"):
-        missing, has, found, python = ran(ELSEWHERE, report.path, report.library, copy, order)
+        missing, has, found, python, *wrong = ran(
+            ELSEWHERE, report.path, report.library, copy, order
+        )
         assert missing == "Could not find schema for torchprune::bitmask_linear."
         assert has == "True"
         assert python == str(order.startswith("python"))
+        assert "unmatched dim value at 1, expected: 256, but got: 3" in "".join(wrong)
         torch.testing.assert_close(torch.tensor(json.loads(found)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -262,6 +274,22 @@ def test_a_library_of_an_older_package_goes_and_what_is_mine_stays(
     beside.write_text("mine")
     export.to_aoti(plain(), tmp_path / "m.pt2", torch.ones(3, 256), weights="dense")
     assert beside.read_text() == "mine"
+
+
+def test_sizes_are_fixed_where_inductor_takes_no_others(
+    report: ExportReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of a package for one size stands that for all."""
+
+    def picky(program: Any, *, package_path: str, inductor_configs: Any) -> str:
+        if program.range_constraints:
+            raise ValueError("sizes must be numbers")
+        return str(shutil.copyfile(report.path, package_path))
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", picky)
+    found = export.to_aoti(plain(), tmp_path / "m.pt2", torch.ones(3, 256))
+    assert found.sizes == {"input": (3, 256)}
+    assert "AOTInductor could not compile this model: ValueError: sizes must be" in str(found)
 
 
 def test_without_kernels_the_error_says_what_needs_none(

@@ -30,6 +30,7 @@ from torchprune.export.call import (
     told,
 )
 from torchprune.export.pt2 import check_choices, check_plain, exported, slim
+from torchprune.export.rounding import rounding_of
 from torchprune.export.written import ExportReport, tensors_of
 from torchprune.lowering.kernels.build import BuildError, is_library, library
 
@@ -137,6 +138,7 @@ def _write(
             "the compiled package",
             lambda sample: tensors_of(package(*sample.args, **sample.kwargs)),
             _allowed(program),
+            rounding_of(call),
         )
         own, total = file_bytes(partial), file_bytes(partial, kernels)
         if kernels is not None:

@@ -32,6 +32,7 @@ from torchprune.export.call import (
     run,
     told,
 )
+from torchprune.export.rounding import rounding_of
 from torchprune.export.written import WEIGHTS, ExportReport
 from torchprune.lowering.modules import BitmaskLinear
 from torchprune.passes.pack_linears import check_packed
@@ -122,7 +123,11 @@ def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> Expor
         seconds = time.perf_counter() - start
         module = loaded.module()
         difference, relative = check(
-            call, "the loaded program", lambda s: run(module, s.args, s.kwargs), _ALLOWED
+            call,
+            "the loaded program",
+            lambda s: run(module, s.args, s.kwargs),
+            _ALLOWED,
+            rounding_of(call),
         )
         total = file_bytes(partial)
         partial.replace(target)

@@ -7,7 +7,7 @@ Half of the weights are zero; the packed contenders read them as bits and nonzer
 layers, in a package by the library beside it. One call is one row of one token without a past: what
 a step of decoding reads of the weights. Contenders take turns, so that a busy machine hurts them
 alike, and "of eager" is the median over rounds of the time over that of dense eager in the same
-round. "llama" has 121 million random weights in its blocks, "smollm2" is the real SmolLM2-135M.
+round. "llama" has 122 million random weights in its blocks, "smollm2" is the real SmolLM2-135M.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Export: what other programs read. `import torchprune` never imports this package."""
 
+from torchprune.export.aoti import to_aoti
 from torchprune.export.coreml_model import to_coreml
 from torchprune.export.executorch_program import to_executorch
 from torchprune.export.hf import to_hf
@@ -12,6 +13,7 @@ from torchprune.export.written import ExportReport
 __all__ = [
     "ExportReport",
     "load_pt2",
+    "to_aoti",
     "to_coreml",
     "to_executorch",
     "to_hf",

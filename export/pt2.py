@@ -32,7 +32,9 @@ from torchprune.export.call import (
     run,
     told,
 )
+from torchprune.export.rounding import rounding_of
 from torchprune.export.written import WEIGHTS, ExportReport
+from torchprune.lowering.modules import BitmaskLinear
 from torchprune.passes.pack_linears import check_packed
 
 _ALLOWED = 3e-2
@@ -64,8 +66,9 @@ def to_pt2(
 
     With `weights="packed"` linear layers with enough zeros become `torchprune::bitmask_linear` (see
     `torchprune.passes.pack_linears`): the file is smaller, and decoding on a CPU faster. Such a
-    file needs `import torchprune` before `torch.export.load`. No example inputs are stored, so that
-    the archive holds JSON and plain bytes and nothing that loading would have to unpickle.
+    file needs `import torchprune` before `torch.export.load`. Layers that are lowered stay so. No
+    example inputs are stored, so that the archive holds JSON and plain bytes and nothing that
+    loading would have to unpickle.
 
     Args:
         model: masked, folded, lowered or dense, of any dtype. It is not changed.
@@ -81,35 +84,39 @@ def to_pt2(
         ExportError: a model that torch cannot export (with its reason), or a program that computes
             otherwise. No file is left then.
     """
-    if weights not in WEIGHTS:
-        raise ExportError(f"weights must be {' or '.join(map(repr, WEIGHTS))}, got {weights!r}")
-    target = Path(path)
-    if target.suffix != ".pt2":
-        raise ExportError(f"torch loads such files only if they end in .pt2, got {target.name}")
+    target = check_choices(path, weights)
     call = prepare(
         model,
         example_inputs,
         with_cache=with_cache,
         dynamic_shapes=dynamic_shapes,
         vary=True,
+        packed=weights == "packed",
     )
     return holding(call, lambda call: _write(call, target, weights, min_sparsity))
 
 
+def check_choices(path: str | os.PathLike[str], weights: str) -> Path:
+    """The path of a file to write.
+
+    Raises:
+        ExportError: another ending, or unknown weights.
+    """
+    if weights not in WEIGHTS:
+        raise ExportError(f"weights must be {' or '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    target = Path(path)
+    if target.suffix != ".pt2":
+        raise ExportError(f"torch loads such files only if they end in .pt2, got {target.name}")
+    return target
+
+
 def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> ExportReport:
     program = exported(call)
-    _check_plain(program)
+    check_plain(program)
     sizes = told(program, call)
-    packed: list[str] = []
-    dense = _bytes_of(program)
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export's own making
-        if weights == "packed":
-            passed = passes.pack_linears(
-                program, min_sparsity=min_sparsity, min_saving=_ENTRIES + 1
-            )
-            program, packed = passed.program, passed.modified
-        saved = dense - _bytes_of(program) - len(packed) * _ENTRIES
+        program, packed, saved = slim(program, call.module, weights, min_sparsity)
         program.example_inputs = None
         partial = Path(home) / target.name
         with promised("torch cannot write this program"):
@@ -119,7 +126,11 @@ def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> Expor
         seconds = time.perf_counter() - start
         module = loaded.module()
         difference, relative = check(
-            call, "the loaded program", lambda s: run(module, s.args, s.kwargs), _ALLOWED
+            call,
+            "the loaded program",
+            lambda s: run(module, s.args, s.kwargs),
+            _ALLOWED,
+            rounding_of(call),
         )
         total = file_bytes(partial)
         partial.replace(target)
@@ -173,6 +184,15 @@ def _objection(archive: zipfile.ZipFile) -> str | None:
     names = archive.namelist()
     if len({name.lower() for name in names}) < len(names):  # torch looks without regard to case
         return "it holds two files of one name"
+    # torch runs compiled code as it loads what holds it, beside a program too.
+    if any("/aotinductor/" in name.lower() for name in names):
+        return (
+            "it holds compiled code, an AOTInductor package: torch._inductor.aoti_load_package "
+            "loads one, and runs what is in it, so load only what you trust"
+        )
+    # And it reads an older form, with pickles, out of files that are in no folder.
+    if any("/" not in name for name in names):
+        return "no archive of torch.export: it holds files outside of its folder"
     if not any("/models/" in name for name in names):
         return "no archive of torch.export: it holds no model"
     for name in names:
@@ -203,7 +223,32 @@ def exported(call: Call) -> ExportedProgram:
     return program
 
 
-def _check_plain(program: ExportedProgram) -> None:
+def slim(
+    program: ExportedProgram, module: nn.Module, weights: str, min_sparsity: float
+) -> tuple[ExportedProgram, list[str], int]:
+    """A program with its sparse weights packed, if they are to be.
+
+    Args:
+        module: what was exported; it may hold layers that are lowered.
+
+    Returns:
+        the program, names of the weights that are packed, and the bytes that this saves.
+    """
+    packed, saved = [], 0
+    for name, layer in module.named_modules():
+        if isinstance(layer, BitmaskLinear):
+            packed.append(f"{name}.weight")
+            saved += layer.in_features * layer.out_features * layer.layer_dtype.itemsize
+            saved -= layer.packed.nbytes
+    if weights == "packed":
+        dense = _bytes_of(program)
+        passed = passes.pack_linears(program, min_sparsity=min_sparsity, min_saving=_ENTRIES + 1)
+        program, packed = passed.program, packed + passed.modified
+        saved += dense - _bytes_of(program) - len(passed.modified) * _ENTRIES
+    return program, packed, saved
+
+
+def check_plain(program: ExportedProgram) -> None:
     """
     Raises:
         ExportError: a weight is a tensor of another library's kind.

@@ -39,7 +39,7 @@ ARROWS = {
     " errors",
     "sparsify": "allocation checkpoint structure passes methods reports calibration masking specs"
     " modes errors",
-    "export": "checkpoint structure passes reports lowering masking errors",
+    "export": "checkpoint structure passes reports lowering lowering.kernels masking errors",
     "allocation": "checkpoint structure methods calibration masking specs modes errors",
     "checkpoint": "structure methods reports lowering masking specs errors",
     "structure": "passes graph methods reports calibration masking specs modes errors",

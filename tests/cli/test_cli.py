@@ -503,6 +503,7 @@ def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
         ("openvino", ".xml"),
         ("executorch", ".pte"),
         ("coreml", ".mlpackage"),
+        ("aoti", ".pt2"),
     ],
 )
 def test_export_looks_at_the_suffix_before_anything_else(tmp_path, to, form):

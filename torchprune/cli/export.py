@@ -35,6 +35,7 @@ class Format(StrEnum):
     executorch = "executorch"
     coreml = "coreml"
     litert = "litert"
+    aoti = "aoti"
 
 
 _TOKENS = 512
@@ -47,6 +48,7 @@ _SUFFIXES = {
     Format.executorch: ".pte",
     Format.coreml: ".mlpackage",
     Format.litert: ".tflite",
+    Format.aoti: ".pt2",
 }
 """Of the files; hf is a directory."""
 
@@ -57,7 +59,7 @@ def export(
         Format,
         typer.Option(
             help="ONNX, torch's archive of an exported program, a plain transformers directory, "
-            "OpenVINO, ExecuTorch, Core ML, LiteRT."
+            "OpenVINO, ExecuTorch, Core ML, LiteRT, AOTInductor's compiled package."
         ),
     ],
     output: NeededOutput,
@@ -65,7 +67,7 @@ def export(
         bool,
         typer.Option(
             "--packed/--dense",
-            help="onnx, pt2, coreml, litert: weights as bits and nonzeros, or as they are.",
+            help="onnx, pt2, aoti, coreml, litert: weights as bits and nonzeros, or as they are.",
         ),
     ] = True,
     cache: Annotated[
@@ -101,13 +103,15 @@ def export(
 
     ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
     makes the file smaller, not the runtime faster. A packed pt2 is smaller and faster, and needs
-    torchprune where it runs. OpenVINO and ExecuTorch gain nothing from zeros. ExecuTorch plans its
-    memory beforehand: its program takes 2 rows of 4 tokens, with the cache after 3 others, and no
-    other sizes; bounds for others are given in Python. Core ML stores bits and nonzeros as it runs
-    them: its program takes one token at a time, with the last 512 as state, or without a cache
-    texts of up to 512 tokens. LiteRT stores nonzeros and their places; its program takes what
-    ExecuTorch's does. --output is a file (.onnx, .pt2, OpenVINO's .xml, ExecuTorch's .pte, LiteRT's
-    .tflite), and for hf and coreml (.mlpackage) a directory.
+    torchprune where it runs. So is a packed aoti package, compiled code for processors like this
+    one, which runs without Python too, with the library that is written beside it. OpenVINO and
+    ExecuTorch gain nothing from zeros. ExecuTorch plans its memory beforehand: its program takes 2
+    rows of 4 tokens, with the cache after 3 others, and no other sizes; bounds for others are given
+    in Python. Core ML stores bits and nonzeros as it runs them: its program takes one token at a
+    time, with the last 512 as state, or without a cache texts of up to 512 tokens. LiteRT stores
+    nonzeros and their places; its program takes what ExecuTorch's does. --output is a file (.onnx,
+    .pt2 for pt2 and aoti, OpenVINO's .xml, ExecuTorch's .pte, LiteRT's .tflite), and for hf and
+    coreml (.mlpackage) a directory.
 
     [bold]Examples[/bold]
 
@@ -153,7 +157,7 @@ def export(
             if to is Format.coreml:
                 tokens, sizes = _for_coreml(net, tokens, cache)
                 options |= sizes
-            if to in (Format.onnx, Format.pt2, Format.coreml, Format.litert):
+            if to in (Format.onnx, Format.pt2, Format.aoti, Format.coreml, Format.litert):
                 options["weights"] = "packed" if packed else "dense"
             if int8:
                 options |= {"int8": True, "int8_ignore": keep_float or ()}

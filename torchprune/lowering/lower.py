@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -163,12 +164,19 @@ def lift(model: Model) -> Model:
 
     The modules are the ones that were there before; a model without lowered layers is left alone.
     """
+    return lift_forms(model, TARGETS)
+
+
+def lift_forms(model: Model, forms: Collection[str]) -> Model:
+    """`lift` of the layers in some of the forms that `lower` gives; the others stay as they are."""
     for module, places in _places(model).items():
-        if isinstance(module, BitmaskLinear):
+        if isinstance(module, BitmaskLinear) and "bitmask" in forms:
             origin = module.lifted()
             for parent, name in places:
                 parent._modules[name] = origin
-        elif semi_structured.is_semi_structured(module._parameters.get("weight")):
+        elif "semi_structured" in forms and semi_structured.is_semi_structured(
+            module._parameters.get("weight")
+        ):
             dense = semi_structured.decompress(cast(Tensor, module.weight))
             trained = module.__dict__.pop(_TRAINED, True)
             module._parameters["weight"] = nn.Parameter(dense, requires_grad=trained)

@@ -59,6 +59,11 @@ class BitmaskLinear(nn.Module):
         return Bitmask(self.bits, self.values, self.starts, self.scales, self.in_features)
 
     @property
+    def layer_dtype(self) -> torch.dtype:
+        """Of the layer, as it was and `.to()` has changed it since, whatever its values' is."""
+        return cast(torch.dtype, self.__dict__["_dtype"])
+
+    @property
     def weight(self) -> Tensor:
         """The weight, unpacked anew in the shape that the layer's own had, and the layer's dtype.
 

@@ -62,6 +62,11 @@ def library(folder: Path | None = None, machine: str | None = None) -> Path:
     return target
 
 
+def is_library(path: Path) -> bool:
+    """Whether a file is a library that was made here, whole."""
+    return path.is_file() and _damage(path) is None
+
+
 def _compiler() -> list[str]:
     named = shlex.split(os.environ.get("CXX", ""))
     if named:

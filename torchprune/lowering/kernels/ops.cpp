@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -344,17 +345,33 @@ Tensor bitmask_unpack(const Tensor& bits, const Tensor& values, const Tensor& st
 }  // namespace
 }  // namespace torchprune
 
-// In a process that imported torchprune, which says so while it loads this, the operators are there.
+// Define an operator unless somebody did: Python, or another copy of this library in the process.
+template <class Library>
+static bool defines(Library& m, const char* schema) {
+  try {
+    m.def(schema);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+// The operator "kernels" is a mark that nobody calls: the copy that defines it has the kernels.
+static bool first = false;
+
+// Python, where it defined the operators, says so while it loads this for them.
 STABLE_TORCH_LIBRARY_FRAGMENT(torchprune, m) {
+  first = defines(m, "kernels() -> ()");
   const char* defined = std::getenv("TORCHPRUNE_OPERATORS_DEFINED_IN");
   if (defined && std::to_string(getpid()) == defined) return;
-  m.def(
-      "bitmask_linear(Tensor x, Tensor bits, Tensor values, Tensor starts, Tensor? scales, "
-      "Tensor? bias, int cols) -> Tensor");
-  m.def("bitmask_unpack(Tensor bits, Tensor values, Tensor starts, int cols) -> Tensor");
+  defines(m,
+          "bitmask_linear(Tensor x, Tensor bits, Tensor values, Tensor starts, Tensor? scales, "
+          "Tensor? bias, int cols) -> Tensor");
+  defines(m, "bitmask_unpack(Tensor bits, Tensor values, Tensor starts, int cols) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchprune, CPU, m) {
+  if (!first) return;
   m.impl("bitmask_linear", TORCH_BOX(&torchprune::bitmask_linear));
   m.impl("bitmask_unpack", TORCH_BOX(&torchprune::bitmask_unpack));
 }

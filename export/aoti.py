@@ -57,6 +57,9 @@ _NATIVE = (
     "what you trust."
 )
 
+COMPILED = "the compiled package"
+"""What its reports call the runtime."""
+
 
 def to_aoti(
     model: nn.Module | ExportedProgram,
@@ -135,7 +138,7 @@ def _write(
         seconds = time.perf_counter() - start
         difference, relative = check(
             call,
-            "the compiled package",
+            COMPILED,
             lambda sample: tensors_of(package(*sample.args, **sample.kwargs)),
             _allowed(program),
             rounding_of(call),
@@ -150,7 +153,7 @@ def _write(
     return ExportReport(
         path=target,
         data=None,
-        runtime="the compiled package",
+        runtime=COMPILED,
         bytes=total,
         dense_bytes=own + saved,
         packed=packed,

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from torchprune.errors import ExportError
+from torchprune.export.aoti import COMPILED
 from torchprune.export.call import Call, prepare, promised
+from torchprune.export.written import ExportReport
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def example_of(model: Any, example_inputs: Any, *, with_cache: bool) -> Call:
     return prepare(model, example_inputs, with_cache=with_cache, dynamic_shapes=None, vary=False)
 
 
-def loaded_file(path: Path, call: Call) -> LoadedFile:
-    """A file of `torchprune.export.to_*` in its runtime, by the ending of its name.
+def loaded_file(report: ExportReport, call: Call) -> LoadedFile:
+    """A file that `torchprune.export.to_*` just wrote, in its runtime.
 
     Raises:
         ExportError: no runtime here runs it, with the reason.
@@ -61,6 +63,10 @@ def loaded_file(path: Path, call: Call) -> LoadedFile:
         ".pte": _executorch,
         ".tflite": _litert,
     }
+    path = report.path
+    if report.runtime == COMPILED:
+        with promised(f"{path.name} cannot be loaded"):
+            return _compiled(report, call)
     if path.suffix == ".mlpackage":
         raise ExportError("Core ML runs on Apple's systems alone")
     if path.suffix not in known:
@@ -134,6 +140,26 @@ def _pt2(path: Path, call: Call) -> LoadedFile:
 
 
 _PACKED = "torchprune::bitmask_linear"
+
+
+def _compiled(report: ExportReport, call: Call) -> LoadedFile:
+    package = torch._inductor.aoti_load_package(str(report.path))
+    sample = call.samples[0]
+
+    def run() -> object:
+        with torch.inference_mode():
+            return package(*sample.args, **sample.kwargs)
+
+    def kernels() -> Kernels:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            run()
+        names = [event.name for event in found.events() or [] if "::" in event.name]
+        ours = sum(name == _PACKED for name in names)
+        return Kernels(report.packed[:ours], len(names), "torch's profiler")
+
+    return LoadedFile(run, kernels)
 
 
 def _openvino(path: Path, call: Call) -> LoadedFile:

@@ -13,7 +13,7 @@ from torch import nn
 
 import torchprune
 from torchprune import MagnitudeSpec
-from torchprune.export import to_coreml, to_executorch, to_onnx, to_openvino, to_pt2
+from torchprune.export import to_aoti, to_coreml, to_executorch, to_onnx, to_openvino, to_pt2
 from torchprune.study.speed.file_gains import file_gains, without_zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # while exporting, of third parties
@@ -29,10 +29,11 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "onnx": (to_onnx, "m.onnx", {"weights": "packed"}),
     "pt2": (to_pt2, "m.pt2", {"weights": "packed"}),
     "pt2, dense": (to_pt2, "m.pt2", {"weights": "dense"}),
+    "aoti": (to_aoti, "m.pt2", {"weights": "packed"}),
     "openvino": (to_openvino, "m.xml", {}),
     "executorch": (to_executorch, "m.pte", {}),
 }
-SKIPPING = {"pt2": 2}
+SKIPPING = {"pt2": 2, "aoti": 2}
 """Layers whose zeros are left out."""
 
 
@@ -45,7 +46,8 @@ def test_each_target_tells_bytes_times_and_kernels(name: str, tmp_path: Path) ->
     found = file_gains(write, model, report, x, seconds=0.01, **options)
     assert found.bytes == report.bytes
     smaller = found.bytes < 0.75 * found.dense_bytes
-    assert smaller == (options.get("weights") == "packed")
+    # of so small a package the kernels beside it are the larger part
+    assert smaller == (options.get("weights") == "packed" and name != "aoti")
     assert found.latency is not None
     assert found.ratio is not None
     assert found.latency.median > 0

@@ -101,8 +101,8 @@ def file_gains(
             example = files.example_of(
                 model, example_inputs, with_cache=options.get("with_cache", False)
             )
-            ours = files.loaded_file(report.path, example)
-            theirs = files.loaded_file(full.path, example)
+            ours = files.loaded_file(report, example)
+            theirs = files.loaded_file(full, example)
         except TorchpruneError as error:
             return FileGains(*found, why=str(error))
         return _in_turns(found, ours, theirs, seconds, clock)

@@ -122,7 +122,7 @@ def reference_kernel() -> Iterator[None]:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lower CPU models as if they were on a GPU without cuSPARSELt."""
     asked = lower._hindrance
-    monkeypatch.setattr(lower, "_hindrance", lambda layer, ties, _: asked(layer, ties, "cpu"))
+    monkeypatch.setattr(lower, "_hindrance", lambda layer, ties, _: asked(layer, ties, "bitmask"))
     monkeypatch.setattr(two_of_four, "backend", lambda: CUTLASS)
 
 

@@ -225,6 +225,13 @@ def test_an_input_that_is_not_finite_shows() -> None:
         assert not product(x.expand(batch, 70), it).isfinite().any()
 
 
+def test_bits_just_beyond_the_last_column_are_nothing() -> None:
+    whole = sparse(3, 321, 0.5, torch.bfloat16, 9)
+    bits = whole.bits.clone()
+    bits[1, -1] |= 2
+    check_lost(Bitmask(bits, whole.values, whole.starts, None, 321), 1)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=str)
 def test_damaged_rows_are_lost_and_no_others(damage: str, kind: torch.dtype) -> None:

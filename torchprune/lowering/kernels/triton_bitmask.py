@@ -204,10 +204,10 @@ def unpacked(
         word = ahead
     broken = inside & ((possible == 0) | (offset != end))
     if tl.sum(broken.to(tl.int32), 0) > 0:
-        nothing = tl.full((ROWS, WORDS, 32), 0, out_ptr.dtype.element_ty)
+        lost = tl.full((ROWS, WORDS, 32), 0.0, tl.float32)
         if out_ptr.dtype.element_ty.is_floating():
-            nothing = tl.full((ROWS, WORDS, 32), float("nan"), out_ptr.dtype.element_ty)
+            lost = tl.full((ROWS, WORDS, 32), float("nan"), tl.float32)
         for first in range(0, per_row, WORDS):
             col = 32 * (first + tl.arange(0, WORDS))[:, None] + tl.arange(0, 32)[None, :]
             there = broken[:, None, None] & (col < cols)[None, :, :]
-            tl.store(out_row + col[None, :, :], nothing, mask=there)
+            tl.store(out_row + col[None, :, :], lost.to(out_ptr.dtype.element_ty), mask=there)

@@ -46,8 +46,8 @@ WAIT = 400_000
 DENSE = "cuBLAS"
 
 APIECE = [(2, 32, 4), (4, 16, 4), (8, 8, 4), (4, 32, 4), (4, 32, 8), (4, 16, 2), (1, 64, 4)]
-BLOCKS = [(16, 2, 2), (16, 4, 4), (16, 4, 2), (32, 4, 4), (32, 2, 4), (16, 8, 4), (64, 2, 4)]
-"""Rows of weight, words of 32 columns a step, warps: what is tried."""
+BLOCKS = [(16, 2, 2, 8), (16, 2, 2, 4), (16, 2, 2, 16), (16, 4, 4, 4), (16, 4, 4, 8), (32, 2, 4, 8)]
+"""Rows of weight, words of 32 columns a step, warps, and steps of blocks: what is tried."""
 
 
 def copies(bytes_each: int) -> int:
@@ -184,6 +184,7 @@ def tuned(shape: tuple[int, int], batch: int, repeats: int) -> dict[str, Any]:
     ways: dict[str, list[Product]] = {}
     for blocks, tiles in candidates(batch):
         name = f"{'blocks' if blocks else 'apiece'} {tiles.rows}x{tiles.words} {tiles.warps} warps"
+        name += f" {tiles.steps} steps" if blocks else ""
         ways[name] = [lambda x, it=it, h=(tiles, blocks): _tried(it, x, *h) for it in some]
     ways["chosen"] = [lambda x, it=it: multiply(it, x) for it in some]
     x = torch.randn(batch, shape[1], device="cuda", dtype=torch.bfloat16)
@@ -198,7 +199,7 @@ def _tried(it: Bitmask, x: Tensor, tiles: Tiles, blocks: bool) -> Tensor:
 def candidates(batch: int) -> list[tuple[bool, Tiles]]:
     """Kernels (blocks or not) and tiles for so many rows of input."""
     together = 1 if batch == 1 else 2 if batch == 2 else 4
-    found = [(True, Tiles(*tile, 16 * -(-batch // 16))) for tile in BLOCKS]
+    found = [(True, Tiles(*tile, 16 * -(-batch // 16), steps)) for *tile, steps in BLOCKS]
     if batch <= 4:
         found += [(False, Tiles(*tile, together)) for tile in APIECE]
     return found

@@ -71,7 +71,7 @@ def test_tiles_to_try_fit_the_rows_of_input(benchmark: Any) -> None:
         tried = benchmark.candidates(rows)
         assert all(tiles.batch >= min(rows, 16) or not blocks for blocks, tiles in tried)
         assert any(not blocks for blocks, _ in tried) == (rows <= 4)
-    assert (True, Tiles(16, 4, 4, 32)) in benchmark.candidates(17)
+    assert (True, Tiles(16, 4, 4, 32, 4)) in benchmark.candidates(17)
 
 
 def test_the_report_has_what_there_is(benchmark: Any, tmp_path: Path) -> None:

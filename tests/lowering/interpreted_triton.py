@@ -171,7 +171,8 @@ def test_any_tiles_give_the_same(
     x = torch.randn(batch, it.cols).to(wide)
     blocks = together == 16 and it.values.dtype in (wide, torch.int8)
     rows = 16 if blocks else tile[0]
-    found = product(x, it, tiles=Tiles(rows, tile[1], 4, together), blocks=blocks)
+    steps = 1 + case[-1] % 3
+    found = product(x, it, tiles=Tiles(rows, tile[1], 4, together, steps), blocks=blocks)
     assert_product(found, x, dense(it))
     parts = (it.bits, it.values, it.starts, it.cols)
     assert torch.equal(launching.unpacked(*parts, tiles=Tiles(*tile, 4)), Bitmask.unpack(it)) or (
@@ -239,6 +240,15 @@ def test_damaged_rows_are_lost_and_no_others(damage: str, kind: torch.dtype) -> 
     parts = [p.clone() for p in DAMAGES[damage](whole.bits, whole.values, whole.starts)]
     for batch in (1, 3, 17):
         check_lost(Bitmask(*parts, whole.scales, 321), batch)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_parts_of_the_columns_know_of_damage(damage: str) -> None:
+    whole = sparse(7, 321, 0.5, torch.bfloat16, 8)
+    parts = [p.clone() for p in DAMAGES[damage](whole.bits, whole.values, whole.starts)]
+    it, x = Bitmask(*parts, None, 321), torch.randn(2, 321, dtype=torch.bfloat16)
+    found = product(x, it, tiles=Tiles(16, 2, 4, 16, 2), blocks=True)  # three parts
+    assert_product(found, x, dense(it))
 
 
 @settings(max_examples=10)

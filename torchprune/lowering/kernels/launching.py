@@ -1,7 +1,8 @@
 """Which kernel runs on a CUDA device for how many rows of input, and how it is started.
 
     up to 2 rows     float32 arithmetic, a row at a time: `sums_apiece`
-    up to 16 rows    blocks, if input and values are of 16 bits: `by_blocks`; else as before
+    up to 16 rows    blocks, if input and values are of 16 bits: `by_blocks`, parts of the
+                     columns beside each other, and `joined`; else as before
     more             the weight is unpacked, once, and torch multiplies
 
 No call waits for the device or reads from it, so all of it can be captured in a CUDA graph.
@@ -29,6 +30,9 @@ APIECE = 2
 WIDE = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 
+_JOINED = 256
+"""Rows of weight whose parts a program of `joined` adds up."""
+
 _COLS = 1 << 30
 """Columns that the kernels count in 32 bits, with room to spare."""
 
@@ -42,12 +46,14 @@ class Tiles:
         words: of 32 columns, in a step.
         warps: that share it.
         batch: rows of input.
+        steps: of so many words, that it takes; only blocks are split along the columns.
     """
 
     rows: int
     words: int
     warps: int
     batch: int = 1
+    steps: int = 8
 
 
 UNPACKING = Tiles(4, 16, 4)
@@ -61,7 +67,7 @@ def tiles_for(batch: int, rows: int, *, blocks: bool) -> Tiles:
     """
     few = rows < 4096  # a program for every two rows, or most of the device has none
     if blocks:
-        return Tiles(16, 2 if few else 4, 2 if few else 4, 16)
+        return Tiles(16, 2, 2, 16, 4 if few else 8)
     if batch <= 2:
         return Tiles(2, 32, 4, batch) if few else Tiles(4, 16, 4, batch)
     return Tiles(2, 16, 4, 4)
@@ -133,11 +139,21 @@ def product(
         alike = x.dtype in HALVES and values.dtype in (x.dtype, torch.int8)
         blocks = alike and batch > APIECE
     tiles = tiles or tiles_for(batch, rows, blocks=blocks)
-    kernel = kernels().by_blocks if blocks else kernels().sums_apiece
+    per_row = 2 * bits.shape[1]
+    sizes = (batch, rows, cols, per_row, _size(values))
+    given = _contiguous(x, _halved(bits), values, starts)
+    ends = _contiguous(scales, bias)
     grid = (-(-rows // tiles.rows), -(-batch // tiles.batch))
-    parts = _contiguous(x, _halved(bits), values, starts, scales, bias)
-    sizes = (batch, rows, cols, 2 * bits.shape[1], _size(values))
-    _run(kernel, grid, tiles, *parts, out, *sizes, BATCH=tiles.batch)
+    shape = {"BATCH": tiles.batch, "ROWS": tiles.rows, "WORDS": tiles.words}
+    if not blocks:
+        _run(kernels().sums_apiece, grid, tiles.warps, *given, *ends, out, *sizes, **shape)
+        return out
+    parts = max(1, -(-per_row // (tiles.words * tiles.steps)))
+    sums = x.new_empty((parts, batch, rows), dtype=torch.float32)
+    shape["STEPS"] = tiles.steps
+    _run(kernels().by_blocks, (*grid, parts), tiles.warps, *given, sums, *sizes, **shape)
+    grid = (-(-rows // _JOINED), batch)
+    _run(kernels().joined, grid, 4, sums, *ends, out, batch, rows, parts, ROWS=_JOINED)
     return out
 
 
@@ -156,7 +172,9 @@ def unpacked(
     if out.numel():
         parts = _contiguous(_halved(bits), values, starts, scales)
         sizes = (len(bits), cols, 2 * bits.shape[1], _size(values))
-        _run(kernels().unpacked, (-(-len(bits) // tiles.rows),), tiles, *parts, out, *sizes)
+        grid = (-(-len(bits) // tiles.rows),)
+        shape = {"ROWS": tiles.rows, "WORDS": tiles.words}
+        _run(kernels().unpacked, grid, tiles.warps, *parts, out, *sizes, **shape)
     return out
 
 
@@ -174,17 +192,10 @@ def _size(values: Tensor) -> int:
     return min(len(values), 2**31 - 1)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *given: Any, **fixed: Any) -> None:
+def _run(kernel: Any, grid: tuple[int, ...], warps: int, *given: Any, **fixed: Any) -> None:
     device = next(part.device for part in given if part is not None)
     with _on(device):
-        kernel[grid](
-            *given,
-            ROWS=tiles.rows,
-            WORDS=tiles.words,
-            **fixed,
-            num_warps=tiles.warps,
-            enable_fp_fusion=True,
-        )
+        kernel[grid](*given, **fixed, num_warps=warps, enable_fp_fusion=True)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

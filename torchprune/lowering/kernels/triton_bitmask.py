@@ -45,6 +45,15 @@ def _span(starts_ptr, row, inside, size):
 
 
 @triton.jit
+def _before(bits_ptr, row, inside, first, per_row, cols, WORDS: tl.constexpr):
+    """How many nonzeros each row has in the words before `first`, a multiple of WORDS."""
+    found = tl.full(row.shape, 0, tl.int32)
+    for at in range(0, first, WORDS):
+        found += tl.sum(_ones(_words(bits_ptr, row, inside, at, per_row, cols, WORDS)), 1)
+    return found
+
+
+@triton.jit
 def _places(word, offset, end):
     """What of the words has its values before `end`, where these start, and where the next do."""
     count = _ones(word)
@@ -127,8 +136,6 @@ def by_blocks(
     bits_ptr,
     values_ptr,
     starts_ptr,
-    scales_ptr,
-    bias_ptr,
     out_ptr,
     batch,
     rows,
@@ -138,20 +145,27 @@ def by_blocks(
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """The same for up to BATCH rows of x of 16 bits, with the units that multiply blocks.
+    """x W^T for up to BATCH rows of x of 16 bits, with the units that multiply blocks, in parts.
 
-    Values are of x's dtype, or int8, which both float16 and bfloat16 hold exactly; sums are
-    float32. ROWS and BATCH are 16 at the least.
+    Values are of x's dtype, or int8, which both float16 and bfloat16 hold exactly. A program takes
+    STEPS * WORDS words of its rows, after counting what is before them, and writes its sums to its
+    part of the output, float32 (parts, batch, rows). The grid is (ceil(rows / ROWS),
+    ceil(batch / BATCH), parts). ROWS and BATCH are 16 at the least.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    offset, end, possible = _span(starts_ptr, row, inside, size)
+    part = tl.program_id(2)
+    begin = part * STEPS * WORDS
+    start, end, possible = _span(starts_ptr, row, inside, size)
+    word = _words(bits_ptr, row, inside, begin, per_row, cols, WORDS)
+    offset = start + _before(bits_ptr, row, inside, begin, per_row, cols, WORDS)
     x_row = x_ptr + b.to(tl.int64)[None, :] * cols
     sums = tl.full((ROWS, BATCH), 0.0, tl.float32)
-    word = _words(bits_ptr, row, inside, 0, per_row, cols, WORDS)
-    for first in range(0, per_row, WORDS):
+    for step in range(0, STEPS):
+        first = begin + step * WORDS
         ahead = _words(bits_ptr, row, inside, first + WORDS, per_row, cols, WORDS)
         word, place, offset = _places(word, offset, end)
         tile = _tile(values_ptr, word, place)
@@ -163,8 +177,35 @@ def by_blocks(
         x = tl.load(x_row + col[:, None], mask=there, other=0)
         sums = tl.dot(tl.reshape(tile, (ROWS, 32 * WORDS)), x, sums)
         word = ahead
-    broken = (possible == 0) | (offset != end)
-    _write(tl.trans(sums), b, row, inside, broken, scales_ptr, bias_ptr, out_ptr, batch, rows)
+    last = part == tl.num_programs(2) - 1
+    broken = (possible == 0) | ((offset != end) & last)
+    sums = tl.where(broken[:, None], float("nan"), sums)
+    at = (part * batch + b).to(tl.int64)[None, :] * rows + row[:, None]
+    tl.store(out_ptr + at, sums, mask=(b < batch)[None, :] & inside[:, None])
+
+
+@triton.jit
+def joined(
+    parts_ptr,
+    scales_ptr,
+    bias_ptr,
+    out_ptr,
+    batch,
+    rows,
+    parts,
+    ROWS: tl.constexpr,
+):
+    """The parts added up in their order, scaled, with the bias. The grid is
+    (ceil(rows / ROWS), batch)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    b = tl.program_id(1) + tl.arange(0, 1)
+    sums = tl.full((1, ROWS), 0.0, tl.float32)
+    for part in range(0, parts):
+        at = (part * batch + b).to(tl.int64)[:, None] * rows + row[None, :]
+        sums += tl.load(parts_ptr + at, mask=inside[None, :], other=0)
+    none = row < 0
+    _write(sums, b, row, inside, none, scales_ptr, bias_ptr, out_ptr, batch, rows)
 
 
 @triton.jit

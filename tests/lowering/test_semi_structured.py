@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,7 +120,7 @@ def reference_kernel() -> Iterator[None]:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lower CPU models as if they were on a GPU without cuSPARSELt."""
     asked = lower._hindrance
-    monkeypatch.setattr(lower, "_hindrance", lambda layer, ties, _: asked(layer, ties, "cpu"))
+    monkeypatch.setattr(lower, "_hindrance", lambda layer, ties, _: asked(layer, ties, "bitmask"))
     monkeypatch.setattr(two_of_four, "backend", lambda: CUTLASS)
 
 
@@ -204,34 +202,6 @@ def test_shapes_on_a_fake_gpu() -> None:
         x = torch.empty(3, 5, 128, dtype=torch.float16, device="cuda")
         y = torch.nn.functional.linear(x, fake)
         assert (y.shape, y.dtype, y.device.type) == ((3, 5, 64), torch.float16, "cuda")
-
-
-# -- the benchmark for GPUs, as far as it goes without one ----------------------------------------
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "lowering"))
-    return importlib.import_module("gpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where no GPU is")
-def test_the_gpu_benchmark_says_that_it_needs_one(
-    benchmark: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert benchmark.main([]) == 1
-    assert "needs a CUDA device" in capsys.readouterr().err
-
-
-def test_the_gpu_benchmark_says_where_it_pays(benchmark: Any) -> None:
-    def row(rows: int, dense: float, sparse: float) -> dict[str, float]:
-        return {"rows": rows, "dense": dense, "sparse": sparse, "difference": 1e-3}
-
-    both = benchmark.table([row(1, 1.0, 2.0), row(4096, 3.0, 2.0)])
-    assert "| 4096 | 3.0000 | 2.0000 | 1.50 | 1.0e-03 |" in both
-    assert both.endswith("2:4 is faster at 4096 rows of input")
-    assert benchmark.table([row(1, 1.0, 1.0)]).endswith("not faster at any of these")
-    assert benchmark.table([row(8, 2.0, 1.0)]).endswith("faster at all of these")
 
 
 def test_torchs_own_switch_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

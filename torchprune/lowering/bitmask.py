@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,12 +156,17 @@ def _packed(weight: Tensor, scales: Tensor | None) -> Bitmask:
     )
 
 
-def obstacle(weight: Tensor, min_sparsity: float) -> str | None:
-    """Why a weight, in its module's layout, should not become a bitmask, or None."""
+def obstacle(weight: Tensor, min_sparsity: float, devices: Sequence[str] = ("cpu",)) -> str | None:
+    """Why a weight, in its module's layout, should not become a bitmask, or None.
+
+    Args:
+        devices: the kinds of device where it may be.
+    """
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}"
-    if weight.device.type != "cpu":
-        return f"it is on {weight.device}, and the kernels are for CPUs"
+    if weight.device.type not in devices:
+        kinds = " and ".join(kind.upper() for kind in devices)
+        return f"it is on {weight.device}, and packed products are for {kinds} devices here"
     if not weight.numel():
         return "it has no elements"
     if 1 - int(torch.count_nonzero(weight)) / weight.numel() < min_sparsity:

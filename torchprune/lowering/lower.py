@@ -35,6 +35,8 @@ _TRAINED = "_torchprune_trained"
 
 TARGETS = ("bitmask", "semi_structured", "dense")
 
+_DEVICES = {"bitmask": ("cpu", "cuda"), "semi_structured": ("cuda",)}
+
 
 @dataclass(frozen=True)
 class LoweredLayer:
@@ -108,9 +110,11 @@ def lower(
     """Give a model's sparse weights the form a runtime wants, in place. Masks are folded.
 
     - "bitmask": linear layers become `BitmaskLinear`: one bit a weight and the nonzeros. On CPUs
-      it is faster than dense for up to about 8 rows of input (decoding), and as fast beyond. Any
-      pattern will do. Convolutions that `targets` names become `BitmaskConv`: smaller, and faster
-      where a call has few positions alone.
+      it is faster than dense for up to about 8 rows of input (decoding), and as fast beyond. On
+      CUDA devices up to 16 rows have kernels of their own, in Triton; beyond, the weight is
+      unpacked at each call and torch multiplies, which takes longer than dense. Any pattern will
+      do. Convolutions that `targets` names become `BitmaskConv`: smaller, and faster where a call
+      has few positions alone.
     - "semi_structured": 2:4 linear layers on a CUDA device, in float16 or bfloat16, hold torch's
       semi-structured tensors (cuSPARSELt, or CUTLASS). They stay `nn.Linear`; products with many
       rows of input are faster, those with one are slower. What is not 2:4 is left, and said.
@@ -208,36 +212,44 @@ def _plan(
         masks = sum(mask_of(y.module, y.tensor) is not None for y in layers)
         return LoweringPlan(target, runs_on=f"{masks} masks are folded; plain modules, dense"), []
     kind = semi_structured.backend()
-    runs_on = str(kernels.native()) if target == "bitmask" else f"2:4 products by {kind.__name__}"
-    plan, chosen = LoweringPlan(target, runs_on=runs_on), []
+    left: dict[str, str] = {}
+    lowered: list[LoweredLayer] = []
+    chosen: list[Layer] = []
     ties = tied_to(model)
     for layer in layers:
         if wanted and not any(matches(s, layer) for s in wanted):
             continue
         if any(matches(s, layer) for s in unwanted):
-            plan.left[layer.name] = "ignored"
+            left[layer.name] = "ignored"
             continue
-        device = "cpu" if target == "bitmask" else "cuda"
-        if why := _hindrance(layer, ties, device, asked=bool(wanted)):
-            plan.left[layer.name] = why
+        if why := _hindrance(layer, ties, target, asked=bool(wanted)):
+            left[layer.name] = why
             continue
         weight = _effective(layer)
         zeros = zeros_in(weight) / weight.numel()
         if target == "bitmask":
-            why = bitmask.obstacle(weight, min_sparsity)
+            why = bitmask.obstacle(weight, min_sparsity, _DEVICES[target])
             after = _bitmask_bytes(layer, weight, zeros, dtype)
         else:
             why = semi_structured.obstacle(weight, kind)
             after = semi_structured.compressed_bytes(weight)
         if why:
-            plan.left[layer.name] = why
+            left[layer.name] = why
             continue
         name = str(weight.dtype).removeprefix("torch.")
-        plan.layers.append(
+        lowered.append(
             LoweredLayer(layer.name, tuple(weight.shape), name, zeros, weight.nbytes, after)
         )
         chosen.append(layer)
-    return plan, chosen
+    runs_on = f"2:4 products by {kind.__name__}" if target != "bitmask" else _runs_on(chosen)
+    return LoweringPlan(target, lowered, left, runs_on), chosen
+
+
+def _runs_on(chosen: list[Layer]) -> str:
+    """The kernels for the devices that hold these layers' weights."""
+    places = dict.fromkeys(original_of(y.module, y.tensor).device for y in chosen)
+    told = dict.fromkeys(str(kernels.native(place)) for place in places or ("cpu",))
+    return "\n".join(told)
 
 
 def _bitmask_bytes(layer: Layer, weight: Tensor, zeros: float, dtype: torch.dtype | None) -> int:
@@ -246,8 +258,8 @@ def _bitmask_bytes(layer: Layer, weight: Tensor, zeros: float, dtype: torch.dtyp
     return Bitmask.bytes_of(view.rows, view.cols, nonzeros, dtype or weight.dtype)
 
 
-def _hindrance(layer: Layer, ties: dict[int, list[str]], device: str, *, asked: bool) -> str | None:
-    """Why a layer's module cannot be lowered for this kind of device, or None.
+def _hindrance(layer: Layer, ties: dict[int, list[str]], target: str, *, asked: bool) -> str | None:
+    """Why a layer's module cannot be lowered to this target, or None.
 
     Args:
         asked: whether a selector names it.
@@ -256,9 +268,9 @@ def _hindrance(layer: Layer, ties: dict[int, list[str]], device: str, *, asked: 
     plain = mask_of(module, layer.tensor) is not None
     kind = type(module).__bases__[0] if plain else type(module)
     if kind.__name__ == "Conv1D" and is_transposed_linear(module):
-        if device == "cuda":
+        if target == "semi_structured":
             return "a Conv1D holds its weight the other way round; 2:4 products want a Linear"
-    elif convolves(kind) and device == "cpu":
+    elif convolves(kind) and target == "bitmask":
         if not asked:
             return (
                 f"a {kind.__name__} is no linear layer: as a bitmask it is smaller, and faster for "
@@ -273,8 +285,10 @@ def _hindrance(layer: Layer, ties: dict[int, list[str]], device: str, *, asked: 
     if reason := obstacle(layer, ties):
         return reason
     weight = original_of(module, layer.tensor)
-    if weight.device.type != device:
-        return f"it is on {weight.device}, and the product is for {device.upper()} devices"
+    devices = _DEVICES[target]
+    if weight.device.type not in devices:
+        kinds = " and ".join(kind.upper() for kind in devices)
+        return f"it is on {weight.device}, and the product is for {kinds} devices"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, name) for name in hooks) or "forward" in vars(module):
         return "it carries hooks or a forward of its own, which would be lost"

@@ -91,7 +91,13 @@ class BitmaskLinear(nn.Module):
         return cast(Tensor, view.from_matrix(dense.unsqueeze(0), shape))
 
     def lifted(self) -> nn.Module:
-        """The module that stood here, with the weight unpacked."""
+        """The module that stood here, with the weight unpacked.
+
+        Raises:
+            LoweringError: its parts contradict each other, which only a CPU's kernels refuse.
+        """
+        if self.bits.is_cuda:
+            self.packed.check("a lowered layer", rows=self.out_features)
         origin: nn.Module = self.__dict__["_origin"]
         weight = nn.Parameter(self._dense(), requires_grad=self.__dict__["_was"][2])
         origin._parameters["weight"] = weight

@@ -1,4 +1,4 @@
-"""CPU products with weights that are a bitmask and their packed nonzeros, at any sparsity.
+"""Products with weights that are a bitmask and their packed nonzeros, at any sparsity.
 
 Importing this file defines two operators that compile, export and autocast see through:
 
@@ -6,9 +6,12 @@ Importing this file defines two operators that compile, export and autocast see 
     torchprune::bitmask_unpack(bits, values, starts, cols) -> Tensor
 
 `torchprune.lowering.bitmask.Bitmask` makes and explains their arguments. On CPU tensors they run in
-C++ for AVX-512 (with VBMI2), AVX2 or any processor, whichever fits best, compiled when first used.
-Where that fails, and for other devices, they unpack and multiply in torch: correct, slower than
-dense.
+C++ for AVX-512 (with VBMI2), AVX2 or any processor, whichever fits best, compiled when first used;
+on CUDA tensors in Triton (`launching`). Where that fails, and for other devices, they unpack and
+multiply in torch: correct, slower than dense.
+
+On CPUs parts that contradict each other are refused. On CUDA devices, where to look would mean to
+wait, nothing is read out of bounds, and rows that are damaged come out as NaN.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchprune.lowering.kernels import launching
 from torchprune.lowering.kernels.build import BuildError, library
-from torchprune.masking.packing import unpack_bits, unpack_values
+from torchprune.masking.packing import traced_bits, unpack_bits, unpack_values
 
 _WORD = 64
 _SLACK = 64
@@ -46,27 +50,40 @@ for _schema in SCHEMAS:
 
 @dataclass(frozen=True)
 class Native:
-    """The kernels on this machine.
+    """The kernels for a device.
 
     Attributes:
-        form: "AVX-512", "AVX2" or "portable"; None if the operators run in torch.
+        form: "AVX-512 BF16", "AVX-512", "AVX2" or "portable", on CUDA devices their architecture,
+            such as "sm_90"; None if the operators run in torch.
         why: the reason for None, else empty.
+        language: what they are written in.
     """
 
     form: str | None
     why: str = ""
+    language: str = "C++"
 
     def __str__(self) -> str:
         if self.form is None:
             return f"bitmask kernels: slower, in torch, because {self.why}"
         slow = "; slow: this processor has neither AVX2 nor AVX-512 with VBMI2"
-        return f"bitmask kernels: C++ for {self.form}" + (slow if self.form == "portable" else "")
+        told = f"bitmask kernels: {self.language} for {self.form}"
+        return told + (slow if self.form == "portable" else "")
 
 
-def native() -> Native:
-    """What the operators run on for CPU tensors. The first call compiles the kernels."""
-    handle, why = _load()
-    return Native(None, why) if handle is None else Native(handle.torchprune_form().decode())
+def native(device: torch.device | str = "cpu") -> Native:
+    """What the operators run on for a device's tensors. The first call compiles the CPU's kernels.
+
+    Args:
+        device: "cpu" by default.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        handle, why = _load()
+        return Native(None, why) if handle is None else Native(handle.torchprune_form().decode())
+    if why := launching.why_not(device):
+        return Native(None, why)
+    return Native(launching.name_of(device), language="Triton")
 
 
 def use_form(name: str) -> None:
@@ -131,6 +148,15 @@ def _check_sizes(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Non
     )
 
 
+def _check_product(x: Tensor, bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> None:
+    torch._check(x.shape[-1] == cols, lambda: f"the input's last size must be {cols}")
+    _check_sizes(bits, values, starts, cols)
+    torch._check(
+        x.device == bits.device,
+        lambda: f"the input is on {x.device}, the packed weight on {bits.device}",
+    )
+
+
 def unpack_in_torch(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
     """What `bitmask_unpack` gives, for values of any dtype on any device.
 
@@ -155,11 +181,38 @@ def unpack_in_torch(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> 
     return unpack_values(values[:total], wide[:, :cols].contiguous())
 
 
+def unpack_unseen(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
+    """What `unpack_in_torch` gives, without a look at the data, for which a device would be waited.
+
+    Rows whose bits and starts contradict each other come out as NaN, or as 0 in whole numbers.
+    """
+    _check_sizes(bits, values, starts, cols)
+    flat = bits.contiguous().view(torch.uint8).reshape(-1)
+    wide = traced_bits(flat, (len(bits), _WORD * bits.shape[1]))[:, :cols]
+    count = wide.cumsum(1, dtype=torch.int32)
+    first, end = starts[:-1, None], starts[1:, None]
+    total = count[:, -1:] if cols else torch.zeros_like(first)
+    broken = (first < 0) | (end > len(values)) | (end - first != total)
+    place = (first + count - 1).clamp_(0, max(0, len(values) - 1)).reshape(-1)
+    found = values.index_select(0, place).view(wide.shape)
+    zero = values.new_zeros(())
+    lost = values.new_full((), torch.nan) if values.is_floating_point() else zero
+    return torch.where(broken, lost, torch.where(wide, found, zero))
+
+
 def _unpack(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
     if bits.device.type == "cpu" and not _loaded and _load()[0]:
         found: Tensor = torch.ops.torchprune.bitmask_unpack(bits, values, starts, cols)
         return found
     return unpack_in_torch(bits, values, starts, cols)
+
+
+def unpack_on_cuda(bits: Tensor, values: Tensor, starts: Tensor, cols: int) -> Tensor:
+    """`bitmask_unpack` for CUDA tensors."""
+    _check_sizes(bits, values, starts, cols)
+    if launching.why_not(bits.device) or not launching.can_take(torch.float32, values, cols):
+        return unpack_unseen(bits, values, starts, cols)
+    return launching.unpacked(bits, values, starts, cols)
 
 
 def _linear(
@@ -176,7 +229,31 @@ def _linear(
             x, bits, values, starts, scales, bias, cols
         )
         return found
-    weight = unpack_in_torch(bits, values, starts, cols)
+    return _multiplied(x, unpack_in_torch(bits, values, starts, cols), scales, bias)
+
+
+def linear_on_cuda(
+    x: Tensor,
+    bits: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    cols: int,
+) -> Tensor:
+    """`bitmask_linear` for CUDA tensors."""
+    _check_product(x, bits, values, starts, cols)
+    for name, part in (("scales", scales), ("the bias", bias)):
+        torch._check(
+            part is None or (part.shape == (len(bits),) and part.device == x.device),
+            lambda name=name: f"torchprune: {name} must be (rows,), on the input's device",
+        )
+    if launching.why_not(x.device) or not launching.can_take(x.dtype, values, cols):
+        return _multiplied(x, unpack_on_cuda(bits, values, starts, cols), scales, bias)
+    return launching.product(x, bits, values, starts, scales, bias, cols)
+
+
+def _multiplied(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
     if scales is not None:
         weight = weight.float() * scales.float()[:, None]
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -191,12 +268,7 @@ def _fake_linear(
     bias: Tensor | None,
     cols: int,
 ) -> Tensor:
-    torch._check(x.shape[-1] == cols, lambda: f"the input's last size must be {cols}")
-    _check_sizes(bits, values, starts, cols)
-    torch._check(
-        x.device == bits.device,
-        lambda: f"the input is on {x.device}, the packed weight on {bits.device}",
-    )
+    _check_product(x, bits, values, starts, cols)
     return x.new_empty((*x.shape[:-1], bits.shape[0]))
 
 
@@ -221,6 +293,8 @@ def _under_autocast(device: str) -> Callable[..., Tensor]:
 
 LIBRARY.impl("bitmask_linear", _linear, "CompositeExplicitAutograd")
 LIBRARY.impl("bitmask_unpack", _unpack, "CompositeExplicitAutograd")
+LIBRARY.impl("bitmask_linear", linear_on_cuda, "CUDA")
+LIBRARY.impl("bitmask_unpack", unpack_on_cuda, "CUDA")
 LIBRARY._register_fake("bitmask_linear", _fake_linear)
 LIBRARY._register_fake("bitmask_unpack", _fake_unpack)
 for _device in ("cpu", "cuda"):

@@ -21,6 +21,7 @@ from torchprune.allocation import unit_costs
 from torchprune.allocation.unit_budget import UnitBudget
 from torchprune.calibration.batches import Batch
 from torchprune.errors import CalibrationError, SpecError, TargetError
+from torchprune.graph.groups import Group
 from torchprune.reports.report import RunRecord
 from torchprune.structure import prune_units
 from torchprune.structure.offers import Decision, Offers, Way, offers_of, way_of
@@ -117,9 +118,9 @@ def test_a_budget_is_met_exactly_by_what_shrinks(case: Case) -> None:
     offers = offers_of(dense, case.spec, [_batch(data[0])], RunRecord(spec=case.spec))
     ways = [in_order(choice, offers) for choice in offers.choices]
     account = offers.account(offers.ledger(case.amount), ways)
-    gone = {(r.group.name, r.group.kind, r.before): r.before - r.after for r in plan.removals}
+    gone = {places_of(r.group): r.before - r.after for r in plan.removals}
     steps = [
-        way.steps.tolist().index(gone.get((c.group.name, c.group.kind, c.group.count), 0))
+        way.steps.tolist().index(gone.get(places_of(c.group), 0))
         for way, c in zip(ways, offers.choices, strict=True)
     ]
     offers.start(account, plan.blocks)
@@ -133,6 +134,11 @@ def test_a_budget_is_met_exactly_by_what_shrinks(case: Case) -> None:
             assert account.total + float(along[steps[at] - 1] - along[steps[at]]) > (
                 case.share * before
             )
+
+
+def places_of(group: Group) -> frozenset[tuple[str, int]]:
+    """What tells a group from others of the same name."""
+    return frozenset((member.key, member.axis) for member in group.members)
 
 
 def in_order(choice: Choice, offers: Offers) -> Way:

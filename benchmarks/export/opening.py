@@ -1,11 +1,13 @@
 """What opening an ONNX file costs: dense, packed, and packed with all weights unpacked at once.
 
-    python benchmarks/export/opening.py [--model smollm2|layers] [--layers 40] [--int8] [--rounds 3]
+    python benchmarks/export/opening.py [--model smollm2|layers] [--layers 40] [--rounds 3]
+                               [--keep FOLDER]
 
-Every file is opened by ONNX Runtime in a process of its own, in turn; medians of the rounds. The
-peak is the process's largest resident memory less what it had before; "kept" is what it holds
-afterwards. "smollm2" is SmolLM2-135M at 50 % (embeddings and head dense), "layers" so many
-products with random 1232 x 1232 weights, half of them zero.
+The dense file is written by `to_onnx`, or found in FOLDER, and the others are packed from it. Each
+is opened by ONNX Runtime in a process of its own, in turn; medians of the rounds. The peak is the
+process's largest resident memory less what it had before; "kept" is what it holds afterwards.
+"smollm2" is SmolLM2-135M at 50 % (embeddings and head dense), "layers" so many products with
+random 1232 x 1232 weights, half of them zero.
 """
 
 import argparse
@@ -14,16 +16,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import onnx_ir
 import torch
 from torch import Tensor, nn
 
 import torchprune
 from torchprune import MagnitudeSpec
 from torchprune.export import to_onnx, unpacking_stages
+from torchprune.export.packing_pass import pack_initializers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -62,42 +64,44 @@ def model_and_example(name: str, layers: int) -> tuple[nn.Module, Tensor, bool]:
     return model, torch.ones(2, 8, dtype=torch.int64), True
 
 
-@contextmanager
-def stages(count: int) -> Iterator[None]:
-    """Files written here unpack in so many stages."""
-    before, unpacking_stages.STAGES = unpacking_stages.STAGES, count
-    try:
-        yield
-    finally:
-        unpacking_stages.STAGES = before
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["smollm2", "layers"], default="smollm2")
     parser.add_argument("--layers", type=int, default=40)
-    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="a folder for the files")
     asked = parser.parse_args()
-    model, example, cache = model_and_example(asked.model, asked.layers)
-    forms = {
-        "dense": ("dense", unpacking_stages.STAGES),
-        "packed": ("packed", unpacking_stages.STAGES),
-        "packed, at once": ("packed", 1),
-    }
-    with tempfile.TemporaryDirectory() as home:
-        paths, sizes = {}, {}
-        for name, (weights, count) in forms.items():
-            path = Path(home) / f"{len(paths)}.onnx"
-            with stages(count):
-                report = to_onnx(
-                    model, path, example, weights=weights, with_cache=cache, int8=asked.int8
-                )
-            paths[name], sizes[name] = path, report.bytes / 1e6
+    with tempfile.TemporaryDirectory() as other:
+        home = asked.keep or Path(other)
+        dense = home / f"{asked.model}.onnx"
+        if not dense.exists():
+            home.mkdir(exist_ok=True)
+            model, example, cache = model_and_example(asked.model, asked.layers)
+            to_onnx(model, dense, example, weights="dense", with_cache=cache)
+        paths = {"dense": dense}
+        for name, count in (("packed", unpacking_stages.STAGES), ("packed, at once", 1)):
+            paths[name] = home / f"{asked.model}.{count}.onnx"
+            pack(dense, paths[name], count)
         rounds = [{name: opened(path) for name, path in paths.items()} for _ in range(asked.rounds)]
-    for name, size in sizes.items():
-        cells = {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}
-        print(f"{name}: {size:.1f} MB, " + ", ".join(f"{k} {v:.2f}" for k, v in cells.items()))
+        for name, path in paths.items():
+            size = sum(file.stat().st_size for file in home.glob(f"{path.name}*")) / 1e6
+            cells = {
+                key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]
+            }
+            told = ", ".join(f"{key} {value:.2f}" for key, value in cells.items())
+            print(f"{name}: {size:.1f} MB, {told}")
+
+
+def pack(dense: Path, packed: Path, stages: int) -> None:
+    """Write a graph packed, to unpack in so many stages; its numbers beside it where they were."""
+    graph = onnx_ir.load(dense)
+    before, unpacking_stages.STAGES = unpacking_stages.STAGES, stages
+    try:
+        pack_initializers(graph, 0.25)
+    finally:
+        unpacking_stages.STAGES = before
+    beside = Path(f"{dense}.data").exists()
+    onnx_ir.save(graph, packed, external_data=f"{packed.name}.data" if beside else None)
 
 
 def opened(path: Path) -> dict[str, float]:

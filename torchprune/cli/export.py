@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 from torchprune.cli.console import (
@@ -21,8 +22,10 @@ from torchprune.cli.console import (
 )
 from torchprune.cli.loading import Loading
 from torchprune.cli.noise import without_runtime_lines
+from torchprune.cli.places import check_place
 from torchprune.cli.result_files import check_form
 from torchprune.cli.saving import check_free_for_hf, with_memory
+from torchprune.errors import InputError
 
 
 class Format(StrEnum):
@@ -111,7 +114,7 @@ def export(
     time, with the last 512 as state, or without a cache texts of up to 512 tokens. LiteRT stores
     nonzeros and their places; its program takes what ExecuTorch's does. --output is a file (.onnx,
     .pt2 for pt2 and aoti, OpenVINO's .xml, ExecuTorch's .pte, LiteRT's .tflite), and for hf and
-    coreml (.mlpackage) a directory.
+    coreml (.mlpackage) a directory; so it is for an encoder-decoder's three graphs of ONNX.
 
     [bold]Examples[/bold]
 
@@ -137,7 +140,9 @@ def export(
                 "`torchprune profile` measures a model in torch",
                 param_hint="--measure",
             )
-        if to in _SUFFIXES:
+        if to is Format.onnx and cache and not output.suffix:  # three graphs, of some models
+            check_place(output, directory=True)
+        elif to in _SUFFIXES:
             package = to is Format.coreml
             check_form(output, [_SUFFIXES[to]], f"what {to.value} reads", directory=package)
         else:
@@ -147,12 +152,14 @@ def export(
         loader = Loading(dtype, "cpu").loader(speech.bars)
         net = loader.model(model)
         writers = import_module("torchprune.export")
+        if to is Format.onnx:
+            _check_three(output, three=cache and _is_encoder_decoder(net))
         if to is Format.hf:
             tokenizer = loader.tokenizer(model, required=False)
             writers.to_hf(net, output, tokenizer=with_memory(tokenizer, model))
             told, figures = f"wrote {output}", dict[str, Any](path=str(output))
         else:
-            tokens = net.dummy_inputs["input_ids"][:2, :4] % net.config.vocab_size
+            tokens = _example(net, cache)
             options: dict[str, Any] = {"with_cache": cache}
             if to is Format.coreml:
                 tokens, sizes = _for_coreml(net, tokens, cache)
@@ -167,11 +174,42 @@ def export(
                 report = write(net, output, tokens, **options)
                 gains = _measured(write, net, report, tokens, options) if measure else None
             told = str(report) if gains is None else f"{report}\n{gains}"
-            figures = dict(vars(report)) | ({} if gains is None else {"measured": asdict(gains)})
+            figures = asdict(report) | ({} if gains is None else {"measured": asdict(gains)})
         if speech.as_json:
             print_json(figures)
         elif not speech.quiet:
             show(told)
+
+
+def _is_encoder_decoder(net: Any) -> bool:
+    found: bool = import_module("torchprune.export.encoder_decoder").is_encoder_decoder(net)
+    return found
+
+
+def _check_three(output: Path, *, three: bool) -> None:
+    """
+    Raises:
+        InputError: a file is named for three graphs, or a directory for one.
+    """
+    if three and output.suffix:
+        raise InputError(
+            f"{output}: an encoder-decoder with its cache is three graphs in a directory; name it "
+            f"without {output.suffix}, or export with --no-cache"
+        )
+    if not three and not output.suffix:
+        raise InputError(f"{output}: what onnx reads is saved as one of .onnx")
+
+
+def _example(net: Any, cache: bool) -> Any:
+    """What the model reads: a few tokens, or features as its class makes them up; and what a
+    decoder reads beside its encoder, if both are in one graph."""
+    given, few = net.dummy_inputs, slice(0, 4)
+    name = "input_ids" if "input_ids" in given else net.main_input_name
+    read = given[name][:2, few] % net.config.vocab_size if name == "input_ids" else given[name]
+    if cache or not _is_encoder_decoder(net):
+        return read
+    written = given.get("decoder_input_ids", given.get("input_ids"))
+    return {name: read, "decoder_input_ids": written[: len(read), few] % net.config.vocab_size}
 
 
 def _measured(write: Any, net: Any, report: Any, tokens: Any, options: dict[str, Any]) -> Any:

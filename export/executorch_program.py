@@ -28,9 +28,10 @@ from torchprune.export.call import (
     told,
 )
 from torchprune.export.pt2 import exported
+from torchprune.export.rounding import rounding_of
 from torchprune.export.written import ExportReport
 
-_ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2}
+_ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 """Difference from torch, relative to the largest output, beyond which a program is wrong."""
 
 _BRINGS = (
@@ -56,7 +57,8 @@ def to_executorch(
     """Write a model for ExecuTorch with its masks folded, run it there, and compare with torch.
 
     Args:
-        model: masked, folded, lowered or dense; float32 or float16. It is not changed.
+        model: masked, folded, lowered or dense; float32, float16 or bfloat16. It is not
+            changed.
         path: of the file, replaced if it exists, whole or not at all.
         example_inputs: as for `to_onnx`. The program takes their tensors in order, flat.
         with_cache: as for `to_onnx`; the past is then as long as in the example, unless
@@ -113,7 +115,9 @@ def to_executorch(
             made.write_to_file(file)
         with promised("ExecuTorch cannot load this program"):
             seconds, method = _loaded(partial)
-        difference, relative = check(call, "ExecuTorch", lambda s: _run(method, s), allowed)
+        difference, relative = check(
+            call, "ExecuTorch", lambda s: _run(method, s), allowed, rounding_of(call)
+        )
         total = file_bytes(partial)
         partial.replace(target)
     return ExportReport(

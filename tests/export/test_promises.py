@@ -15,7 +15,8 @@ from families import FAMILIES
 from torch import Tensor, nn
 from torch.export import Dim
 
-from torchprune import export
+import torchprune
+from torchprune import MagnitudeSpec, export
 from torchprune.errors import ExportError
 from torchprune.export import onnx_model, openvino_model
 from torchprune.export.output_names import output_names
@@ -110,9 +111,19 @@ def test_a_dtype_that_is_not_taken_names_what_to_do(to, tmp_path):
     ending = {"to_onnx": "onnx", "to_openvino": "xml", "to_executorch": "pte"}[to]
     if to != "to_onnx":
         pytest.importorskip(to.removeprefix("to_"))
-    model = nn.Linear(8, 8).bfloat16()
+    other = torch.float64 if to == "to_executorch" else torch.bfloat16
+    model = nn.Linear(8, 8).to(other)
     with pytest.raises(ExportError, match=f"{to} writes .*--dtype float32 on the command line"):
-        getattr(export, to)(model, tmp_path / f"m.{ending}", torch.randn(2, 8).bfloat16())
+        getattr(export, to)(model, tmp_path / f"m.{ending}", torch.randn(2, 8).to(other))
+
+
+@pytest.mark.parametrize("name", ["llama", "resnet"])
+def test_executorch_takes_bfloat16(name, tmp_path):
+    pytest.importorskip("executorch")
+    family = FAMILIES[name]
+    model = torchprune.sparsify(family.make(torch.bfloat16), MagnitudeSpec(), progress=False)
+    report = export.to_executorch(model, tmp_path / "m.pte", family.data(torch.bfloat16)[0])
+    assert 0 < report.relative < 3e-2
 
 
 # -- examples and sizes ----------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def _write(call: Call, target: Path, weights: str, min_sparsity: float) -> Expor
     sizes = told(program, call)
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export's own making
-        program, packed, saved = slim(program, call.module, weights, min_sparsity)
+        program, packed, saved = slim(program, call.module, weights, min_sparsity, _ENTRIES)
         program.example_inputs = None
         partial = Path(home) / target.name
         with promised("torch cannot write this program"):
@@ -224,12 +224,17 @@ def exported(call: Call) -> ExportedProgram:
 
 
 def slim(
-    program: ExportedProgram, module: nn.Module, weights: str, min_sparsity: float
+    program: ExportedProgram,
+    module: nn.Module,
+    weights: str,
+    min_sparsity: float,
+    entries: int = 0,
 ) -> tuple[ExportedProgram, list[str], int]:
     """A program with its sparse weights packed, if they are to be.
 
     Args:
         module: what was exported; it may hold layers that are lowered.
+        entries: bytes that a packed weight takes in the file beside its numbers.
 
     Returns:
         the program, names of the weights that are packed, and the bytes that this saves.
@@ -242,9 +247,9 @@ def slim(
             saved -= layer.packed.nbytes
     if weights == "packed":
         dense = _bytes_of(program)
-        passed = passes.pack_linears(program, min_sparsity=min_sparsity, min_saving=_ENTRIES + 1)
+        passed = passes.pack_linears(program, min_sparsity=min_sparsity, min_saving=entries + 1)
         program, packed = passed.program, packed + passed.modified
-        saved += dense - _bytes_of(program) - len(passed.modified) * _ENTRIES
+        saved += dense - _bytes_of(program) - len(passed.modified) * entries
     return program, packed, saved
 
 

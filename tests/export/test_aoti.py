@@ -220,7 +220,7 @@ def test_the_command_compiles_a_decoder_that_writes_the_same_text(tmp_path: Path
     figures = json.loads(said)
     assert figures["relative"] < 1e-4
     assert figures["library"] == str(tmp_path / "m.kernels.so")
-    assert len(figures["packed"]) == 14
+    assert len(figures["packed"]) == 10  # those that are smaller so
     package = torch._inductor.aoti_load_package(str(path))
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     text, past = tokens, [torch.zeros(1, 1, 0, 8) for _ in range(4)]

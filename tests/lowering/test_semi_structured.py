@@ -120,7 +120,11 @@ def reference_kernel() -> Iterator[None]:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lower CPU models as if they were on a GPU without cuSPARSELt."""
     asked = lower._hindrance
-    monkeypatch.setattr(lower, "_hindrance", lambda layer, ties, _: asked(layer, ties, "bitmask"))
+
+    def on_this_device(layer: Any, ties: Any, _: str, **options: Any) -> str | None:
+        return asked(layer, ties, "bitmask", **options)
+
+    monkeypatch.setattr(lower, "_hindrance", on_this_device)
     monkeypatch.setattr(two_of_four, "backend", lambda: CUTLASS)
 
 

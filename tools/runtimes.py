@@ -33,15 +33,7 @@ from torchprune.errors import TorchpruneError  # noqa: E402
 
 PAGE = ROOT / "docs" / "notes" / "runtimes.md"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-EXPORTERS = {
-    "to_onnx": "onnx",
-    "to_openvino": "xml",
-    "to_executorch": "pte",
-    "to_litert": "tflite",
-    "to_coreml": "mlpackage",
-    "to_pt2": "pt2",
-    "to_aoti": "pt2",
-}
+EXPORTERS = {"to_onnx": "onnx", "to_openvino": "xml", "to_executorch": "pte", "to_pt2": "pt2"}
 Rows = dict[tuple[str, torch.dtype], list[str]]
 
 HEAD = """# Families in runtimes
@@ -49,8 +41,7 @@ HEAD = """# Families in runtimes
 A tiny model of each family, half of its weights pruned by magnitude, exported and run there:
 `tools/runtimes.py` makes this page. A number is the largest difference from torch, relative to the
 largest output; a letter is why there is none, in the words of the `ExportError`. Outputs of
-OpenVINO are those of the dtype that it chooses by itself; those of Core ML, which runs on Apple's
-systems alone, are of its program's steps, computed by our own code.
+OpenVINO are those of the dtype that it chooses by itself.
 
 {where} Families that are not here were not run then: `--only NAME` adds them.
 

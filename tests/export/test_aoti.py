@@ -182,6 +182,7 @@ def test_families_in_half_precision(name: str, tmp_path: Path) -> None:
     assert_as_it_was(model, before)
 
 
+@pytest.mark.sweep
 def test_convolutions_are_compiled_dense(tmp_path: Path) -> None:
     model, x = prune(net()), torch.randn(2, 3, 8, 8)
     report = export.to_aoti(model, tmp_path / "m.pt2", x, weights="dense")
@@ -212,6 +213,7 @@ def test_int8_values_of_a_loaded_program_are_compiled(tmp_path: Path) -> None:
             torch.testing.assert_close(compiled(report)(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sweep
 def test_the_command_compiles_a_decoder_that_writes_the_same_text(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_home(tmp_path) / "model")
     torchprune.save(prune(model), tmp_path / "pruned")
@@ -276,6 +278,7 @@ def test_a_library_of_an_older_package_goes_and_what_is_mine_stays(
     assert beside.read_text() == "mine"
 
 
+@pytest.mark.sweep
 def test_sizes_are_fixed_where_inductor_takes_no_others(
     report: ExportReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

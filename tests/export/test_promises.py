@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from families import FAMILIES
+from sweeps import sample
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -117,7 +118,7 @@ def test_a_dtype_that_is_not_taken_names_what_to_do(to, tmp_path):
         getattr(export, to)(model, tmp_path / f"m.{ending}", torch.randn(2, 8).to(other))
 
 
-@pytest.mark.parametrize("name", ["llama", "resnet"])
+@pytest.mark.parametrize("name", sample(["mlp", "resnet", "llama"], "mlp"))
 def test_executorch_takes_bfloat16(name, tmp_path):
     pytest.importorskip("executorch")
     family = FAMILIES[name]

@@ -107,7 +107,9 @@ def to_litert(
             sparse.name_ends(made, call.inputs, outputs)
             partial.write_bytes(sparse.written_model(made))
         with promised("LiteRT cannot load this program"):
-            seconds, runner = _loaded(partial)
+            start = time.perf_counter()
+            runner = opened(partial)
+            seconds = time.perf_counter() - start
         found = check(call, "LiteRT", lambda s: _run(runner, call, s), _ALLOWED)
         total = file_bytes(partial)
         partial.replace(target)
@@ -139,8 +141,7 @@ def _require() -> None:
 class _Flat(nn.Module):
     """A model that takes its tensors and gives its outputs one after the other.
 
-    Args:
-        fixed: what of its inputs is no tensor stays as in the example.
+    What of its inputs is no tensor stays as in the example.
     """
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -186,13 +187,23 @@ def _quietly() -> Iterator[None]:
         logging.disable(level)
 
 
-def _loaded(path: Path) -> tuple[float, Any]:
+def opened(path: Path) -> Any:
+    """What runs a file: takes its inputs by their names, and gives its outputs so."""
     from ai_edge_litert.interpreter import Interpreter
 
-    start = time.perf_counter()
     interpreter = Interpreter(model_path=str(path), num_threads=torch.get_num_threads())
     interpreter.allocate_tensors()
-    return time.perf_counter() - start, interpreter.get_signature_runner()
+    return interpreter.get_signature_runner()
+
+
+def inputs_of(runner: Any, call: Call, sample: Sample) -> dict[str, Any]:
+    """A sample as arrays by name, in the dtypes that the program takes."""
+    dtypes = {name: entry["dtype"] for name, entry in runner.get_input_details().items()}
+    return {
+        name: tensor.detach().cpu().numpy().astype(dtypes[name])
+        for name, tensor in _inputs(call, sample)
+        if name in dtypes  # what the model does not read is no input there
+    }
 
 
 def _inputs(call: Call, sample: Sample) -> list[tuple[str, Tensor]]:
@@ -201,13 +212,7 @@ def _inputs(call: Call, sample: Sample) -> list[tuple[str, Tensor]]:
 
 def _run(runner: Any, call: Call, sample: Sample) -> list[Tensor]:
     """What the program gives, in the order of the model's outputs."""
-    dtypes = {name: entry["dtype"] for name, entry in runner.get_input_details().items()}
-    given = {
-        name: tensor.detach().cpu().numpy().astype(dtypes[name])
-        for name, tensor in _inputs(call, sample)
-        if name in dtypes  # what the model does not read is no input there
-    }
-    found = runner(**given)
+    found = runner(**inputs_of(runner, call, sample))
     names = call.names[1] or [f"output_{at}" for at in range(len(found))]
     return [torch.from_numpy(np.array(found[name])) for name in names]
 

@@ -58,15 +58,14 @@ def loaded_file(report: ExportReport, call: Call) -> LoadedFile:
     """
     known = {
         ".onnx": _onnx,
-        ".pt2": _pt2,
         ".xml": _openvino,
         ".pte": _executorch,
         ".tflite": _litert,
     }
     path = report.path
-    if report.runtime == COMPILED:
+    if path.suffix == ".pt2":
         with promised(f"{path.name} cannot be loaded"):
-            return _compiled(report, call)
+            return (_compiled if report.runtime == COMPILED else _pt2)(report, call)
     if path.suffix == ".mlpackage":
         raise ExportError("Core ML runs on Apple's systems alone")
     if path.suffix not in known:
@@ -111,44 +110,27 @@ def _onnx(path: Path, call: Call) -> LoadedFile:
     return LoadedFile(lambda: held.run(None, given), kernels)
 
 
-def _pt2(path: Path, call: Call) -> LoadedFile:
+def _pt2(report: ExportReport, call: Call) -> LoadedFile:
     from torchprune.export.pt2 import load_pt2
 
-    program = load_pt2(path)
-    module = program.module()
-
-    def run() -> object:
-        with torch.no_grad():
-            return module(*call.samples[0].args, **call.samples[0].kwargs)
-
-    def kernels() -> Kernels:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU]) as found:
-            run()
-        events = found.events() or []
-        names = [event.name for event in events if "::" in event.name]
-        ours = sum(name == _PACKED for name in names)
-        layers = [
-            str(node.args[1]).removesuffix("_bits").removeprefix("p_").removeprefix("b_")
-            for node in program.graph.nodes
-            if str(node.target).startswith(_PACKED.replace("::", "."))
-        ]
-        return Kernels(layers[:ours], len(names), "torch's profiler")
-
-    return LoadedFile(run, kernels)
-
-
-_PACKED = "torchprune::bitmask_linear"
+    module = load_pt2(report.path).module()
+    return _in_torch(report, call, module, torch.no_grad)
 
 
 def _compiled(report: ExportReport, call: Call) -> LoadedFile:
     package = torch._inductor.aoti_load_package(str(report.path))
+    return _in_torch(report, call, package, torch.inference_mode)
+
+
+def _in_torch(
+    report: ExportReport, call: Call, module: Callable[..., object], mode: Callable[[], Any]
+) -> LoadedFile:
+    """What torch runs, and whose packed products its profiler counts."""
     sample = call.samples[0]
 
     def run() -> object:
-        with torch.inference_mode():
-            return package(*sample.args, **sample.kwargs)
+        with mode():
+            return module(*sample.args, **sample.kwargs)
 
     def kernels() -> Kernels:
         from torch.profiler import ProfilerActivity, profile
@@ -156,10 +138,12 @@ def _compiled(report: ExportReport, call: Call) -> LoadedFile:
         with profile(activities=[ProfilerActivity.CPU]) as found:
             run()
         names = [event.name for event in found.events() or [] if "::" in event.name]
-        ours = sum(name == _PACKED for name in names)
-        return Kernels(report.packed[:ours], len(names), "torch's profiler")
+        return Kernels(report.packed[: names.count(_PACKED)], len(names), "torch's profiler")
 
     return LoadedFile(run, kernels)
+
+
+_PACKED = "torchprune::bitmask_linear"
 
 
 def _openvino(path: Path, call: Call) -> LoadedFile:
@@ -193,11 +177,8 @@ def _executorch(path: Path, call: Call) -> LoadedFile:
 
 
 def _litert(path: Path, call: Call) -> LoadedFile:
-    from ai_edge_litert.interpreter import Interpreter
+    from torchprune.export.litert_model import inputs_of, opened
 
-    interpreter = Interpreter(model_path=str(path), num_threads=torch.get_num_threads())
-    runner = interpreter.get_signature_runner()
-    dtypes = {name: entry["dtype"] for name, entry in runner.get_input_details().items()}
-    named = zip(call.inputs, call.samples[0].tensors, strict=True)
-    given = {n: t.detach().cpu().numpy().astype(dtypes[n]) for n, t in named if n in dtypes}
+    runner = opened(path)
+    given = inputs_of(runner, call, call.samples[0])
     return LoadedFile(lambda: runner(**given), None)

@@ -199,12 +199,15 @@ class Padding:
         if bool(same.all()) and not bool(empty.any()):
             return None
         lays = _laid(known.masks, len(mine))
-        if (lay := _consistent(lays, same, empty)) is not None:
+        lay = _consistent(lays, same, empty)
+        if lay is not None and (bool(same.all()) or 2 * lay.shown(same, empty) > lay.padding):
             return lay.tokens
         if bool(same.all()):
             return None
         far = distances(mine, other)
         near = same | (far <= mine.tolerance)
+        if lay is not None and not bool(near.all()):  # else a token that rounds may look like it
+            return lay.tokens
         if (lay := _consistent(lays, near, empty)) is not None:
             return lay.tokens
         if (lay := _set_apart(lays, far)) is not None:
@@ -289,6 +292,15 @@ class _Lay:
     tokens: Tensor
     items: Tensor
 
+    @property
+    def padding(self) -> int:
+        """How many rows are padding's."""
+        return int((~self.tokens).sum())
+
+    def shown(self, alike: Tensor, empty: Tensor) -> int:
+        """How many of these can be seen to be: they are not alike, or all zeros."""
+        return int((~self.tokens & (empty | ~alike)).sum())
+
     def by_item(self, rows: Tensor) -> Tensor:
         """How many of some rows each item has."""
         count = torch.zeros(int(self.items.max()) + 1, dtype=torch.int64, device=rows.device)
@@ -297,7 +309,7 @@ class _Lay:
     def fit(self, same: Tensor) -> tuple[float, int]:
         """How much of the padding differs, and how many items' tokens do all or not at all."""
         pads = ~self.tokens
-        differing = float((pads & ~same).sum()) / max(1, int(pads.sum()))
+        differing = float((pads & ~same).sum()) / max(1, self.padding)
         count, alike = self.by_item(self.tokens), self.by_item(self.tokens & same)
         return differing, int(((alike == 0) | (alike == count)).sum())
 
@@ -348,8 +360,7 @@ def _consistent(lays: Sequence[_Lay], alike: Tensor, empty: Tensor) -> _Lay | No
     for lay in lays:
         if bool((lay.tokens & ~alike).any()):
             continue
-        pads = ~lay.tokens
-        share = float((pads & (empty | ~alike)).sum()) / max(1, int(pads.sum()))
+        share = lay.shown(alike, empty) / max(1, lay.padding)
         if share > most or (best is None and share == most):
             best, most = lay, share
     return best

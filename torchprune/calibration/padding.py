@@ -212,7 +212,7 @@ class Padding:
             return lay.tokens
         if (lay := _set_apart(lays, far)) is not None:
             return lay.tokens
-        if bool(near.all()) and _as_near(lays, far):  # nothing of padding is read here
+        if bool(near.all()):  # nothing of padding is read here
             return None
         if loose and not lays:  # rows may have come here by other ways, in another order
             alike = same | _found(mine, other)
@@ -376,14 +376,6 @@ def _set_apart(lays: Sequence[_Lay], far: Tensor) -> _Lay | None:
         if gap > most:
             best, most = lay, gap
     return best
-
-
-def _as_near(lays: Sequence[_Lay], far: Tensor) -> bool:
-    """Whether what sets some token's row apart explains the padding's too, however masks lie."""
-    return all(
-        bool(lay.tokens.any()) and bool(far[~lay.tokens].median() <= far[lay.tokens].max())
-        for lay in lays
-    )
 
 
 def _found(mine: Prints, other: Prints) -> Tensor:

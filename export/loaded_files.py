@@ -14,6 +14,7 @@ import torch
 from torchprune.errors import ExportError
 from torchprune.export.aoti import COMPILED
 from torchprune.export.call import Call, prepare, promised
+from torchprune.export.openvino_int8 import SPARSE
 from torchprune.export.written import ExportReport
 
 
@@ -152,6 +153,7 @@ def _openvino(path: Path, call: Call) -> LoadedFile:
     hints = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        **SPARSE,
     }
     compiled = openvino.Core().compile_model(str(path), "CPU", hints)
     arrays = [t.detach().cpu().numpy() for t in call.samples[0].tensors]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +31,12 @@ from torchprune.export.onnx_model import (
     require_onnx,
     save_graph,
 )
-from torchprune.export.written import ExportReport
+from torchprune.export.openvino_int8 import RATE, SPARSE, Quantized, quantize
+from torchprune.export.written import ExportReport, few
 
 _BRINGS = (
     "OpenVINO stores and multiplies zeros like all numbers: neither smaller nor faster. (What it "
-    "does with sparse weights it does on Intel processors with AMX alone.)"
+    "does with sparse weights it does with int8 alone, on Intel processors with AMX.)"
 )
 
 
@@ -44,6 +47,8 @@ def to_openvino(
     *,
     with_cache: bool = False,
     dynamic_shapes: Any = None,
+    int8: bool = False,
+    int8_ignore: Sequence[str] = (),
 ) -> ExportReport:
     """Write a model for OpenVINO with its masks folded, run it there, and compare with torch.
 
@@ -52,6 +57,12 @@ def to_openvino(
         path: of the .xml file; the weights go beside it, in a .bin file. Both replace earlier ones,
             the .bin file first.
         example_inputs, with_cache, dynamic_shapes: as for `to_onnx`, which makes the graph.
+        int8: weights in eight bits, a scale for each output, zeros still zero, and what they are
+            multiplied by too, within the range seen on `example_inputs`: give some that are like
+            what will come (float32 models only). A quarter of the bytes, and products in whole
+            numbers. The report says what it costs, which weights OpenVINO can leave zeros out of
+            where there is AMX, and whether this processor does.
+        int8_ignore: globs over names of weights that stay float32.
 
     Returns:
         sizes, names and differences; print it. The differences are those of OpenVINO's own choice
@@ -61,6 +72,8 @@ def to_openvino(
         MissingExtraError: the extra "openvino" is absent.
         ExportError: as of `to_onnx`. No file is left then.
     """
+    if int8_ignore and not int8:
+        raise ExportError("int8_ignore is for int8=True")
     try:
         import openvino  # noqa: F401
     except ImportError:
@@ -75,12 +88,14 @@ def to_openvino(
         with_cache=with_cache,
         dynamic_shapes=dynamic_shapes,
         vary=True,
-        accept=lambda plain: allowed_of(plain, where="to_openvino"),
+        accept=lambda plain: allowed_of(plain, int8, where="to_openvino"),
     )
-    return holding(call, lambda call: _write(call, target))
+    ignore = tuple(int8_ignore) if int8 else None
+    return holding(call, lambda call: _write(call, target, ignore))
 
 
-def _write(call: Call, target: Path) -> ExportReport:
+def _write(call: Call, target: Path, ignore: tuple[str, ...] | None) -> ExportReport:
+    """Write a call; in eight bits where there is something, if only nothing, to ignore."""
     import openvino
 
     graph, sizes = graph_of(call)
@@ -88,17 +103,24 @@ def _write(call: Call, target: Path) -> ExportReport:
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
         partial = Path(home) / target.name
         save_graph(graph, Path(home) / "model.onnx")
+        quantized: list[Quantized] = []
         with promised("OpenVINO cannot read this graph"):
-            openvino.save_model(
-                openvino.convert_model(Path(home) / "model.onnx"), partial, compress_to_fp16=False
-            )
+            if ignore is None:
+                model = openvino.convert_model(Path(home) / "model.onnx")
+            else:  # where weights still have their names
+                model = openvino.Core().read_model(Path(home) / "model.onnx")
+        if ignore is not None:
+            quantized = quantize(model, [_arrays(sample) for sample in call.samples], ignore)
+        with promised("OpenVINO cannot write this graph"):
+            openvino.save_model(model, partial, compress_to_fp16=False)
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         with promised("OpenVINO cannot compile this graph"):
             seconds, usual = _compiled(partial, {})
             precise = usual if _precision(usual) == "f32" else _compiled(partial, exact)[1]
         inputs = _inputs(precise, call)
-        found = check(call, "OpenVINO", lambda s: _run(precise, s), allowed_of(call.module))
-        brings = _BRINGS
+        allowed = allowed_of(call.module) if ignore is None else float("inf")
+        found = check(call, "OpenVINO", lambda s: _run(precise, s), allowed)
+        brings = _BRINGS if ignore is None else _said(quantized, sparse_layers(partial, call))
         if usual is not precise:
             there = found
             found = check(call, "OpenVINO", lambda s: _run(usual, s), float("inf"))
@@ -129,7 +151,34 @@ def _write(call: Call, target: Path) -> ExportReport:
     )
 
 
-def _compiled(path: Path, options: dict[str, str]) -> tuple[float, Any]:
+def sparse_layers(path: Path, call: Call) -> list[str] | None:
+    """Which products of a file leave zeros out on this processor; None if it has no AMX."""
+    if not torch.cpu.get_capabilities().get("amx_int8"):
+        return None
+    compiled = _compiled(path, {**SPARSE, "PERF_COUNT": True})[1]
+    request = compiled.create_infer_request()
+    request.infer(_arrays(call.samples[0]))
+    return [one.node_name for one in request.profiling_info if "sparse" in one.exec_type.lower()]
+
+
+def _said(quantized: list[Quantized], took: list[str] | None) -> str:
+    """What int8 and zeros bring in OpenVINO."""
+    fit = [one for one in quantized if one.fit]
+    here = (
+        "this one has none, and multiplies zeros"
+        if took is None
+        else f"this one has, and left them out of {len(took)} products ({few(took) or 'none'})"
+    )
+    return (
+        f"{len(quantized)} weights are in int8, and so is what they multiply, within ranges seen "
+        "on the example: measure what it costs. OpenVINO can leave zeros out of what it reads of "
+        f"{len(fit)} of them (sides that are multiples of 64, and {RATE:.0%} zeros or more), on "
+        f"Intel processors with AMX; {here}. No file can ask for it: compile with "
+        f"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE={RATE}."
+    )
+
+
+def _compiled(path: Path, options: dict[str, Any]) -> tuple[float, Any]:
     import openvino
 
     start = time.perf_counter()
@@ -149,5 +198,9 @@ def _inputs(compiled: Any, call: Call) -> list[str]:
 
 
 def _run(compiled: Any, sample: Sample) -> list[Tensor]:
-    found = compiled([t.detach().cpu().numpy() for t in sample.tensors])
+    found = compiled(_arrays(sample))
     return [torch.from_numpy(found[output].copy()) for output in compiled.outputs]
+
+
+def _arrays(sample: Sample) -> list[np.ndarray]:
+    return [t.detach().cpu().numpy() for t in sample.tensors]

@@ -80,7 +80,8 @@ def export(
         bool,
         typer.Option(
             "--int8",
-            help="onnx: quantize products, weights and activations. coreml: round the nonzeros.",
+            help="onnx, openvino: quantize products, weights and activations. coreml: round the "
+            "nonzeros.",
         ),
     ] = False,
     keep_float: Annotated[
@@ -107,8 +108,8 @@ def export(
     ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
     makes the file smaller, not the runtime faster. A packed pt2 is smaller and faster, and needs
     torchprune where it runs. So is a packed aoti package, compiled code for processors like this
-    one, which runs without Python too, with the library that is written beside it. OpenVINO and
-    ExecuTorch gain nothing from zeros. ExecuTorch plans its memory beforehand: its program takes 2
+    one, which runs without Python too, with the library that is written beside it. OpenVINO gains
+    from zeros with --int8 alone, on processors with AMX, and ExecuTorch nothing. It plans its memory beforehand: its program takes 2
     rows of 4 tokens, with the cache after 3 others, and no other sizes; bounds for others are given
     in Python. Core ML stores bits and nonzeros as it runs them: its program takes one token at a
     time, with the last 512 as state, or without a cache texts of up to 512 tokens. LiteRT stores
@@ -125,9 +126,9 @@ def export(
       torchprune export smol-2of4 --to hf --output smol-folded
     """
     with one_line(speech.debug):
-        if (int8 or keep_float) and to not in (Format.onnx, Format.coreml):
+        if (int8 or keep_float) and to not in (Format.onnx, Format.openvino, Format.coreml):
             raise typer.BadParameter(
-                f"--int8 and --keep-float are for --to onnx and coreml, not {to.value}"
+                f"--int8 and --keep-float are for --to onnx, openvino and coreml, not {to.value}"
             )
         if keep_float and not int8:
             raise typer.BadParameter(

@@ -448,6 +448,10 @@ def test_export_writes_an_archive_and_int8(pruned: Path, tmp_path: Path) -> None
         "--keep-float", "*.down_proj.*",
     )  # fmt: skip
     assert "int8 is what is faster" in said
+    said = worked(
+        "export", pruned, "--to", "openvino", "-o", tmp_path / "m.xml", "--int8", "--no-cache",
+    )  # fmt: skip
+    assert "weights are in int8" in said
     assert "for --to onnx" in complaint(
         "export", pruned, "--to", "pt2", "-o", tmp_path / "x.pt2", "--int8", code=2
     )

@@ -109,13 +109,14 @@ def export(
     makes the file smaller, not the runtime faster. A packed pt2 is smaller and faster, and needs
     torchprune where it runs. So is a packed aoti package, compiled code for processors like this
     one, which runs without Python too, with the library that is written beside it. OpenVINO gains
-    from zeros with --int8 alone, on processors with AMX, and ExecuTorch nothing. It plans its memory beforehand: its program takes 2
-    rows of 4 tokens, with the cache after 3 others, and no other sizes; bounds for others are given
-    in Python. Core ML stores bits and nonzeros as it runs them: its program takes one token at a
-    time, with the last 512 as state, or without a cache texts of up to 512 tokens. LiteRT stores
-    nonzeros and their places; its program takes what ExecuTorch's does. --output is a file (.onnx,
-    .pt2 for pt2 and aoti, OpenVINO's .xml, ExecuTorch's .pte, LiteRT's .tflite), and for hf and
-    coreml (.mlpackage) a directory; so it is for an encoder-decoder's three graphs of ONNX.
+    from zeros with --int8 alone, on processors with AMX, and ExecuTorch nothing. It plans its
+    memory beforehand: its program takes 2 rows of 4 tokens, with the cache after 3 others, and no
+    other sizes; bounds for others are given in Python. Core ML stores bits and nonzeros as it runs
+    them: its program takes one token at a time, with the last 512 as state, or without a cache
+    texts of up to 512 tokens. LiteRT stores nonzeros and their places; its program takes what
+    ExecuTorch's does. --output is a file (.onnx, .pt2 for pt2 and aoti, OpenVINO's .xml,
+    ExecuTorch's .pte, LiteRT's .tflite), and for hf and coreml (.mlpackage) a directory; so it is
+    for an encoder-decoder's three graphs of ONNX.
 
     [bold]Examples[/bold]
 

@@ -14,6 +14,7 @@ from torchprune.process import is_the_command
 
 if TYPE_CHECKING or not is_the_command():  # its help needs no torch; it imports what it runs
     from torchprune.calibration.text import text_batches
+    from torchprune.checkpoint.migrate import migrate
     from torchprune.checkpoint.ordinary_saves import teach as _teach
     from torchprune.checkpoint.save_load import load, load_into, save
     from torchprune.errors import TorchpruneError
@@ -92,6 +93,7 @@ __all__ = [
     "load_into",
     "lower",
     "masks",
+    "migrate",
     "peft_ready",
     "perplexity",
     "plan_lowering",

@@ -11,6 +11,7 @@ own profile.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 import warnings
@@ -58,7 +59,7 @@ def main() -> None:
 def row(share: float, rows: int, rounds: int) -> str:
     """Measure one sparsity at one number of rows."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)))
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(WIDTHS)))
     torchprune.sparsify(model, MagnitudeSpec(share), progress=False)
     x = torch.randn(rows, WIDTHS[0])
     with tempfile.TemporaryDirectory() as home:

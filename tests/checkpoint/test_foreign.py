@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,57 @@ def test_masks_and_weights_come_home_bit_for_bit(form: str, tmp_path: Path) -> N
     tokens = FAMILIES["llama"].data()[0]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_directory_of_theirs_becomes_one_of_ours(form: str, tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    write(theirs, form)
+    beside = {"tokenizer.json": b"{}", "chat_template.jinja": b"hello", "vocab.txt": b"a"}
+    for name, held in (beside | {"modeling_own.py": b"raise SystemExit", ".lock": b""}).items():
+        (theirs / name).write_bytes(held)
+    (theirs / "original").mkdir()
+    before, model = contents(theirs), torchprune.load(theirs)
+    torchprune.migrate(theirs, ours)
+    assert contents(theirs) == before
+    found = contents(ours)
+    assert {name: found[name] for name in beside} == beside
+    assert not {"modeling_own.py", ".lock", "original"} & set(found)
+    assert not any("sparsity_config" in held.decode("latin-1") for held in found.values())
+    again = torchprune.load(ours)
+    assert torchprune.masks(again).keys() == torchprune.masks(model).keys()
+    for name, value in again.state_dict().items():
+        assert bits(value) == bits(model.state_dict()[name]), name
+    torchprune.migrate(theirs, ours)  # once more, over it
+    assert contents(ours) == found
+
+
+def test_modules_of_ones_own_are_migrated(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    torch_prune.l1_unstructured(net[0], "weight", 0.5)
+    (tmp_path / "theirs").mkdir()
+    save_file(net.state_dict(), tmp_path / "theirs" / "any.safetensors")
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    torchprune.migrate(tmp_path / "theirs", tmp_path / "ours", model=plain)
+    again = torchprune.load_into(copy.deepcopy(torchprune.fold(plain)), tmp_path / "ours")
+    assert torch.equal(again(torch.ones(1, 8)), net(torch.ones(1, 8)))
+    assert set(torchprune.masks(again)) == {"0.weight"}
+
+
+def test_what_needs_no_migration_and_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    model, _ = write(tmp_path / "theirs", "torch.nn.utils.prune")
+    torchprune.migrate(tmp_path / "theirs", tmp_path / "ours")
+    model.save_pretrained(tmp_path / "dense")
+    for name in ("ours", "dense", "nowhere"):
+        with pytest.raises(CheckpointError, match="no pruned model of another library"):
+            torchprune.migrate(tmp_path / name, tmp_path / "new")
+    for place in (tmp_path / "theirs", tmp_path / "theirs" / "new"):
+        with pytest.raises(CheckpointError, match="name another directory"):
+            torchprune.migrate(tmp_path / "theirs", place)
+    (tmp_path / "theirs" / "secret.txt").symlink_to(tmp_path / "dense" / "config.json")
+    with pytest.raises(CheckpointError, match="leads outside"):
+        torchprune.migrate(tmp_path / "theirs", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_modules_of_ones_own_are_filled_and_stay_as_they_were_after_an_error(

@@ -14,6 +14,12 @@ from torchprune.export.call import Call, Sample, as_call, plain_of, promised, ru
 ENCODER, FIRST, NEXT = "encoder_model", "decoder_model", "decoder_with_past_model"
 """Names of the three graphs, as optimum and transformers.js know them."""
 
+MERGED = "decoder_model_merged"
+"""What the second and the third are called in one."""
+
+SWITCH = "use_cache_branch"
+"""Its input that says whether there is a past: bool, (1,)."""
+
 _PARTS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
 
 _UNUSUAL, _CHECKED = (5, 7, 3, 6), ((1, 4, 1, 1), (3, 9, 2, 4))

@@ -6,11 +6,13 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,14 @@ from torchprune.export.call import (
     reason_of,
     told,
 )
-from torchprune.export.encoder_decoder import is_encoder_decoder, prepare_three
+from torchprune.export.encoder_decoder import (
+    FIRST,
+    MERGED,
+    NEXT,
+    SWITCH,
+    is_encoder_decoder,
+    prepare_three,
+)
 from torchprune.export.output_names import name_outputs
 from torchprune.export.quiet import without_torchvision_notes
 from torchprune.export.written import WEIGHTS, ExportReport, together
@@ -59,6 +68,7 @@ def to_onnx(
     min_sparsity: float = 0.25,
     int8: bool = False,
     int8_ignore: Sequence[str] = (),
+    merged: bool = True,
 ) -> ExportReport:
     """Write a model as ONNX, with its masks folded, and compare ONNX Runtime with torch.
 
@@ -78,9 +88,9 @@ def to_onnx(
             `past_key_values.N.key` and `.value` of shape (batch, heads, past, size), and gives
             `logits` and `present.N.key` and `.value`. The example is then `input_ids`.
             For encoder-decoders (T5, BART, Whisper) `path` is a folder, and the example has what
-            the encoder reads. It gets `encoder_model.onnx`, `decoder_model.onnx` for the first
-            tokens, and `decoder_with_past_model.onnx` for all others, with the names that optimum
-            gives their inputs and outputs, `past_key_values.N.decoder.key` and so on.
+            the encoder reads. It gets `encoder_model.onnx` and `decoder_model_merged.onnx`, with
+            the names that optimum and transformers.js give their inputs and outputs,
+            `past_key_values.N.decoder.key` and so on; see `merged`.
         dynamic_shapes: as for `torch.export.export`; by default the first size of every input
             varies, and the second of integer ones (tokens), where the model runs at other sizes.
             Inputs equally long in the example stay so, unless the model runs only otherwise. With
@@ -92,6 +102,10 @@ def to_onnx(
             affair: it is reported, not judged, so measure what matters to you.
         int8_ignore: globs over names of weights that stay float32, such as "*.down_proj.*", whose
             inputs have outliers in many language models.
+        merged: an encoder-decoder's decoder as one graph, in which `use_cache_branch` says whether
+            there is a past; else as `decoder_model.onnx` for the first tokens, and
+            `decoder_with_past_model.onnx` for all others, for runtimes without branches. Both hold
+            the decoder's weights then.
 
     Returns:
         sizes, names and differences, and which sizes of the inputs are fixed; print it. Of several
@@ -113,7 +127,7 @@ def to_onnx(
     target = Path(path)
     how = (weights == "packed", min_sparsity, int8, int8_ignore)
     if with_cache and is_encoder_decoder(model):
-        return _write_three(model, target, example_inputs, dynamic_shapes, how)
+        return _write_parts(model, target, example_inputs, dynamic_shapes, how, merged)
     call = prepare(
         model,
         example_inputs,
@@ -125,8 +139,13 @@ def to_onnx(
     return holding(call, lambda call: write_onnx(call, target, *how))
 
 
-def _write_three(
-    model: nn.Module, target: Path, example: Any, dynamic_shapes: Any, how: tuple[Any, ...]
+def _write_parts(
+    model: nn.Module,
+    target: Path,
+    example: Any,
+    dynamic_shapes: Any,
+    how: tuple[Any, ...],
+    merged: bool,
 ) -> ExportReport:
     """The graphs of an encoder-decoder, in a folder; all or none."""
     if dynamic_shapes is not None:
@@ -136,10 +155,13 @@ def _write_three(
     calls = prepare_three(model, example, lambda plain: allowed_of(plain, how[2]))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as home:
+        two = [calls.pop(FIRST), calls.pop(NEXT)] if merged else None
         parts = {
             name: write_onnx(call, Path(home) / f"{name}.onnx", *how)
             for name, call in calls.items()
         }
+        if two is not None:
+            parts[MERGED] = _write_merged(two[0], two[1], Path(home) / f"{MERGED}.onnx", *how)
         target.mkdir(exist_ok=True)
         moved = {}
         for name, part in parts.items():
@@ -151,6 +173,11 @@ def _write_three(
                 data.unlink(missing_ok=True)
             beside = None if part.data is None else target / part.data.name
             moved[name] = replace(part, path=target / part.path.name, data=beside)
+        for name in {FIRST, NEXT, MERGED} - moved.keys():  # readers would take these of before
+            old = target / f"{name}.onnx"
+            for file in (old, _data_of(old)):
+                if file is not None:
+                    file.unlink(missing_ok=True)
     return together(target, moved)
 
 
@@ -163,30 +190,83 @@ def write_onnx(
     int8_ignore: Sequence[str] = (),
 ) -> ExportReport:
     """Write a call; see `to_onnx`."""
+    with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
+        graph, sizes = _int8_or_not(call, Path(home), int8, int8_ignore)
+        made = _Made(graph, sizes, int8, [(call, _run)], call.note)
+        return _finish(made, target, Path(home), packing, min_sparsity)
+
+
+def _write_merged(
+    first: Call,
+    after: Call,
+    target: Path,
+    packing: bool,
+    min_sparsity: float,
+    int8: bool,
+    int8_ignore: Sequence[str],
+) -> ExportReport:
+    """Write a decoder's two kinds of steps as one graph."""
+    from torchprune.export.merged_decoder import merge, same_letters
+
+    with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
+        graphs, sizes = zip(
+            *(_int8_or_not(call, Path(home), int8, int8_ignore) for call in (first, after)),
+            strict=True,
+        )
+        checks = [(first, partial(_run_branch, False)), (after, partial(_run_branch, True))]
+        made = _Made(merge(*graphs), same_letters(*sizes), int8, checks)
+        return _finish(made, target, Path(home), packing, min_sparsity)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A graph, what is told of its sizes, and how the calls that it is made of are run by it."""
+
+    graph: Any
+    sizes: dict[str, Any]
+    int8: bool
+    checks: list[tuple[Call, Callable[[Any, Call, Sample], list[Tensor]]]]
+    note: str = ""
+
+
+def _int8_or_not(
+    call: Call, home: Path, int8: bool, int8_ignore: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
     from torchprune.export.int8 import quantize
+
+    graph, sizes = graph_of(call)
+    if int8:
+        graph = quantize(graph, home, int8_ignore, _weights_bytes(graph) > _EXTERNAL)
+    return graph, sizes
+
+
+def _finish(
+    made: _Made, target: Path, home: Path, packing: bool, min_sparsity: float
+) -> ExportReport:
+    """Pack, save, run and compare a graph, and put it in its place."""
     from torchprune.export.packing_pass import pack_initializers
 
-    allowed = allowed_of(call.module, int8)
-    graph, sizes = graph_of(call)
-    with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
-        if int8:
-            graph = quantize(graph, Path(home), int8_ignore, _weights_bytes(graph) > _EXTERNAL)
-            allowed = float("inf")
-        dense = _graph_bytes(graph)
-        packed = pack_initializers(graph, min_sparsity) if packing else []
-        saved = dense - _graph_bytes(graph)
-        partial = Path(home) / target.name
-        data = save_graph(graph, partial)
-        seconds, session = _session(partial)
-        inputs = _inputs(session, call)
-        difference, relative = check(call, "ONNX Runtime", lambda s: _run(session, s), allowed)
-        files = [f for f in (data, partial) if f is not None]
-        total = file_bytes(*files)
-        stale = None if data is not None else _data_of(target)
-        for file in files:
-            file.replace(target.parent / file.name)
-        if stale is not None:
-            stale.unlink(missing_ok=True)
+    graph = made.graph
+    dense = _graph_bytes(graph)
+    packed = pack_initializers(graph, min_sparsity) if packing else []
+    saved = dense - _graph_bytes(graph)
+    written = home / target.name
+    data = save_graph(graph, written)
+    seconds, session = _session(written)
+    inputs = [i.name for i in session.get_inputs()]
+    found = []
+    for call, compute in made.checks:
+        if len(made.checks) == 1:
+            check_inputs(inputs, call)
+        allowed = float("inf") if made.int8 else allowed_of(call.module)
+        found.append(check(call, "ONNX Runtime", lambda s: compute(session, call, s), allowed))  # noqa: B023
+    files = [f for f in (data, written) if f is not None]
+    total = file_bytes(*files)
+    stale = None if data is not None else _data_of(target)
+    for file in files:
+        file.replace(target.parent / file.name)
+    if stale is not None:
+        stale.unlink(missing_ok=True)
     return ExportReport(
         path=target,
         data=None if data is None else target.parent / data.name,
@@ -194,14 +274,14 @@ def write_onnx(
         bytes=total,
         dense_bytes=total + saved,
         packed=[p.name for p in packed],
-        difference=difference,
-        relative=relative,
+        difference=max(difference for difference, _ in found),
+        relative=max(relative for _, relative in found),
         load_seconds=seconds,
-        brings=_BRINGS + (_INT8 if int8 else ""),
+        brings=_BRINGS + (_INT8 if made.int8 else ""),
         inputs=inputs,
         outputs=[o.name for o in session.get_outputs()],
-        **sizes,
-        note=call.note,
+        **made.sizes,
+        note=made.note,
     )
 
 
@@ -323,12 +403,6 @@ def _session(path: Path) -> tuple[float, Any]:
     return time.perf_counter() - start, made
 
 
-def _inputs(session: Any, call: Call) -> list[str]:
-    inputs = [i.name for i in session.get_inputs()]
-    check_inputs(inputs, call)
-    return inputs
-
-
 def check_inputs(inputs: Sequence[str], call: Call) -> None:
     """Refuse a graph that lost inputs.
 
@@ -342,7 +416,24 @@ def check_inputs(inputs: Sequence[str], call: Call) -> None:
         )
 
 
-def _run(session: Any, sample: Sample) -> list[Tensor]:
+def _run(session: Any, _: Call, sample: Sample) -> list[Tensor]:
     names = [i.name for i in session.get_inputs()]
     arrays = [t.detach().cpu().numpy() for t in sample.tensors]
-    return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, arrays, strict=True)))]
+    return _outputs(session, None, dict(zip(names, arrays, strict=True)))
+
+
+def _run_branch(past: bool, session: Any, call: Call, sample: Sample) -> list[Tensor]:
+    """One of a merged decoder's steps; what only the other reads is ones of any size."""
+    given = {SWITCH: np.array([past])}
+    for value in session.get_inputs():
+        if value.name != SWITCH:
+            dtype = np.float32 if value.type == "tensor(float)" else np.float16
+            shape = [size if isinstance(size, int) else 1 for size in value.shape]
+            given[value.name] = np.ones(shape, np.int64 if "int" in value.type else dtype)
+    names, outputs = call.names
+    arrays = [t.detach().cpu().numpy() for t in sample.tensors]
+    return _outputs(session, outputs, given | dict(zip(names or [], arrays, strict=True)))
+
+
+def _outputs(session: Any, names: list[str] | None, given: dict[str, Any]) -> list[Tensor]:
+    return [torch.from_numpy(y) for y in session.run(names, given)]

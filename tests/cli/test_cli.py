@@ -490,18 +490,18 @@ def test_export_writes_core_ml_with_the_past_as_state(pruned: Path, tmp_path: Pa
     assert "input_ids (1, a)" in said
 
 
-def test_export_writes_an_encoder_decoder_as_three_graphs_or_one(tmp_path: Path) -> None:
+def test_export_writes_an_encoder_decoder_as_two_graphs_or_one(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
     config = T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)
     torchprune.save(T5ForConditionalGeneration(config), tmp_path / "t5")
     call_of = ("export", tmp_path / "t5", "--to", "onnx", "--output")
-    figures = json.loads(worked(*call_of, tmp_path / "three", "--json"))
-    names = {path.name for path in (tmp_path / "three").iterdir()}
+    figures = json.loads(worked(*call_of, tmp_path / "two", "--json"))
+    names = {path.name for path in (tmp_path / "two").iterdir()}
     assert names == {f"{name}.onnx" for name in figures["parts"]}
-    assert {"encoder_model.onnx", "decoder_with_past_model.onnx"} < names
-    assert "three graphs in a directory" in complaint(*call_of, tmp_path / "m.onnx")
+    assert names == {"encoder_model.onnx", "decoder_model_merged.onnx"}
+    assert "two graphs in a directory" in complaint(*call_of, tmp_path / "m.onnx")
     said = worked(*call_of, tmp_path / "m.onnx", "--no-cache")
     assert "inputs: input_ids, decoder_input_ids" in said
     assert "saved as one of .onnx" in complaint(*call_of, tmp_path / "no", "--no-cache")

@@ -19,6 +19,7 @@ from torchprune.errors import ExportError
 from torchprune.export import to_onnx
 
 ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # while exporting, of third parties
 
@@ -82,61 +83,103 @@ def source(name: str) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def session(path: Path) -> Any:
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
 def written(folder: Path, given: dict[str, Tensor], start: int, count: int) -> list[list[int]]:
-    """Greedy texts by the three graphs: the source once, then token by token."""
-    encoder, first, after = (
-        ort.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        for name in ("encoder_model", "decoder_model", "decoder_with_past_model")
-    )
+    """Greedy texts by the graphs: the source once, then token by token."""
+    encoder = session(folder / "encoder_model.onnx")
+    merged = folder / "decoder_model_merged.onnx"
+    if merged.exists():
+        first = after = session(merged)
+    else:
+        first, after = (
+            session(folder / f"{name}.onnx")
+            for name in ("decoder_model", "decoder_with_past_model")
+        )
     arrays = {name: tensor.numpy() for name, tensor in given.items()}
     (states,) = encoder.run(["last_hidden_state"], arrays)
     ids = np.full((len(states), 1), start)
-    held = {"encoder_hidden_states": states}
+    held = {"encoder_hidden_states": states, "use_cache_branch": np.array([False])}
     if "attention_mask" in arrays:
         held["encoder_attention_mask"] = arrays["attention_mask"]
-    text, session = ids, first
+    for value in after.get_inputs():  # before there is a past, what transformers.js gives for one
+        if value.name.startswith("past_key_values"):
+            shape = [size if isinstance(size, int) else 0 for size in value.shape]
+            held[value.name] = np.zeros(shape, np.float32)
+    text, decoder = ids, first
     for _ in range(count):
-        wanted = [i.name for i in session.get_inputs()]
+        wanted = [i.name for i in decoder.get_inputs()]
         feeds = {name: {**held, "input_ids": ids}[name] for name in wanted}
         found = dict(
-            zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True)
+            zip([o.name for o in decoder.get_outputs()], decoder.run(None, feeds), strict=True)
         )
         ids = found.pop("logits")[:, -1:].argmax(-1)
         text = np.concatenate([text, ids], 1)
         held |= {k.replace("present", "past_key_values"): v for k, v in found.items()}
-        session = after
+        held["use_cache_branch"] = np.array([True])
+        decoder = after
     return text.tolist()
 
 
-@pytest.mark.parametrize("name", sample(MODELS, "t5"))
-def test_texts_are_those_of_generate(name: str, tmp_path: Path) -> None:
+def greedy(model: Any, given: dict[str, Tensor]) -> list[list[int]]:
     from transformers import GenerationMixin
 
+    found: Any = GenerationMixin.generate(
+        model, **given, max_new_tokens=9, min_new_tokens=9, do_sample=False, eos_token_id=None
+    )
+    return found.tolist()
+
+
+@pytest.mark.parametrize("name", sample(MODELS, "bart"))
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "apart"])
+def test_texts_are_those_of_generate(name: str, merged: bool, tmp_path: Path) -> None:
     model, given = made(name), source(name)
     start = model.config.decoder_start_token_id
-    expected = GenerationMixin.generate(
-        model, **given, max_new_tokens=9, min_new_tokens=9, do_sample=False, eos_token_id=None
-    ).tolist()
-    report = to_onnx(
-        model, tmp_path / "graphs", {k: v[:2] for k, v in given.items()}, with_cache=True
-    )
-    names = ["decoder_model.onnx", "decoder_with_past_model.onnx", "encoder_model.onnx"]
+    expected = greedy(model, given)
+    example = {k: v[:2] for k, v in given.items()}
+    (tmp_path / "graphs").mkdir()
+    for former in ("decoder_model", "decoder_with_past_model", "decoder_model_merged"):
+        (tmp_path / "graphs" / f"{former}.onnx").write_bytes(b"of an earlier model")
+    report = to_onnx(model, tmp_path / "graphs", example, with_cache=True, merged=merged)
+    decoders = ["decoder_model_merged"] if merged else ["decoder_model", "decoder_with_past_model"]
+    names = [f"{decoder}.onnx" for decoder in (*decoders, "encoder_model")]
     assert sorted(p.name for p in report.path.iterdir()) == names
     assert report.bytes == sum(p.stat().st_size for p in report.path.iterdir())
     assert report.packed
     assert not report.unmoved
-    first, after = (report.parts[name] for name in ("decoder_model", "decoder_with_past_model"))
+    first, after = report.parts[decoders[0]], report.parts[decoders[-1]]
     mask = [] if name == "whisper" else ["encoder_attention_mask"]
-    assert first.inputs == [*mask, "input_ids", "encoder_hidden_states"]
     kinds = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
     parts = [f"{i}.{kind}" for i in range(LAYERS[name]) for kind in kinds]
+    past = [f"past_key_values.{part}" for part in parts]
+    if merged:
+        both = [*mask, "input_ids", "encoder_hidden_states", *past, "use_cache_branch"]
+        assert first.inputs == both
+        assert first.sizes.keys() == set(both) - {"use_cache_branch"}
+        assert first.sizes["encoder_hidden_states"][0] == first.sizes["input_ids"][0]
+    else:
+        assert first.inputs == [*mask, "input_ids", "encoder_hidden_states"]
+        assert after.inputs == [*mask, "input_ids", *past]
+        assert after.outputs == ["logits", *(f"present.{p}" for p in parts if "decoder" in p)]
     assert first.outputs == ["logits", *(f"present.{part}" for part in parts)]
-    assert after.inputs == [*mask, "input_ids", *(f"past_key_values.{part}" for part in parts)]
-    assert after.outputs == ["logits", *(f"present.{p}" for p in parts if "decoder" in p)]
     assert written(report.path, given, start, 9) == expected
     if name != "whisper":  # a source of another length
         alone = {k: v[1:2, :5] for k, v in given.items()}
         assert written(report.path, alone, start, 9) == expected[1:2]
+
+
+def test_a_merged_decoder_holds_its_weights_once(tmp_path: Path) -> None:
+    model, given = made("bart"), source("bart")
+    report = to_onnx(model, tmp_path / "graphs", given, with_cache=True, int8=True)
+    decoder = report.parts["decoder_model_merged"]
+    held = onnx.load(decoder.path).graph.initializer
+    large = [value.raw_data for value in held if len(value.raw_data) > 256]
+    assert len(large) > 8
+    assert len(large) == len(set(large))
+    texts = written(report.path, given, model.config.decoder_start_token_id, 9)
+    assert [len(text) for text in texts] == [10] * 3
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def export(
     texts of up to 512 tokens. LiteRT stores nonzeros and their places; its program takes what
     ExecuTorch's does. --output is a file (.onnx, .pt2 for pt2 and aoti, OpenVINO's .xml,
     ExecuTorch's .pte, LiteRT's .tflite), and for hf and coreml (.mlpackage) a directory; so it is
-    for an encoder-decoder's three graphs of ONNX.
+    for an encoder-decoder's graphs of ONNX.
 
     [bold]Examples[/bold]
 
@@ -142,7 +142,7 @@ def export(
                 "`torchprune profile` measures a model in torch",
                 param_hint="--measure",
             )
-        if to is Format.onnx and cache and not output.suffix:  # three graphs, of some models
+        if to is Format.onnx and cache and not output.suffix:  # several graphs, of some models
             check_place(output, directory=True)
         elif to in _SUFFIXES:
             package = to is Format.coreml
@@ -155,7 +155,7 @@ def export(
         net = loader.model(model)
         writers = import_module("torchprune.export")
         if to is Format.onnx:
-            _check_three(output, three=cache and _is_encoder_decoder(net))
+            _check_several(output, several=cache and _is_encoder_decoder(net))
         if to is Format.hf:
             tokenizer = loader.tokenizer(model, required=False)
             writers.to_hf(net, output, tokenizer=with_memory(tokenizer, model))
@@ -188,17 +188,17 @@ def _is_encoder_decoder(net: Any) -> bool:
     return found
 
 
-def _check_three(output: Path, *, three: bool) -> None:
+def _check_several(output: Path, *, several: bool) -> None:
     """
     Raises:
-        InputError: a file is named for three graphs, or a directory for one.
+        InputError: a file is named for several graphs, or a directory for one.
     """
-    if three and output.suffix:
+    if several and output.suffix:
         raise InputError(
-            f"{output}: an encoder-decoder with its cache is three graphs in a directory; name it "
+            f"{output}: an encoder-decoder with its cache is two graphs in a directory; name it "
             f"without {output.suffix}, or export with --no-cache"
         )
-    if not three and not output.suffix:
+    if not several and not output.suffix:
         raise InputError(f"{output}: what onnx reads is saved as one of .onnx")
 
 

@@ -18,6 +18,10 @@ PAST = 3
 _BATCH, _NEW, _SEEN = "batch", "new", "seen"
 """What a size of a step counts: rows, new tokens, past and new tokens."""
 
+_ROWS, _LENGTH, _TOTAL = "batch_size", "sequence_length", "total_sequence_length"
+_BEFORE = "past_sequence_length"
+"""What optimum and transformers.js call these sizes, and that of the past."""
+
 _STEPS = (3, 4, 6), (2, 5, 8)
 """Batch, past and new of two steps that tell which is which."""
 
@@ -99,6 +103,15 @@ class CachedModel(nn.Module):
             ["input_ids", "attention_mask", *self.prepared, *past],
             ["logits", *(f"present.{part}" for part in parts)],
         )
+
+    def size_names(self) -> list[dict[int, str]]:
+        """What the axes of every input count, as is usual for such graphs."""
+        usual = {_BATCH: _ROWS, _NEW: _LENGTH, _SEEN: _TOTAL}
+        prepared = [
+            {axis: usual[role] for axis, role in roles.items()} for roles in self.prepared.values()
+        ]
+        past = [{0: _ROWS, 2: _BEFORE}] * (2 * len(self.layers))
+        return [{0: _ROWS, 1: _LENGTH}, {0: _ROWS, 1: _TOTAL}, *prepared, *past]
 
     def dynamic_shapes(self, given: Any) -> tuple[Any, ...]:
         """Those given for (input_ids, attention_mask, past), or batch, new tokens and past vary.

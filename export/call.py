@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from torchprune.errors import ExportError, TorchpruneError
 from torchprune.export import written
 from torchprune.export.cached import PAST, CachedModel
+from torchprune.export.graph_names import output_names
 from torchprune.export.hf import folded_copy
-from torchprune.export.output_names import output_names
 from torchprune.export.sizes import Shapes, asked_of, measure, varies
 from torchprune.export.written import few, tensors_of
 from torchprune.lowering.lower import TARGETS, lift_forms
@@ -57,6 +57,7 @@ class Call:
         inputs: names of the tensors among the inputs, flat.
         wanted: for each of them the axes that were to vary.
         names: those of the graph's inputs and outputs, where the format has names.
+        size_names: for each input what its axes count, where formats have usual names for it.
         retreat: the same call with all sizes fixed, for when it does not hold at others.
         note: why it is that one, if it is.
     """
@@ -69,6 +70,7 @@ class Call:
     inputs: list[str]
     wanted: list[set[int]]
     names: tuple[list[str] | None, list[str] | None] = (None, None)
+    size_names: list[dict[int, str]] = field(default_factory=list)
     retreat: Call | None = None
     note: str = ""
 
@@ -332,6 +334,7 @@ def _cached(cached: CachedModel, tokens: Tensor, dynamic_shapes: Any, vary: bool
             {axis for axis in range(t.dim()) if varies(asked_of(dims, axis))}
             for t, dims in zip(made.tensors, cached.flat(shapes), strict=True)
         ],
+        size_names=cached.size_names(),
     )
 
 

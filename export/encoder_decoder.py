@@ -140,6 +140,11 @@ def _calls_of(model: Any, example: Tensor) -> dict[str, Call]:
     tokens: dict[int, Any] = {0: auto, 1: auto}
     keys = {0: auto, 2: auto} if text else row
     pasts = [{0: auto, 2: auto} if at % 4 < 2 else keys for at in range(len(past))]
+    rows, new, length = "batch_size", "decoder_sequence_length", "encoder_sequence_length"
+    before = {0: rows, 2: "past_decoder_sequence_length"}
+    sourced, named = {0: rows, 1: length}, [{0: rows, 1: new}]
+    masks = [sourced] if text else []
+    kept = [before if at % 4 < 2 else {0: rows, 2: length} for at in range(len(past))]
     masked = {"encoder_attention_mask": tokens} if text else {}
     states = {"encoder_hidden_states": tokens if text else row}
 
@@ -160,13 +165,21 @@ def _calls_of(model: Any, example: Tensor) -> dict[str, Call]:
     names = (list(encoded), ["last_hidden_state"])
     none = () if text else (None,)
     return {
-        ENCODER: _call(encoder, [a[0] for a in args], names, tuple(encoded.values()), encoded),
+        ENCODER: _call(
+            encoder,
+            [a[0] for a in args],
+            names,
+            tuple(encoded.values()),
+            encoded,
+            [sourced if text else {0: rows}, *masks],
+        ),
         FIRST: _call(
             first,
             [a[1] for a in args],
             ([*masked, "input_ids", *states], ["logits", *(f"present.{name}" for name in past)]),
             (*none, *masked.values(), tokens, *states.values()),
             {**masked, "input_ids": tokens, **states},
+            [*masks, *named, sourced if text else {0: rows}],
         ),
         NEXT: _call(
             after,
@@ -174,6 +187,7 @@ def _calls_of(model: Any, example: Tensor) -> dict[str, Call]:
             ([*masked, "input_ids", *(f"past_key_values.{n}" for n in past)], ["logits", *own]),
             (*none, *masked.values(), tokens, pasts),
             {**masked, "input_ids": tokens, **dict(zip(past, pasts, strict=True))},
+            [*masks, *named, *kept],
         ),
     }
 
@@ -213,6 +227,7 @@ def _call(
     names: tuple[list[str], list[str]],
     shapes: tuple[Any, ...],
     wanted: Mapping[str, Mapping[int, Any]],
+    size_names: list[dict[int, str]],
 ) -> Call:
     samples = [Sample(one, {}, run(module, one, {})) for one in args]
     return Call(
@@ -224,6 +239,7 @@ def _call(
         inputs=names[0],
         wanted=[set(dims) for dims in wanted.values()],
         names=names,
+        size_names=size_names,
     )
 
 

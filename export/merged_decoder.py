@@ -36,7 +36,8 @@ def merge(first: ir.Model, after: ir.Model) -> ir.Model:
             inputs.setdefault(str(value.name), _like(value, str(value.name)))
     weights = _Weights()
     names = [str(value.name) for value in first.graph.outputs]
-    shapes = [_like(value, str(value.name)) for value in first.graph.outputs]
+    longer = {str(value.name): value for value in (*first.graph.outputs, *after.graph.outputs)}
+    shapes = [_like(longer[name], name) for name in names]
     branches = {
         "then_branch": _branch(after.graph, "with_past", inputs, weights, names),
         "else_branch": _branch(first.graph, "no_past", inputs, weights, names),

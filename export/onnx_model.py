@@ -40,7 +40,7 @@ from torchprune.export.encoder_decoder import (
     is_encoder_decoder,
     prepare_three,
 )
-from torchprune.export.output_names import name_outputs
+from torchprune.export.graph_names import name_outputs, name_sizes
 from torchprune.export.quiet import without_torchvision_notes
 from torchprune.export.written import WEIGHTS, ExportReport, together
 
@@ -299,6 +299,7 @@ def graph_of(call: Call) -> tuple[Any, dict[str, Any]]:
     with promised("the graph could not be simplified"):
         simplify(program.model)
         name_outputs(program.model.graph, call.names[1])
+        name_sizes(program.model.graph, call.size_names)
     return program.model, sizes
 
 

@@ -165,6 +165,7 @@ def test_so_they_do_in_onnx_runtime(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
     from decoding import no_past, step_inputs
@@ -180,6 +181,15 @@ def test_so_they_do_in_onnx_runtime(
         "input_ids", "attention_mask", "position_ids", "past_key_values.0.key",
     ]  # fmt: skip
     assert report.outputs[:3] == ["logits", "present.0.key", "present.0.value"]
+    graph = onnx.load(report.path, load_external_data=False).graph
+    sizes = {
+        value.name: [size.dim_param for size in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert sizes["input_ids"] == ["batch_size", "sequence_length"]
+    assert sizes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert sizes["past_key_values.0.key"] == ["batch_size", "", "past_sequence_length", ""]
+    assert sizes["present.0.key"][2] == "past_sequence_length + sequence_length"
     session = ort.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
 
     def step(ids: Tensor, mask: Tensor, _: Any, past: list[Any]) -> tuple[Tensor, list[Any]]:

@@ -154,6 +154,12 @@ def test_texts_are_those_of_generate(name: str, merged: bool, tmp_path: Path) ->
     kinds = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
     parts = [f"{i}.{kind}" for i in range(LAYERS[name]) for kind in kinds]
     past = [f"past_key_values.{part}" for part in parts]
+    sizes = {
+        value.name: [size.dim_param for size in value.type.tensor_type.shape.dim]
+        for value in onnx.load(after.path).graph.input
+    }
+    assert sizes["input_ids"] == ["batch_size", "decoder_sequence_length"]
+    assert sizes[past[0]] == ["batch_size", "", "past_decoder_sequence_length", ""]
     if merged:
         both = [*mask, "input_ids", "encoder_hidden_states", *past, "use_cache_branch"]
         assert first.inputs == both

@@ -20,7 +20,7 @@ import torchprune
 from torchprune import MagnitudeSpec, export
 from torchprune.errors import ExportError
 from torchprune.export import onnx_model, openvino_model
-from torchprune.export.output_names import output_names
+from torchprune.export.graph_names import output_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # while exporting, of third parties
 

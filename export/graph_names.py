@@ -1,8 +1,9 @@
-"""Names of a graph's outputs: those that the model gives them."""
+"""Names of a graph's outputs and sizes: those that the model gives them, and usual ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -74,3 +75,29 @@ def name_outputs(graph: Any, names: Sequence[str] | None) -> None:
         value.name = f"torchprune output {place}"
     for value, name in zip(graph.outputs, wanted, strict=True):
         value.name = name
+
+
+def name_sizes(graph: Any, names: Sequence[Mapping[int, str]]) -> None:
+    """Give the sizes of an `onnx_ir` graph that vary their names, in place, everywhere.
+
+    Args:
+        names: for each input, what its axes count; sums of these are named alike.
+    """
+    import onnx_ir as ir
+
+    known: dict[str, str] = {}
+    for value, axes in zip(graph.inputs, names, strict=False):
+        for axis, name in axes.items():
+            size = value.shape[axis]
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                known.setdefault(str(size.value), name)
+
+    def named(size: Any) -> Any:
+        said = None if isinstance(size, int) else size.value
+        if said is None:
+            return size
+        return re.sub(r"[A-Za-z_]\w*", lambda found: known.get(found[0], found[0]), str(said))
+
+    for value in (*graph.inputs, *(out for node in graph for out in node.outputs)):
+        if known and value.shape is not None:
+            value.shape = ir.Shape([named(size) for size in value.shape])

@@ -221,12 +221,13 @@ def check(
     runtime: str,
     compute: Callable[[Sample], list[Tensor]],
     allowed: float,
-    more: Callable[[Sample], float] = lambda _: 0.0,
+    more: Callable[[Sample, list[Tensor]], float] = lambda *_: 0.0,
 ) -> tuple[float, float]:
     """Compare a runtime with the model at every sample; see `written.compare`.
 
     Args:
-        more: what is allowed of a sample instead, where that is more; asked only if it matters.
+        more: what is allowed of a sample and these outputs instead, where that is more; asked only
+            if it matters.
 
     Returns:
         largest absolute difference, and the largest of those relative to a sample's outputs.
@@ -244,7 +245,9 @@ def check(
             try:
                 found = written.compare(sample.outputs, outputs, allowed)
             except ExportError:
-                found = written.compare(sample.outputs, outputs, max(allowed, more(sample)))
+                found = written.compare(
+                    sample.outputs, outputs, max(allowed, more(sample, outputs))
+                )
         except ExportError as error:
             raise kind(f"{error}{where}") from error
         except Exception as error:

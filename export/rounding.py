@@ -16,23 +16,29 @@ _TIMES = 3
 """Two programs that round otherwise are each as far from float32, and some samples are worse."""
 
 
-def rounding_of(call: Call) -> Callable[[Sample], float]:
-    """What a sample's outputs may differ by if they are summed and rounded in another order.
+def rounding_of(call: Call) -> Callable[[Sample, list[Tensor]], float]:
+    """What a program's outputs of a sample may differ by from the model's, if all that it does is to
+    sum and round in another order.
 
-    Relative to the largest output: three times what the model's own dtype makes of it, and 0 where
+    Relative to the largest output: three times what the model's own dtype makes of it. So far may
+    the program be from float32 too: then nothing is asked of how far it is from the model. 0 where
     that cannot be told, because the model is not of half precision or does not run in float32.
     """
     kinds = {t.dtype for t in (*call.module.parameters(), *call.module.buffers())}
     half = bool(kinds & {torch.float16, torch.bfloat16})
 
-    def allowed(sample: Sample) -> float:
+    def allowed(sample: Sample, outputs: list[Tensor]) -> float:
         if not half:
             return 0.0
         try:
             wide = copy.deepcopy(call.module).float()
             args, kwargs = pytree.tree_map_only(Tensor, _widened, (sample.args, sample.kwargs))
-            outputs = run(wide, args, kwargs)
-            return _TIMES * written.compare(outputs, sample.outputs, float("inf"))[1]
+            exact = run(wide, args, kwargs)
+            own, theirs = (
+                written.compare(exact, found, float("inf"))[1]
+                for found in (sample.outputs, outputs)
+            )
+            return float("inf") if theirs <= _TIMES * own else _TIMES * own
         except Exception:  # whatever a model raises that computes in one dtype alone
             return 0.0
 

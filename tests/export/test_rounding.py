@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -56,8 +57,26 @@ def test_less_rounding_is_no_mistake(dtype: torch.dtype) -> None:
         check(call, "it", wrong, 1e-3, rounding_of(call))
 
 
+def test_a_model_that_rounds_luckily_is_no_measure() -> None:
+    """The program is on the other side of float32, and not much farther from it than the model."""
+    call = call_of(Cancels(), torch.bfloat16)
+    wide = copy.deepcopy(call.module).float()
+
+    def apart(times: float) -> Any:
+        def run(sample: Sample) -> list[Tensor]:
+            exact = wide(sample.args[0].float()).detach()
+            return [exact + times * (exact - sample.outputs[0].float())]
+
+        return run
+
+    check(call, "it", apart(2.9), 1e-3, rounding_of(call))
+    with pytest.raises(ExportError, match="computes otherwise"):
+        check(call, "it", apart(3.1), 1e-3, rounding_of(call))
+
+
 def test_nothing_is_allowed_where_it_cannot_be_told() -> None:
     for model, dtype in ((Cancels(), torch.float32), (Strict(), torch.bfloat16)):
         call = call_of(model, dtype)
-        assert rounding_of(call)(call.samples[0]) == 0.0
+        sample = call.samples[0]
+        assert rounding_of(call)(sample, sample.outputs) == 0.0
         assert all(p.dtype == dtype for p in call.module.parameters())

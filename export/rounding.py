@@ -17,8 +17,7 @@ _TIMES = 3
 
 
 def rounding_of(call: Call) -> Callable[[Sample, list[Tensor]], float]:
-    """What a program's outputs of a sample may differ by from the model's, if all that it does is to
-    sum and round in another order.
+    """What a program's outputs may differ by from a model's if it only rounds in another order.
 
     Relative to the largest output: three times what the model's own dtype makes of it. So far may
     the program be from float32 too: then nothing is asked of how far it is from the model. 0 where

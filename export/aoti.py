@@ -16,19 +16,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from torchprune.errors import ExportError
-from torchprune.export.call import (
-    Call,
-    SizesError,
-    check,
-    file_bytes,
-    folder_of,
-    holding,
-    prepare,
-    prepare_program,
-    promised,
-    reason_of,
-    told,
-)
+from torchprune.export.call import Call, file_bytes, folder_of, prepare, prepare_program
+from torchprune.export.judged import check, holding, told
+from torchprune.export.promises import SizesError, promised, reason_of
 from torchprune.export.pt2 import check_choices, check_plain, exported, slim
 from torchprune.export.rounding import rounding_of
 from torchprune.export.written import ExportReport, tensors_of

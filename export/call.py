@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,23 +14,20 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from torchprune.errors import ExportError, TorchpruneError
+from torchprune.errors import ExportError
 from torchprune.export import written
 from torchprune.export.cached import PAST, CachedModel
 from torchprune.export.graph_names import output_names
 from torchprune.export.hf import folded_copy
+from torchprune.export.promises import promised, reason_of
 from torchprune.export.sizes import Shapes, asked_of, measure, varies
-from torchprune.export.written import few, tensors_of
+from torchprune.export.written import tensors_of
 from torchprune.lowering.lower import TARGETS, lift_forms
 
 T = TypeVar("T")
 
 _UNUSUAL, _CHECKED = ((5, 7, 11), (2, 3, 4)), ((1, 0, 1), (3, 9, 1), (2, 0, 5))
 """Batch, past and new tokens of a step: to export with (the first that works), to check at."""
-
-
-class SizesError(ExportError):
-    """A model could not be exported with sizes that vary, or computes otherwise at some."""
 
 
 @dataclass(frozen=True)
@@ -174,108 +170,9 @@ def _measured(
     )
 
 
-def holding(call: Call, write: Callable[[Call], T]) -> T:
-    """Write a call, or, where it does not hold at other sizes than the example's, at those alone.
-
-    Sizes that a user asked for are not given up: then it is an error.
-    """
-    try:
-        return write(call)
-    except SizesError as error:
-        if call.retreat is None:
-            raise
-        return write(replace(call.retreat, note=str(error)))
-
-
-def admit(program: ExportedProgram, call: Call) -> None:
-    """Let a program take the sizes that it will be checked at.
-
-    torch bounds a sum of sizes by the sum of their bounds, and takes each for two or more.
-    """
-    values = written.input_values(program)
-    for at, value in enumerate(values):
-        shape: tuple[Any, ...] = tuple(value.shape)
-        for axis, size in enumerate(shape):
-            known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
-            least = min(sample.tensors[at].shape[axis] for sample in call.samples)
-            if known is not None and least < known.lower:
-                program.range_constraints[size.node.expr] = type(known)(least, known.upper)
-
-
-def told(program: ExportedProgram, call: Call) -> dict[str, Any]:
-    """What a report says of sizes; see `written.sizes_of`.
-
-    Raises:
-        SizesError: one is fixed, and not at the example's.
-    """
-    found = written.sizes_of(program, call.inputs, call.wanted)
-    for tensor, (name, sizes) in zip(call.samples[0].tensors, found["sizes"].items(), strict=True):
-        for axis, size in enumerate(sizes):
-            if isinstance(size, int) and size != tensor.shape[axis]:
-                raise SizesError(f"torch could not let axis {axis} of {name} vary in this model")
-    return found
-
-
-def check(
-    call: Call,
-    runtime: str,
-    compute: Callable[[Sample], list[Tensor]],
-    allowed: float,
-    more: Callable[[Sample, list[Tensor]], float] = lambda *_: 0.0,
-) -> tuple[float, float]:
-    """Compare a runtime with the model at every sample; see `written.compare`.
-
-    Args:
-        more: what is allowed of a sample and these outputs instead, where that is more; asked only
-            if it matters.
-
-    Returns:
-        largest absolute difference, and the largest of those relative to a sample's outputs.
-
-    Raises:
-        ExportError: it computes otherwise or not at all for the example.
-        SizesError: the same at other sizes.
-    """
-    worst = [0.0, 0.0]
-    for sample in call.samples:
-        kind = ExportError if sample is call.samples[0] else SizesError
-        where = "" if kind is ExportError else f" for {_shapes(call, sample)}"
-        try:
-            outputs = compute(sample)
-            try:
-                found = written.compare(sample.outputs, outputs, allowed)
-            except ExportError:
-                found = written.compare(
-                    sample.outputs, outputs, max(allowed, more(sample, outputs))
-                )
-        except ExportError as error:
-            raise kind(f"{error}{where}") from error
-        except Exception as error:
-            raise kind(
-                f"{runtime} fails{where}: {reason_of(error)}; nothing was written"
-            ) from error
-        worst = [max(pair) for pair in zip(worst, found, strict=True)]
-    return worst[0], worst[1]
-
-
 def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that a model gives; the inputs and its buffers stay as they were."""
     return tensors_of(_outputs(module, args, kwargs))
-
-
-@contextmanager
-def promised(what: str) -> Iterator[None]:
-    """Have whatever another library raises, at whichever of its steps, be an ExportError.
-
-    Args:
-        what: cannot be done then.
-    """
-    try:
-        yield
-    except (TorchpruneError, OSError):
-        raise
-    except Exception as error:
-        raise ExportError(f"{what}: {reason_of(error)}; nothing was written") from error
 
 
 def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -341,23 +238,6 @@ def _cached(cached: CachedModel, tokens: Tensor, dynamic_shapes: Any, vary: bool
     )
 
 
-def dtype_of(model: nn.Module, accepted: Sequence[torch.dtype], where: str) -> torch.dtype:
-    """The dtype of all floating parameters.
-
-    Raises:
-        ExportError: there are several, or one that is not accepted.
-    """
-    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if len(found) != 1 or not found <= set(accepted):
-        known = [str(dtype).removeprefix("torch.") for dtype in accepted]
-        raise ExportError(
-            f"{where} writes models whose floating parameters are all {' or all '.join(known)}, "
-            f"got {', '.join(sorted(str(d) for d in found)) or 'none'}: model.to(torch.{known[0]}) "
-            f"before, or --dtype {known[0]} on the command line"
-        )
-    return found.pop()
-
-
 def folder_of(target: Path) -> Path:
     """The directory that a file goes to, made if need be.
 
@@ -368,14 +248,6 @@ def folder_of(target: Path) -> Path:
         raise ExportError(f"{target} is a directory, and a file is to be written")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.parent
-
-
-def reason_of(error: BaseException) -> str:
-    """What lies behind an error, in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
 def file_bytes(*files: str | os.PathLike[str] | None) -> int:
@@ -490,10 +362,3 @@ def _names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             name = parameters[first.idx] if first.idx < len(parameters) else f"input {first.idx}"
         names.append(f"{name}{pytree.keystr(tuple(rest))}")
     return names
-
-
-def _shapes(call: Call, sample: Sample) -> str:
-    shapes = [
-        f"{name} {tuple(t.shape)}" for name, t in zip(call.inputs, sample.tensors, strict=True)
-    ]
-    return few(shapes)

@@ -22,12 +22,14 @@ from torch.utils import _pytree as pytree
 
 from torchprune.checkpoint.whole_files import staged
 from torchprune.errors import CheckpointError, ExportError, MissingExtraError
-from torchprune.export.call import Call, check, dtype_of, prepare, reason_of, told
+from torchprune.export.call import Call, prepare
 from torchprune.export.coreml_bridge import LEFT_OUT, Bridged, bridge
 from torchprune.export.coreml_file import read_package
 from torchprune.export.coreml_sparse import check_weights, chosen, fingerprints, make_sparse, pays
 from torchprune.export.coreml_state import with_state
+from torchprune.export.judged import check, dtype_of, told
 from torchprune.export.mil_run import MILRun
+from torchprune.export.promises import reason_of
 from torchprune.export.pt2 import exported
 from torchprune.export.written import WEIGHTS, ExportReport, input_values
 

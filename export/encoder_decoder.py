@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError, MissingExtraError
-from torchprune.export.call import Call, Sample, as_call, plain_of, promised, run
+from torchprune.export.call import Call, Sample, as_call, plain_of, run
+from torchprune.export.promises import promised
 
 ENCODER, FIRST, NEXT = "encoder_model", "decoder_model", "decoder_with_past_model"
 """Names of the three graphs, as optimum and transformers.js know them."""

@@ -16,17 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchprune.errors import ExportError, MissingExtraError
-from torchprune.export.call import (
-    Sample,
-    check,
-    dtype_of,
-    file_bytes,
-    folder_of,
-    prepare,
-    promised,
-    reason_of,
-    told,
-)
+from torchprune.export.call import Sample, file_bytes, folder_of, prepare
+from torchprune.export.judged import check, dtype_of, told
+from torchprune.export.promises import promised, reason_of
 from torchprune.export.pt2 import exported
 from torchprune.export.rounding import rounding_of
 from torchprune.export.written import ExportReport

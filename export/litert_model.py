@@ -17,17 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchprune.errors import ExportError, MissingExtraError
-from torchprune.export.call import (
-    Call,
-    Sample,
-    check,
-    dtype_of,
-    file_bytes,
-    folder_of,
-    prepare,
-    promised,
-    reason_of,
-)
+from torchprune.export.call import Call, Sample, file_bytes, folder_of, prepare
+from torchprune.export.judged import check, dtype_of
+from torchprune.export.promises import promised, reason_of
 from torchprune.export.written import WEIGHTS, ExportReport, tensors_of
 
 _ALLOWED = 1e-3

@@ -13,8 +13,9 @@ import torch
 
 from torchprune.errors import ExportError
 from torchprune.export.aoti import COMPILED
-from torchprune.export.call import Call, prepare, promised
+from torchprune.export.call import Call, prepare
 from torchprune.export.openvino_int8 import SPARSE
+from torchprune.export.promises import promised
 from torchprune.export.written import ExportReport
 
 

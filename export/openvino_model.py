@@ -14,17 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError, MissingExtraError
-from torchprune.export.call import (
-    Call,
-    Sample,
-    check,
-    file_bytes,
-    folder_of,
-    holding,
-    prepare,
-    promised,
-)
-from torchprune.export.onnx_model import (
+from torchprune.export.call import Call, Sample, file_bytes, folder_of, prepare
+from torchprune.export.judged import check, holding
+from torchprune.export.onnx_graph import (
     allowed_of,
     check_inputs,
     graph_of,
@@ -32,6 +24,7 @@ from torchprune.export.onnx_model import (
     save_graph,
 )
 from torchprune.export.openvino_int8 import RATE, SPARSE, Quantized, quantize
+from torchprune.export.promises import promised
 from torchprune.export.written import ExportReport, few
 
 _BRINGS = (

@@ -18,20 +18,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchprune import passes
 from torchprune.errors import CheckpointError, ExportError, LoweringError
-from torchprune.export.call import (
-    Call,
-    SizesError,
-    admit,
-    check,
-    file_bytes,
-    folder_of,
-    holding,
-    prepare,
-    promised,
-    reason_of,
-    run,
-    told,
-)
+from torchprune.export.call import Call, file_bytes, folder_of, prepare, run
+from torchprune.export.judged import admit, check, holding, told
+from torchprune.export.promises import SizesError, promised, reason_of
 from torchprune.export.rounding import rounding_of
 from torchprune.export.written import WEIGHTS, ExportReport
 from torchprune.lowering.modules import BitmaskLinear

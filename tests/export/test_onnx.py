@@ -290,7 +290,7 @@ def test_lowered_models_are_lifted_in_the_file(tmp_path: Path) -> None:
 def test_large_models_have_their_weights_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchprune.export.onnx_model._EXTERNAL", 1000)
+    monkeypatch.setattr("torchprune.export.onnx_graph.EXTERNAL", 1000)
     model, batch = pruned("llama"), FAMILIES["llama"].data()[0]
     report = to_onnx(model, tmp_path / "m.onnx", batch)
     assert report.data == tmp_path / "m.onnx.data"

@@ -19,7 +19,7 @@ from torch.export import Dim
 import torchprune
 from torchprune import MagnitudeSpec, export
 from torchprune.errors import ExportError
-from torchprune.export import onnx_model, openvino_model
+from torchprune.export import onnx_graph, openvino_model
 from torchprune.export.graph_names import output_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # while exporting, of third parties
@@ -215,7 +215,7 @@ def test_fields_of_transformers_are_names(family):
 
 def test_a_smaller_model_takes_the_older_ones_weights_away(tmp_path, monkeypatch):
     path, x = tmp_path / "m.onnx", torch.randn(2, 64)
-    monkeypatch.setattr(onnx_model, "_EXTERNAL", 1000)
+    monkeypatch.setattr(onnx_graph, "EXTERNAL", 1000)
     assert export.to_onnx(nn.Linear(64, 64), path, x).data == tmp_path / "m.onnx.data"
     assert export.to_onnx(nn.Linear(64, 2), path, x).data is None
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError
-from torchprune.export.call import Call, Sample, check, prepare
+from torchprune.export.call import Call, Sample, prepare
+from torchprune.export.judged import check
 from torchprune.export.rounding import rounding_of
 
 

@@ -80,7 +80,7 @@ def _outputs(
 ) -> tuple[float, str]:
     """The largest relative difference, and what to say of it."""
     prepare = import_module("torchprune.export.call").prepare
-    allowed_of = import_module("torchprune.export.onnx_model").allowed_of
+    allowed_of = import_module("torchprune.export.onnx_graph").allowed_of
     compare = import_module("torchprune.export.written").compare
     taken = {i.name: (i.shape, i.type) for i in session.get_inputs()}
     kinds = [_DTYPES[o.type] for o in session.get_outputs() if o.type in _DTYPES]

@@ -83,12 +83,10 @@ def to_openvino(
         vary=True,
         accept=lambda plain: allowed_of(plain, int8, where="to_openvino"),
     )
-    ignore = tuple(int8_ignore) if int8 else None
-    return holding(call, lambda call: _write(call, target, ignore))
+    return holding(call, lambda call: _write(call, target, int8, int8_ignore))
 
 
-def _write(call: Call, target: Path, ignore: tuple[str, ...] | None) -> ExportReport:
-    """Write a call; in eight bits where there is something, if only nothing, to ignore."""
+def _write(call: Call, target: Path, int8: bool, int8_ignore: Sequence[str]) -> ExportReport:
     import openvino
 
     graph, sizes = graph_of(call)
@@ -98,12 +96,14 @@ def _write(call: Call, target: Path, ignore: tuple[str, ...] | None) -> ExportRe
         save_graph(graph, Path(home) / "model.onnx")
         quantized: list[Quantized] = []
         with promised("OpenVINO cannot read this graph"):
-            if ignore is None:
-                model = openvino.convert_model(Path(home) / "model.onnx")
-            else:  # where weights still have their names
+            if int8:  # whose weights still have their names
                 model = openvino.Core().read_model(Path(home) / "model.onnx")
-        if ignore is not None:
-            quantized = quantize(model, [_arrays(sample) for sample in call.samples], ignore)
+            else:
+                model = openvino.convert_model(Path(home) / "model.onnx")
+        if int8:
+            with promised("OpenVINO cannot quantize this graph"):
+                runs = [_arrays(sample) for sample in call.samples]
+                quantized = quantize(model, runs, int8_ignore)
         with promised("OpenVINO cannot write this graph"):
             openvino.save_model(model, partial, compress_to_fp16=False)
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -111,9 +111,9 @@ def _write(call: Call, target: Path, ignore: tuple[str, ...] | None) -> ExportRe
             seconds, usual = _compiled(partial, {})
             precise = usual if _precision(usual) == "f32" else _compiled(partial, exact)[1]
         inputs = _inputs(precise, call)
-        allowed = allowed_of(call.module) if ignore is None else float("inf")
+        allowed = float("inf") if int8 else allowed_of(call.module)
         found = check(call, "OpenVINO", lambda s: _run(precise, s), allowed)
-        brings = _BRINGS if ignore is None else _said(quantized, sparse_layers(partial, call))
+        brings = _said(quantized, sparse_layers(partial, call)) if int8 else _BRINGS
         if usual is not precise:
             there = found
             found = check(call, "OpenVINO", lambda s: _run(usual, s), float("inf"))

@@ -18,8 +18,8 @@ from torchprune.structure.resize import (
     drop_blocks,
     restate,
     set_attributes,
-    weight_shape,
 )
+from torchprune.structure.weight_shape import weight_shape
 
 _RESIZED = "_torchprune_resized"
 

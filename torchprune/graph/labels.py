@@ -98,6 +98,9 @@ class Labels:
         self._summed: list[tuple[Tensor, int]] = []
         self._asked = 0
         self._at: object = None
+        self._module = ""
+        self.hindered: list[tuple[str, Tensor]] = []
+        """Where labels are frozen since they meet what has a fixed size: module, (size,) labels."""
         self._count = 1
         self._repeating: list[tuple[int, int]] = []
         self.edges: list[tuple[Tensor, Tensor]] = []
@@ -142,9 +145,9 @@ class Labels:
             )
         )
 
-    def at(self, node: object) -> None:
-        """What follows is about this node."""
-        self._at, self._asked = node, 0
+    def at(self, node: object, module: str = "") -> None:
+        """What follows is about this node, which the code of a module makes."""
+        self._at, self._module, self._asked = node, module, 0
 
     def _turns(self, tag: Tensor) -> bool:
         """Whether features win over the copies on a tag's outermost axis."""
@@ -285,8 +288,13 @@ class Labels:
         if own[0] in bound and (len(bound) == len(own) or not self._turns(tag)):
             repeated = self.repeats(tag)
             self.freeze(tag, why)
+            self._hinder(tag, own[0])
             return tag.new_full((1,) * tag.dim(), UNLABELLED) if repeated else tag
         return self.united(tag, bound)
+
+    def _hinder(self, tag: Tensor, axis: int) -> None:
+        if not self.idle:
+            self.hindered.append((self._module, tag.movedim(axis, 0).flatten(1)[:, 0]))
 
     def merged(self, tags: Sequence[Tensor], why: str) -> list[Tensor]:
         """Tags of one tensor made disjoint: those that vary along a common axis become one.

@@ -27,6 +27,7 @@ from torchprune.structure.config import (
 from torchprune.structure.conv_groups import groups_left
 from torchprune.structure.cuts import cut
 from torchprune.structure.generating import differing, generated
+from torchprune.structure.narrowed import narrow, record_of
 from torchprune.structure.refusals import told, without_refused
 from torchprune.structure.resize import (
     Attributes,
@@ -151,11 +152,17 @@ def _carry_out(
     for module in model.modules():
         restate(module, groups.get(id(module)))
         vars(module).update(untold.get(id(module), {}))
+    for path, how, kept in plan.narrowed:
+        narrow(before[path], how, kept)
     resized = _settled(model, plan, known.seen, shared_key, before)
     _check_generating(model, plan, known.spoken)
     untold.update({one: {**untold.get(one, {}), "groups": n} for one, n in groups.items()})
     attributes = _with_untold(model, resized.attributes, untold)
-    _remember(model, replace(resized, drops=recorded, attributes=attributes), before)
+    _remember(
+        model,
+        replace(resized, drops=recorded, attributes=attributes, narrowed=record_of(model)),
+        before,
+    )
 
 
 def _tried(model: nn.Module, plan: ShrinkPlan, known: _Known) -> Fault | None:

@@ -26,6 +26,9 @@ Wanted = Mapping[str, Collection[int]]
 Argument = tuple[str, str]
 """A module, and the name of an argument of its forward."""
 
+Place = tuple[Argument, int]
+"""An argument, and one of its axes."""
+
 
 @torch.library.custom_op("torchprune::handed", mutates_args=())
 def _handed(x: Tensor, module: str, name: str, place: int) -> Tensor:
@@ -62,6 +65,10 @@ class Handed:
     @property
     def argument(self) -> Argument:
         return self.module, self.name
+
+    @property
+    def at(self) -> Place:
+        return self.argument, self.axis
 
 
 # -- marks -----------------------------------------------------------------------------------------
@@ -135,12 +142,12 @@ class Entries:
 
     Args:
         wanted: how many units an axis is to hold, by module.
-        banned: arguments that get none.
+        banned: axes that get none.
     """
 
-    def __init__(self, wanted: Wanted, banned: Collection[Argument] = ()) -> None:
+    def __init__(self, wanted: Wanted, banned: Collection[Place] = ()) -> None:
         self._wanted, self._banned = wanted, banned
-        self._found: dict[tuple[Argument, int], Handed] = {}
+        self._found: dict[Place, Handed] = {}
         self.unlike: set[Argument] = set()
         """Arguments that are not always given in the same form."""
 
@@ -155,9 +162,10 @@ class Entries:
             axis: max(n for n in wanted if size % n == 0)
             for axis, size in enumerate(value.shape)
             if size > 1 and any(size % n == 0 for n in wanted)
+            if ((module, name), axis) not in self._banned
         }
         repeating = all(labels.repeats(tag) for tag in value.tags)
-        if not axes or not repeating or (module, name) in self._banned:
+        if not axes or not repeating:
             return value
         for tag in value.tags:
             labels.freeze(tag, why)
@@ -180,6 +188,23 @@ class Entries:
         own = replace(own, inner=own.inner or value.shape[axis] > period)
         self._found[key] = own
         return own
+
+    @property
+    def places(self) -> set[Place]:
+        """The axes that have labels."""
+        return {*self._found}
+
+    def useless(self, resolved: Resolved, held: Tensor) -> set[Place]:
+        """The axes that no unit lies on: their labels have a fixed size, and are in the way.
+
+        Args:
+            held: as of `used`.
+        """
+        return {
+            place
+            for place, one in self._found.items()
+            if not bool(held[resolved.classes[one.labels]].any())
+        }
 
     def used(self, resolved: Resolved, held: Tensor) -> list[Handed]:
         """Those on which units lie that may go.

@@ -13,13 +13,10 @@ from torchprune.calibration.batches import Batch
 from torchprune.calibration.left_as_is import left_as_is
 from torchprune.calibration.nested import mapped
 from torchprune.graph.capture import Call
-from torchprune.graph.handed import Argument, Handed, each_argument
+from torchprune.graph.handed import Argument, Handed, Place, each_argument
 
 Layout = Literal["apart", "inner", "unknown"]
 """Alone on the axis; all of them again and again; or nobody knows."""
-
-Place = tuple[Argument, int]
-"""An argument, and one of its axes."""
 
 
 def layouts(
@@ -29,7 +26,7 @@ def layouts(
 
     Each example is run as it is, and with every row twice.
     """
-    found: dict[Place, Layout] = {(one.argument, one.axis): "unknown" for one in entries}
+    found: dict[Place, Layout] = {one.at: "unknown" for one in entries}
     left = list(entries)
     for call in calls:
         if not left:
@@ -46,7 +43,7 @@ def layouts(
         for one in left:
             if once[one.argument]:
                 pairs = list(zip(once[one.argument], twice[one.argument], strict=False))
-                found[one.argument, one.axis] = _layout(one.axis, pairs)
+                found[one.at] = _layout(one.axis, pairs)
         left = [one for one in left if not once[one.argument]]
     return found
 

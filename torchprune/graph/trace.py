@@ -13,9 +13,9 @@ from torch import nn
 
 from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, exported
-from torchprune.graph.handed import Argument, Entries, Handed, Wanted, hindered
+from torchprune.graph.handed import Entries, Handed, Place, Wanted, hindered
 from torchprune.graph.labels import Choice
-from torchprune.graph.layouts import Layout, Place, layouts
+from torchprune.graph.layouts import Layout, layouts
 from torchprune.graph.walk import Trace, Walk
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Captured:
         self._programs = [exported(model, call) for call in calls]
         self._untried: str | None = None
         self._wanted: Wanted = {}
-        self._banned: set[Argument] = set()
+        self._banned: set[Place] = set()
         self._layouts: dict[Place, Layout] = {}
 
     def trace(self, *, closed: bool = False, given: Mapping[Choice, bool] | None = None) -> Trace:
@@ -97,40 +97,62 @@ class Captured:
         except ShrinkError:
             return False
         self._wanted = wanted
+        self._let_pass()
         walk, handed = self._fitting(None)
         resolved = walk.labels.resolve()
         if not any(bool(resolved.attended[one.labels].any()) for one in handed):
             self._programs, self._wanted = before, {}
         return bool(self._wanted)
 
+    def _let_pass(self) -> None:
+        """Find out which axes must have no labels so that heads may go: there may be as many rows
+        as there are heads."""
+        walk, _ = self._fitting(None)
+        free, left = _free_heads(walk)
+        places = walk.entries.places
+        for role in sorted({(name, axis) for (_, name), axis in places}):
+            if not left:
+                return
+            banned = self._banned
+            self._banned = banned | {at for at in places if (at[0][1], at[1]) == role}
+            now, still = _free_heads(self._fitting(None)[0])
+            if now > free:
+                free, left = now, still
+            else:
+                self._banned = banned
+
     def _fitting(self, given: Mapping[Choice, bool] | None) -> tuple[Walk, list[Handed]]:
         """Programs followed, and the arguments on which units lie in a way that is known."""
         while True:
             walk = _walked(self._model, self._programs, given, self._wanted, self._banned)
             resolved = walk.labels.resolve()
-            handed = walk.entries.used(resolved, walk.held(resolved))
+            held = walk.held(resolved)
+            handed = walk.entries.used(resolved, held)
             known = self._known(handed)
-            unfit = {
-                one.argument
+            unfit = walk.entries.useless(resolved, held) | {
+                one.at
                 for one in handed
-                if known[one.argument, one.axis] == "unknown"
+                if known[one.at] == "unknown"
                 or one.argument in walk.entries.unlike
                 or sum(other.argument == one.argument for other in handed) > 1
             }
             if not unfit:
-                inner = {key for key, layout in known.items() if layout == "inner"}
-                return walk, [replace(h, inner=(h.argument, h.axis) in inner) for h in handed]
+                return walk, [replace(one, inner=known[one.at] == "inner") for one in handed]
             self._banned |= unfit
 
     def _known(self, handed: Sequence[Handed]) -> dict[Place, Layout]:
-        """How units lie on axes, by argument; found out where an example does not show it."""
-        for one in handed:
-            if one.inner:
-                self._layouts[one.argument, one.axis] = "inner"
-        new = [one for one in handed if (one.argument, one.axis) not in self._layouts]
-        if new:
+        """How units lie on axes; found out where an example does not show it."""
+        self._layouts |= {one.at: "inner" for one in handed if one.inner}
+        if new := [one for one in handed if one.at not in self._layouts]:
             self._layouts |= layouts(self._model, self._calls, new)
-        return {(h.argument, h.axis): self._layouts[h.argument, h.axis] for h in handed}
+        return self._layouts
+
+
+def _free_heads(walk: Walk) -> tuple[int, bool]:
+    """How many heads may go, and whether some may not since they met a fixed size."""
+    resolved = walk.labels.resolve()
+    free = walk.held(resolved) & resolved.attended & ~resolved.frozen
+    return len(resolved.classes[free].unique()), bool(hindered(walk.labels, resolved))
 
 
 def _walked(
@@ -138,7 +160,7 @@ def _walked(
     programs: Sequence[ExportedProgram],
     given: Mapping[Choice, bool] | None = None,
     wanted: Wanted | None = None,
-    banned: Collection[Argument] = (),
+    banned: Collection[Place] = (),
 ) -> Walk:
     """Programs followed, and again where choices were made that had better be otherwise.
 

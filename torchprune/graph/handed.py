@@ -29,6 +29,9 @@ Argument = tuple[str, str]
 Place = tuple[Argument, int]
 """An argument, and one of its axes."""
 
+Role = tuple[str, int]
+"""The same of all modules: the argument's name, and the axis."""
+
 
 @torch.library.custom_op("torchprune::handed", mutates_args=())
 def _handed(x: Tensor, module: str, name: str, place: int) -> Tensor:
@@ -143,10 +146,16 @@ class Entries:
     Args:
         wanted: how many units an axis is to hold, by module.
         banned: axes that get none.
+        roles: the only ones that do, if given.
     """
 
-    def __init__(self, wanted: Wanted, banned: Collection[Place] = ()) -> None:
-        self._wanted, self._banned = wanted, banned
+    def __init__(
+        self,
+        wanted: Wanted,
+        banned: Collection[Place] = (),
+        roles: Collection[Role] | None = None,
+    ) -> None:
+        self._wanted, self._banned, self._roles = wanted, banned, roles
         self._found: dict[Place, Handed] = {}
         self.unlike: set[Argument] = set()
         """Arguments that are not always given in the same form."""
@@ -163,6 +172,7 @@ class Entries:
             for axis, size in enumerate(value.shape)
             if size > 1 and any(size % n == 0 for n in wanted)
             if ((module, name), axis) not in self._banned
+            and (self._roles is None or (name, axis) in self._roles)
         }
         repeating = all(labels.repeats(tag) for tag in value.tags)
         if not axes or not repeating:
@@ -190,21 +200,9 @@ class Entries:
         return own
 
     @property
-    def places(self) -> set[Place]:
-        """The axes that have labels."""
-        return {*self._found}
-
-    def useless(self, resolved: Resolved, held: Tensor) -> set[Place]:
-        """The axes that no unit lies on: their labels have a fixed size, and are in the way.
-
-        Args:
-            held: as of `used`.
-        """
-        return {
-            place
-            for place, one in self._found.items()
-            if not bool(held[resolved.classes[one.labels]].any())
-        }
+    def roles(self) -> list[Role]:
+        """The axes that have labels, alike in all modules."""
+        return sorted({(name, axis) for (_, name), axis in self._found})
 
     def used(self, resolved: Resolved, held: Tensor) -> list[Handed]:
         """Those on which units lie that may go.

@@ -5,17 +5,20 @@ No list of architectures: whatever `torch.export` can capture is followed operat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, exported
-from torchprune.graph.handed import Entries, Handed, Place, Wanted, hindered
+from torchprune.graph.handed import Entries, Handed, Place, Role, Wanted, hindered
 from torchprune.graph.labels import Choice
-from torchprune.graph.layouts import Layout, layouts
+from torchprune.graph.more_rows import with_more_rows
 from torchprune.graph.walk import Trace, Walk
 
 if TYPE_CHECKING:
@@ -54,8 +57,10 @@ class Captured:
         self._programs = [exported(model, call) for call in calls]
         self._untried: str | None = None
         self._wanted: Wanted = {}
+        self._roles: Collection[Role] | None = None
         self._banned: set[Place] = set()
-        self._layouts: dict[Place, Layout] = {}
+        self._asked: set[Place] = set()
+        self._apart: set[Place] = set()
 
     def trace(self, *, closed: bool = False, given: Mapping[Choice, bool] | None = None) -> Trace:
         """As the function.
@@ -97,55 +102,68 @@ class Captured:
         except ShrinkError:
             return False
         self._wanted = wanted
-        self._let_pass()
+        self._choose_roles()
         walk, handed = self._fitting(None)
         resolved = walk.labels.resolve()
-        if not any(bool(resolved.attended[one.labels].any()) for one in handed):
+        free = resolved.attended & ~resolved.frozen
+        if not any(len(resolved.classes[h.labels[free[h.labels]]].unique()) > 1 for h in handed):
             self._programs, self._wanted = before, {}
         return bool(self._wanted)
 
-    def _let_pass(self) -> None:
-        """Find out which axes must have no labels so that heads may go: there may be as many rows
-        as there are heads."""
+    def _choose_roles(self) -> None:
+        """Find out which axes had better get no labels: there may be as many rows, or positions, as
+        there are heads, and these would be in the way."""
         walk, _ = self._fitting(None)
-        free, left = _free_heads(walk)
-        places = walk.entries.places
-        for role in sorted({(name, axis) for (_, name), axis in places}):
-            if not left:
-                return
-            banned = self._banned
-            self._banned = banned | {at for at in places if (at[0][1], at[1]) == role}
-            now, still = _free_heads(self._fitting(None)[0])
-            if now > free:
-                free, left = now, still
-            else:
-                self._banned = banned
+        all_free, left = _free_heads(walk)
+        roles = walk.entries.roles
+        if not left:
+            return
+        freeing = [role for role in roles if self._freed([role])]
+        pairs = combinations(roles, 2) if len(roles) <= _FEW else ()
+        choices = [freeing] if freeing else pairs
+        best = max(choices, key=self._freed, default=roles)
+        self._roles = best if self._freed(best) > all_free else None
+        self._banned.clear()
+
+    def _freed(self, roles: Collection[Role]) -> int:
+        """How many heads may go if only some axes have labels."""
+        self._roles = roles
+        self._banned.clear()
+        return _free_heads(self._fitting(None)[0])[0]
 
     def _fitting(self, given: Mapping[Choice, bool] | None) -> tuple[Walk, list[Handed]]:
         """Programs followed, and the arguments on which units lie in a way that is known."""
         while True:
-            walk = _walked(self._model, self._programs, given, self._wanted, self._banned)
+            entries = partial(Entries, self._wanted, self._banned, self._roles)
+            walk = _walked(self._model, self._programs, given, entries)
             resolved = walk.labels.resolve()
-            held = walk.held(resolved)
-            handed = walk.entries.used(resolved, held)
-            known = self._known(handed)
-            unfit = walk.entries.useless(resolved, held) | {
+            handed = walk.entries.used(resolved, walk.held(resolved))
+            if self._ask_more_rows(handed):
+                continue
+            unfit = {
                 one.at
                 for one in handed
-                if known[one.at] == "unknown"
+                if not (one.inner or one.at in self._apart)
                 or one.argument in walk.entries.unlike
                 or sum(other.argument == one.argument for other in handed) > 1
             }
             if not unfit:
-                return walk, [replace(one, inner=known[one.at] == "inner") for one in handed]
+                return walk, handed
             self._banned |= unfit
 
-    def _known(self, handed: Sequence[Handed]) -> dict[Place, Layout]:
-        """How units lie on axes; found out where an example does not show it."""
-        self._layouts |= {one.at: "inner" for one in handed if one.inner}
-        if new := [one for one in handed if one.at not in self._layouts]:
-            self._layouts |= layouts(self._model, self._calls, new)
-        return self._layouts
+    def _ask_more_rows(self, handed: Sequence[Handed]) -> bool:
+        """Whether programs of examples with more rows were added, that show how units lie on axes
+        which grow with these."""
+        new = [one for one in handed if not one.inner and one.at not in self._asked]
+        if not new:
+            return False
+        self._asked |= {one.at for one in new}
+        stay, growing = with_more_rows(self._model, self._calls, new)
+        self._apart |= stay
+        before = len(self._programs)
+        with suppress(ShrinkError):
+            self._programs += [exported(self._model, call, self._wanted) for call in growing]
+        return len(self._programs) > before
 
 
 def _free_heads(walk: Walk) -> tuple[int, bool]:
@@ -159,19 +177,14 @@ def _walked(
     model: nn.Module,
     programs: Sequence[ExportedProgram],
     given: Mapping[Choice, bool] | None = None,
-    wanted: Wanted | None = None,
-    banned: Collection[Place] = (),
+    entries: Callable[[], Entries] | None = None,
 ) -> Walk:
-    """Programs followed, and again where choices were made that had better be otherwise.
-
-    Args:
-        wanted, banned: as of `Entries`.
-    """
+    """Programs followed, and again where choices were made that had better be otherwise."""
     given = given or {}
     turned = {choice for choice, other in given.items() if other}
     had: dict[Choice, int] = {}
     for last in range(_WALKS, 0, -1):
-        walk = Walk(model, turned, given, Entries(wanted or {}, banned))
+        walk = Walk(model, turned, given, Entries({}) if entries is None else entries())
         for program in programs:
             walk.meet(program)
         for program in programs:
@@ -188,3 +201,6 @@ def _walked(
 
 
 _WALKS = 8
+
+_FEW = 8
+"""Of so many axes any two are tried."""

@@ -18,7 +18,7 @@ import torchprune
 from torchprune import HeadSpec, plan_shrink, shrink
 from torchprune.errors import ShrinkError
 from torchprune.graph.groups import structure_of
-from torchprune.structure.narrowed import record_of
+from torchprune.structure.narrowed import narrow_as, record_of
 
 SIZE = 2
 """Of a head."""
@@ -211,6 +211,36 @@ def test_a_plan_that_is_refused_leaves_no_hooks() -> None:
         assert len(model.blocks[1].attention._forward_pre_hooks) == hooks
         assert not [name for name, _ in model.named_buffers() if "kept" in name]
     assert close(outputs(model, x), want, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"axis": 3},
+        {"axis": -1},
+        {"kept": 0},
+        {"kept": 5},
+        {"dim": 99},
+        {"place": 1},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_file_cannot_say_what_the_forward_does_not_take(said: dict[str, int]) -> None:
+    model = Parent(4, 4, "heads", layers=1)
+    right = {"place": 2, "dim": 3, "axis": 0, "period": 4, "inner": 0, "kept": 2}
+    path = "blocks.0.attention"
+    for record in (
+        {path: {"bias": {**right, **said}}},
+        {path: {"no name": right}},
+        {path: {"bias2": right}},
+        {"blocks.7": {"bias": right}},
+    ):
+        with pytest.raises(ShrinkError):
+            narrow_as(model, record)
+    assert not list(model.buffers())
+    narrow_as(model, {path: {"bias": right}})
+    assert record_of(model) == {path: {"bias": right}}
 
 
 # -- what is not handed ----------------------------------------------------------------------------

@@ -93,6 +93,8 @@ class Captured:
     def _mark(self, walk: Walk) -> bool:
         """Whether heads that met a fixed size may go if arguments are narrowed on entry; from now
         on programs have marks then."""
+        if not walk.labels.hindered:
+            return False
         wanted = hindered(walk.labels, walk.labels.resolve())
         if not wanted:
             return False
@@ -136,6 +138,8 @@ class Captured:
         while True:
             entries = partial(Entries, self._wanted, self._banned, self._roles)
             walk = _walked(self._model, self._programs, given, entries)
+            if not self._wanted:
+                return walk, []
             resolved = walk.labels.resolve()
             handed = walk.entries.used(resolved, walk.held(resolved))
             if self._ask_more_rows(handed):

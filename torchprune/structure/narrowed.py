@@ -112,11 +112,6 @@ def narrowed_of(module: nn.Module) -> Iterator[Narrowed]:
             yield hook
 
 
-def is_narrowed(model: nn.Module) -> bool:
-    """Whether any module does."""
-    return any(True for module in model.modules() for _ in narrowed_of(module))
-
-
 def narrowings(handed: Sequence[Handed], removed: Tensor, classes: Tensor) -> list[Narrowing]:
     """What modules have to pick when units go: module, how, and which of the units stay.
 

@@ -194,6 +194,31 @@ def test_one_that_insists_on_torch_s_is_refused_and_left_as_it_was() -> None:
     assert close(outputs(model, x), want, 0.0)
 
 
+class Biased(nn.Module):
+    """A mask for each head, (N * heads, L, S), as torch wants it, made for all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        slopes, places = 0.5 ** torch.arange(1, HEADS + 1), torch.arange(length)
+        mask = (slopes[:, None, None] * (places - places[:, None])).repeat(rows, 1, 1).to(x.dtype)
+        return self.last(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masks_for_single_heads_go_on_coming_for_all(rows: int) -> None:
+    torch.manual_seed(0)
+    model, x = biased(Biased()), torch.randn(rows, LENGTH, WIDTH).double()
+    masked, small = shrunk(model, x, 3)
+    assert small.attention.num_heads < HEADS
+    for other in (x, torch.randn(3, 7, WIDTH).double()):
+        assert close(outputs(small, other), outputs(masked, other), 1e-12)
+
+
 # -- encoders, whose fast path goes around the modules' own forward --------------------------------
 
 

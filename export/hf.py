@@ -19,6 +19,7 @@ from torchprune.masking.mask import detach, masked_layers
 from torchprune.masking.plain_state import slots_of, ties_of
 from torchprune.reports.report import report
 from torchprune.structure.config import is_accepted, is_native
+from torchprune.structure.narrowed import record_of
 from torchprune.structure.pad import pad_to_widest
 
 NOTE = "torchprune.json"
@@ -60,7 +61,8 @@ def to_hf(
     Raises:
         MissingExtraError: transformers is absent.
         CheckpointError: the model is not of transformers, a masked weight is tied, its class has no
-            configuration for its sizes, or the directory holds something else.
+            configuration for its sizes, or for the heads that an attention with ALiBi kept, or the
+            directory holds something else.
     """
     try:
         from transformers import PreTrainedModel
@@ -70,6 +72,12 @@ def to_hf(
         raise CheckpointError(
             f"to_hf writes transformers models, got a {type(model).__name__}; torchprune.save "
             "writes any"
+        )
+    if narrowed := record_of(model):
+        raise CheckpointError(
+            f"{next(iter(narrowed))} picks what belongs to its heads from what it is given for all "
+            "of them, which no class of transformers does; torchprune.save keeps that, for "
+            "torchprune.load"
         )
     folded: Any = lift(folded_copy(model))
     if pad_to_max and not is_native(folded):

@@ -122,13 +122,14 @@ _TABLES_OF_HOOKS = (
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Run a part of a model once more by itself: whatever watches it sees each of its runs once.
 
-    Hooks of torch's own stay: they make weights (`weight_norm`) or gather shards.
+    Hooks of torch's own stay: they make weights (`weight_norm`) or gather shards; and those that
+    say that they make arguments.
     """
     silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []
     try:
         for inner in module.modules():
             for table in (getattr(inner, name) for name in _TABLES_OF_HOOKS):
-                if others := {k: hook for k, hook in table.items() if not _is_of_torch(hook)}:
+                if others := {k: hook for k, hook in table.items() if not _stays(hook)}:
                     silenced.append((table, dict(table)))
                     for key in others:
                         del table[key]
@@ -139,11 +140,11 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
             table.update(hooks)
 
 
-def _is_of_torch(hook: Any) -> bool:
+def _stays(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__
-    return home.split(".")[0] == "torch"
+    return home.split(".")[0] == "torch" or getattr(hook, "makes_arguments", False)
 
 
 @contextmanager

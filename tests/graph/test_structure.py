@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchprune
+from torchprune.graph.components import components
 from torchprune.graph.groups import Group, structure_of
-from torchprune.graph.labels import Labels, axes_of, collapsed, components
+from torchprune.graph.labels import Labels, axes_of, collapsed
 from torchprune.graph.values import Value, _spans, joined, reshaped
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from structures import close, mask_random_units, outputs
+from structures import close, mask_random_units, outputs, unit_masks
 from torch import Tensor, nn
 
 import torchprune
@@ -71,13 +71,29 @@ def biased(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-@pytest.mark.xfail(raises=ShrinkError, reason="what embed_dim fixes is not kept at its width")
-def test_keys_of_a_part_of_what_queries_read() -> None:
+@pytest.mark.parametrize("wide", [None, 7, 16])
+@pytest.mark.parametrize("what", ["features", "heads"])
+def test_what_queries_read_goes_with_heads_or_without(what: str, wide: int | None) -> None:
+    """Keys of a part of what queries read: then there are two groups of features."""
     torch.manual_seed(7)
-    model = biased(Net(kdim=7, vdim=7, batch_first=True, add_bias_kv=True, add_zero_attn=True))
+    widths = {} if wide is None else {"kdim": wide, "vdim": wide}
+    model = biased(Net(batch_first=True, add_bias_kv=True, add_zero_attn=True, **widths))
     x = torch.randn(2, LENGTH, WIDTH).double()
-    masked, small = shrunk(model, x, 7)
-    assert close(outputs(small, x), outputs(masked, x), 1e-12)
+    structure = structure_of(model, x)
+    gone = {
+        at: torch.arange(group.count) % 3 == 1
+        for at, group in enumerate(structure.groups)
+        if (group.kind == "heads") == (what == "heads") and group.name != "attention.out_proj"
+    }
+    torchprune.apply_masks(model, unit_masks(model, gone, structure))
+    want = outputs(model, x)
+    shrink(model, plan_shrink(model, x))
+    assert close(outputs(model, x), want, 1e-12)
+    inner = model.inner.out_features
+    assert (inner, model.attention.num_heads) == ((8, 4) if what == "features" else (12, 3))
+    assert (model.attention.embed_dim, model.attention.head_dim) == (inner, 3)
+    if wide:
+        assert model.attention.kdim == model.attention.k_proj_weight.shape[1]
 
 
 @settings(max_examples=4, deadline=None, phases=[Phase.generate])
@@ -86,7 +102,7 @@ def test_keys_of_a_part_of_what_queries_read() -> None:
     bias=st.booleans(),
     added=st.booleans(),
     zero=st.booleans(),
-    wide=st.sampled_from([None, 16]),
+    wide=st.sampled_from([None, 7, 16]),
     weights=st.booleans(),
     mask=st.sampled_from([None, "bool", "float"]),
     rows=st.sampled_from([None, 2]),
@@ -176,6 +192,31 @@ def test_one_that_insists_on_torch_s_is_refused_and_left_as_it_was() -> None:
         shrink(model, plan_shrink(model, x))
     assert type(model.attention) is kind
     assert close(outputs(model, x), want, 0.0)
+
+
+class Biased(nn.Module):
+    """A mask for each head, (N * heads, L, S), as torch wants it, made for all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        slopes, places = 0.5 ** torch.arange(1, HEADS + 1), torch.arange(length)
+        mask = (slopes[:, None, None] * (places - places[:, None])).repeat(rows, 1, 1).to(x.dtype)
+        return self.last(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masks_for_single_heads_go_on_coming_for_all(rows: int) -> None:
+    torch.manual_seed(0)
+    model, x = biased(Biased()), torch.randn(rows, LENGTH, WIDTH).double()
+    masked, small = shrunk(model, x, 3)
+    assert small.attention.num_heads < HEADS
+    for other in (x, torch.randn(3, 7, WIDTH).double()):
+        assert close(outputs(small, other), outputs(masked, other), 1e-12)
 
 
 # -- encoders, whose fast path goes around the modules' own forward --------------------------------

@@ -170,7 +170,7 @@ def write_manifest(directory: Path, manifest: Manifest, model: nn.Module) -> Non
         "generation": manifest.generation,
         "header": manifest.header,
         "settings": manifest.settings,
-        **({} if manifest.resized is None else {"resized": asdict(manifest.resized)}),
+        **({} if manifest.resized is None else {"resized": _resized_data(manifest.resized)}),
         **({} if manifest.variant is None else {"variant": manifest.variant}),
         "runs": [_run_data(run, model) for run in manifest.runs],
         "tensors": {key: _entry_data(entry) for key, entry in manifest.tensors.items()},
@@ -180,6 +180,12 @@ def write_manifest(directory: Path, manifest: Manifest, model: nn.Module) -> Non
     if len(text) > MAX_JSON:
         raise CheckpointError(f"the manifest would have {len(text)} bytes, limit {MAX_JSON}")
     write_whole(directory / (MANIFEST_BESIDE if manifest.beside else MANIFEST), text)
+
+
+def _resized_data(resized: Resized) -> dict[str, Any]:
+    """What every version can read, and what only some models have."""
+    data = asdict(resized)
+    return data if resized.narrowed else {k: v for k, v in data.items() if k != "narrowed"}
 
 
 def _entry_data(entry: Entry) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torchprune import modes
 from torchprune.calibration.batches import Batch, read_batches
 from torchprune.calibration.left_as_is import left_as_is
 from torchprune.errors import ShrinkError
+from torchprune.graph.handed import marks_on
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -59,14 +60,18 @@ def as_calls(
     return [Call(batch, mode == "train") for mode in asked for batch in batches]
 
 
-def exported(model: nn.Module, call: Call) -> ExportedProgram:
+def exported(model: nn.Module, call: Call, marked: Collection[str] = ()) -> ExportedProgram:
     """A model's graph, before anything is decomposed.
+
+    Args:
+        marked: the modules whose arguments have marks in it.
 
     Raises:
         ShrinkError: the model cannot be exported, with what torch says about it.
     """
     try:
         with (
+            marks_on(model, marked),
             left_as_is(model),
             modes.calibration_mode(model, training=call.training),
             torch.no_grad(),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from torchprune.graph.capture import as_calls
-from torchprune.graph.trace import Trace, trace
+from torchprune.graph.trace import trace
+from torchprune.graph.walk import Trace
 
 Kind = Literal["heads", "neurons", "channels"]
 

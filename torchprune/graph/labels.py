@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchprune.graph.components import components
+
 UNLABELLED = 0
 """The label of what can never go."""
 
@@ -98,6 +100,9 @@ class Labels:
         self._summed: list[tuple[Tensor, int]] = []
         self._asked = 0
         self._at: object = None
+        self._module = ""
+        self.hindered: list[tuple[str, Tensor]] = []
+        """Where labels are frozen since they meet what has a fixed size: module, (size,) labels."""
         self._count = 1
         self._repeating: list[tuple[int, int]] = []
         self.edges: list[tuple[Tensor, Tensor]] = []
@@ -105,7 +110,7 @@ class Labels:
         self._frozen: list[tuple[Tensor, str]] = []
         self._grids: list[Tensor] = []
         self._cuts: list[Tensor] = []
-        self._attended: list[Tensor] = []
+        self._attended: list[tuple[Tensor, tuple[int, ...]]] = []
         self.read: list[Tensor] = []
         """Labels of weights' input indices: where what they carry is consumed."""
         self.idle = False
@@ -142,9 +147,9 @@ class Labels:
             )
         )
 
-    def at(self, node: object) -> None:
-        """What follows is about this node."""
-        self._at, self._asked = node, 0
+    def at(self, node: object, module: str = "") -> None:
+        """What follows is about this node, which the code of a module makes."""
+        self._at, self._module, self._asked = node, module, 0
 
     def _turns(self, tag: Tensor) -> bool:
         """Whether features win over the copies on a tag's outermost axis."""
@@ -257,10 +262,10 @@ class Labels:
                 if cut.shape == one.mT.shape and torch.equal(cut, one.mT):
                     self.united(cut, [0])
 
-    def attend(self, tag: Tensor) -> None:
-        """Mark labels as heads of attention."""
+    def attend(self, tag: Tensor, apart: Collection[int]) -> None:
+        """Mark labels as heads of attention, which lie on some of a tag's axes."""
         if not self.idle:
-            self._attended.append(tag.reshape(-1))
+            self._attended.append((tag, tuple(a for a in axes_of(tag) if a not in apart)))
 
     def united(self, tag: Tensor, axes: Iterable[int]) -> Tensor:
         """The tag after its labels are joined along some axes."""
@@ -285,6 +290,8 @@ class Labels:
         if own[0] in bound and (len(bound) == len(own) or not self._turns(tag)):
             repeated = self.repeats(tag)
             self.freeze(tag, why)
+            if not self.idle:
+                self.hindered.append((self._module, tag.movedim(own[0], 0).flatten(1)[:, 0]))
             return tag.new_full((1,) * tag.dim(), UNLABELLED) if repeated else tag
         return self.united(tag, bound)
 
@@ -339,16 +346,31 @@ class Labels:
             frozen[own] = True
             for name in own.unique().tolist():
                 reasons.setdefault(name, why)
-        attended = torch.zeros(self._count, dtype=torch.bool)
-        for tag in self._attended:
-            attended[classes[tag]] = True
-        return Resolved(classes, frozen[classes], reasons, attended[classes])
+        return Resolved(classes, frozen[classes], reasons, self._marked(classes)[classes])
 
-    def _classes(self) -> Tensor:
-        if not self.edges:
+    def _marked(self, classes: Tensor) -> Tensor:
+        """(labels,) bool, over classes: heads of attention."""
+        found = torch.zeros(self._count, dtype=torch.bool)
+        for tag, _ in self._attended:
+            found[classes[tag]] = True
+        return found
+
+    def _classes(self, more: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """(labels,) what was joined, and some more."""
+        edges = [*self.edges, *more]
+        if not edges:
             return torch.arange(self._count)
-        one, two = (torch.cat(ends) for ends in zip(*self.edges, strict=True))
+        one, two = (torch.cat(ends) for ends in zip(*edges, strict=True))
         return components(self._count, one, two)
+
+    def _heads(self) -> Tensor:
+        """(labels,) the classes if each head were one."""
+        joined = []
+        for tag, inner in self._attended:
+            for axis in inner:
+                first = tag.narrow(axis, 0, 1).expand(tag.shape)
+                joined.append((tag.reshape(-1), first.reshape(-1)))
+        return self._classes(joined)
 
     def _straighten(self, classes: Tensor) -> bool:
         """Join what would leave a tensor without its corners. Whether there was any."""
@@ -357,13 +379,16 @@ class Labels:
         for one in self.grouped:
             if not one.whole:
                 inside[classes[torch.cat([one.reads.flatten(), one.makes.flatten()])]] = True
-        for tag in self._attended:
-            inside[classes[tag]] = False
+        attended = self._marked(classes)
+        heads = self._heads() if bool(attended.any()) else classes
         for grid in self._grids:
             now = collapsed(classes[grid])
             axes = axes_of(now)
-            if len(axes) > 1:  # rows stay where groups do
-                self.united(now, axes[:-1] if bool(inside[now].any()) else axes[1:])
+            if len(axes) > 1:
+                parts = axes_of(collapsed(heads[grid]))[:-1] if attended[now].all() else ()
+                rows_stay = bool((inside & ~attended)[now].any())  # where groups do
+                # from several parts the same heads go, and there are as many parts
+                self.united(now, parts or (axes[:-1] if rows_stay else axes[1:]))
                 found = True
         return found
 
@@ -374,17 +399,3 @@ def _without_ones(tag: Tensor) -> Tensor:
 
 _FEW = 4
 """With fewer places in a group than this, and more groups, whole groups leave more choice."""
-
-
-def components(count: int, one: Tensor, two: Tensor) -> Tensor:
-    """(count,) the smallest member of each node's connected component, from edges one[i]-two[i]."""
-    parents = torch.arange(count)
-    while True:
-        low = torch.minimum(parents[one], parents[two])
-        new = parents.scatter_reduce(0, parents[one], low, "amin")
-        new = new.scatter_reduce(0, parents[two], low, "amin")
-        while not torch.equal(jumped := new[new], new):
-            new = jumped
-        if torch.equal(new, parents):
-            return parents
-        parents = new

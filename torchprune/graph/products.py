@@ -52,7 +52,7 @@ def contract(
             continue
         tags.append(ctx.labels.united(tag, summed))
         if not weighed and {*axes_of(tag)} & {axis % dim for axis in apart}:
-            ctx.labels.attend(tags[-1])
+            ctx.labels.attend(tags[-1], {axis % dim for axis in apart})
     return squeezed(reduced_to_one(product, tags, summed), summed)
 
 

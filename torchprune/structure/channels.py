@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.graph.groups import Group, Structure
-from torchprune.graph.trace import Trace
+from torchprune.graph.walk import Trace
 from torchprune.masking.matrices import is_fused_experts, prunable_names
 
 

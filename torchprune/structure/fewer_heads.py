@@ -1,8 +1,9 @@
-"""torch's own attention with fewer heads than its width would make.
+"""torch's own attention whose heads are not those that the width of its queries would make.
 
-`nn.MultiheadAttention` computes the size of a head from the width of its input and the number of
-heads, and goes around its own weights where it is fast. Without some heads neither holds, so it
-becomes a module of the class below: the same parameters under the same names, the same arguments.
+`nn.MultiheadAttention` computes the size of a head from the width of its queries and the number of
+heads, and goes around its own weights where it is fast. Without some heads, or some features of
+what it reads or makes, this does not hold, so it becomes a module of the class below: the same
+parameters under the same names, the same arguments.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchprune.masking.mask import original_of
+from torchprune.structure.weight_shape import weight_shape
+
+STATED = ("num_heads", "head_dim", "embed_dim", "kdim", "vdim")
+"""Attributes of torch's own attention that its tensors tell."""
 
 
 class FewerHeads(nn.MultiheadAttention):
-    """An `nn.MultiheadAttention` whose heads together are narrower than `embed_dim`.
+    """An `nn.MultiheadAttention` whose heads together are not as wide as `embed_dim`.
 
-    Made by `with_its_heads` of one that lost some; `num_heads` counts those that are left, and each
-    is as wide as before. Masks for single heads, (N * num_heads, L, S), are of these. Averaged
-    attention weights are over these too.
+    Made by `with_its_heads` of one that lost some, or features; `num_heads` counts those that are
+    left, and each is as wide as before; `embed_dim`, `kdim` and `vdim` are the widths of what
+    queries, keys and values are made of. What it gives may have another width. Masks for single
+    heads, (N * num_heads, L, S), are of these. Averaged attention weights are over these too.
     """
 
     def forward(
@@ -128,7 +133,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def with_its_heads(module: nn.Module) -> None:
-    """Have torch's own attention count the heads that its tensors hold, in place.
+    """Have torch's own attention say the heads and widths that its tensors have, in place.
 
     One that lost some becomes a `FewerHeads`: torch's own encoder layers go around a module's
     forward unless its keys and values are said to have widths of their own.
@@ -137,13 +142,15 @@ def with_its_heads(module: nn.Module) -> None:
         return
     owner: Any = module
     packed = owner.in_proj_weight is not None
-    weight = original_of(module, "in_proj_weight" if packed else "q_proj_weight")
-    rows = len(weight) // 3 if packed else len(weight)
-    if rows == owner.num_heads * owner.head_dim:
-        return
+    names = ["in_proj_weight"] * 3 if packed else [f"{x}_proj_weight" for x in "qkv"]
+    shapes = [weight_shape(module, name) for name in names]
+    rows = shapes[0][0] // 3 if packed else shapes[0][0]
+    fits = rows == owner.num_heads * owner.head_dim and shapes[0][1] == owner.embed_dim
     owner.num_heads = rows // owner.head_dim
-    owner._qkv_same_embed_dim = False
-    owner.__class__ = _with_fewer(type(module), parametrize.is_parametrized(module))
+    owner.embed_dim, owner.kdim, owner.vdim = (width for _, width in shapes)
+    if not fits:
+        owner._qkv_same_embed_dim = False
+        owner.__class__ = _with_fewer(type(module), parametrize.is_parametrized(module))
 
 
 def _with_fewer(kind: type, parametrized: bool) -> type:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from torchprune.graph import views
+from torchprune.graph.program_inputs import sources_of
 from torchprune.graph.rules import rule_for
-from torchprune.graph.trace import sources_of
 from torchprune.passes.linears import Product, product_of
 from torchprune.structure.channels import Channels, Place, arranged, index_of
 

@@ -12,7 +12,8 @@ from torchprune.errors import ShrinkError
 from torchprune.graph.capture import Call, as_calls
 from torchprune.graph.groups import Group, Structure, read_groups
 from torchprune.graph.labels import Choice
-from torchprune.graph.trace import Captured, Trace
+from torchprune.graph.trace import Captured
+from torchprune.graph.walk import Trace
 from torchprune.masking.ordinary_tensors import on_ordinary_tensors
 from torchprune.masking.plain_state import Slot, slots_of
 from torchprune.masking.selection import every_layer, layers_of, repeated_blocks

@@ -7,14 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
-from torchprune.masking.mask import original_of
 from torchprune.masking.matrices import ConvNd, is_transposed_linear
-from torchprune.modes import eval_mode
-from torchprune.structure.fewer_heads import with_its_heads
+from torchprune.structure.fewer_heads import STATED, with_its_heads
+from torchprune.structure.weight_shape import weight_shape
 
 Attributes = dict[str, dict[str, int]]
 """Module path -> attribute -> value."""
@@ -53,7 +51,7 @@ def restate(module: nn.Module, groups: int | None = None) -> None:
         outputs, inputs = weight_shape(module)[:2]
         owner.groups = groups or module.groups
         owner.out_channels, owner.in_channels = outputs, inputs * module.groups
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         owner.num_embeddings, owner.embedding_dim = weight_shape(module)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         owner.num_features = _length(module, module.num_features)
@@ -86,21 +84,41 @@ def _recompute(module: nn.Module) -> None:
             hook(module, ())
 
 
-def weight_shape(module: nn.Module, name: str = "weight") -> torch.Size:
-    """Of a weight as it is used, whatever parametrizations make it."""
-    weight: Tensor | None = original_of(module, name)
-    if weight is not None:
-        return weight.shape
-    with torch.no_grad(), eval_mode(module):
-        return cast(Tensor, getattr(module, name)).shape
-
-
 def _length(module: nn.Module, otherwise: int) -> int:
     for name in ("weight", "running_mean"):
         tensor = getattr(module, name, None)
         if isinstance(tensor, Tensor):
             return len(tensor)
     return otherwise
+
+
+def told_by_none(
+    modules: Mapping[str, nn.Module], sizes: Mapping[str, Mapping[int, set[int]]]
+) -> Attributes:
+    """What norms without any tensor are to say of the channels that they get.
+
+    Args:
+        sizes: module -> sizes of what it makes -> what becomes of them.
+    """
+    found: Attributes = {}
+    for path, changes in sizes.items():
+        module = modules.get(path)
+        name = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
+        before = getattr(module, name, 0)
+        if (
+            not isinstance(module, _NORMS)
+            or _length(module, 0)
+            or len(changes.get(before, ())) != 1
+        ):
+            continue
+        (after,) = changes[before]
+        found[path] = {name: after}
+        if isinstance(module, nn.GroupNorm):
+            found[path]["num_groups"] = module.num_groups * after // before
+    return found
+
+
+_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def guesses(
@@ -134,6 +152,8 @@ def _guesses(
             continue
         for name, value in vars(module).items():
             if type(value) is not int or value not in changes or _NEVER.fullmatch(name):
+                continue
+            if name in STATED and isinstance(module, nn.MultiheadAttention):
                 continue
             new = min(changes[value])
             if name in _REPEATS:

@@ -27,6 +27,7 @@ from torchprune.structure.config import (
 from torchprune.structure.conv_groups import groups_left
 from torchprune.structure.cuts import cut
 from torchprune.structure.generating import differing, generated
+from torchprune.structure.narrowed import narrow, record_of
 from torchprune.structure.refusals import told, without_refused
 from torchprune.structure.resize import (
     Attributes,
@@ -35,6 +36,7 @@ from torchprune.structure.resize import (
     key_heads,
     restate,
     set_attributes,
+    told_by_none,
 )
 from torchprune.structure.same_outputs import (
     TOLERANCE,
@@ -143,15 +145,24 @@ def _carry_out(
     shared_key = {path for path, m in model.named_modules() if key_heads(m) == 1}
     before = dict(model.named_modules())
     groups = groups_left(model, slots, plan.cuts)
+    untold = {id(before[path]): values for path, values in told_by_none(before, plan.sizes).items()}
     recorded = _drop(model, plan.blocks, known.seen)
     now = {key: replace(s, tensor=original_of(s.module, s.name)) for key, s in slots.items()}
     cut(now, plan.cuts, plan.folds)  # tensors with a part for each block are shorter already
     for module in model.modules():
         restate(module, groups.get(id(module)))
+        vars(module).update(untold.get(id(module), {}))
+    for path, how, kept in plan.narrowed:
+        narrow(before[path], how, kept)
     resized = _settled(model, plan, known.seen, shared_key, before)
     _check_generating(model, plan, known.spoken)
-    attributes = _with_groups(model, resized.attributes, groups)
-    _remember(model, replace(resized, drops=recorded, attributes=attributes), before)
+    untold.update({one: {**untold.get(one, {}), "groups": n} for one, n in groups.items()})
+    attributes = _with_untold(model, resized.attributes, untold)
+    _remember(
+        model,
+        replace(resized, drops=recorded, attributes=attributes, narrowed=record_of(model)),
+        before,
+    )
 
 
 def _tried(model: nn.Module, plan: ShrinkPlan, known: _Known) -> Fault | None:
@@ -334,9 +345,11 @@ def _attempts(
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def _with_groups(model: nn.Module, attributes: Attributes, groups: Mapping[int, int]) -> Attributes:
-    """Attributes, with the groups of convolutions by id, which no shape tells."""
-    own = {p: {"groups": groups[id(m)]} for p, m in model.named_modules() if id(m) in groups}
+def _with_untold(
+    model: nn.Module, attributes: Attributes, untold: Mapping[int, Mapping[str, int]]
+) -> Attributes:
+    """Attributes, with those of modules by id which no tensor's shape tells."""
+    own = {path: untold[id(m)] for path, m in model.named_modules() if id(m) in untold}
     return {p: {**attributes.get(p, {}), **own.get(p, {})} for p in sorted({*attributes, *own})}
 
 

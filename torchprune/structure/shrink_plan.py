@@ -17,6 +17,7 @@ from torchprune.graph.labels import axes_of
 from torchprune.masking.plain_state import Slot
 from torchprune.structure.constants import Fold
 from torchprune.structure.cuts import Cut
+from torchprune.structure.narrowed import Narrowing, narrowings
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,8 @@ class ShrinkPlan:
     sizes: dict[str, dict[int, set[int]]] = field(default_factory=dict, repr=False)
     """Module -> sizes that its code asks for -> what becomes of them."""
     calls: list[Call] = field(default_factory=list, repr=False)
+    narrowed: list[Narrowing] = field(default_factory=list, repr=False)
+    """Arguments from which modules pick the units that stay."""
     folds: list[Fold] = field(default_factory=list, repr=False)
     """What biases gain from constant units that go."""
     structure: Structure | None = field(default=None, repr=False)
@@ -124,6 +127,7 @@ def drawn_up(
         parameters=parameters_left(slots, cuts, plan.blocks),
         flops=_flops(structure, removed, plan.blocks),
         sizes=_sizes(structure, removed),
+        narrowed=narrowings(structure.trace.handed, removed, structure.trace.resolved.classes),
         folds=[fold for fold in plan.folds if id(fold.group) in going],
         structure=structure,
     )

@@ -13,13 +13,14 @@ from torch.nn.modules.conv import _ConvNd
 from torchprune.errors import ShrinkError
 from torchprune.masking.plain_state import slots_of
 from torchprune.structure.conv_groups import groups_by_rows
+from torchprune.structure.narrowed import Narrow, narrow_as
 from torchprune.structure.resize import (
     Attributes,
     drop_blocks,
     restate,
     set_attributes,
-    weight_shape,
 )
+from torchprune.structure.weight_shape import weight_shape
 
 _RESIZED = "_torchprune_resized"
 
@@ -35,12 +36,14 @@ class Resized:
             and the groups of convolutions that lost channels.
         settings: of the configuration, where transformers would refuse them in a file.
         original: what those settings were before, with which the configuration is written.
+        narrowed: arguments that modules narrow on entry, as `record_of` tells of the model.
     """
 
     drops: list[list[str]] = field(default_factory=list)
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     settings: dict[str, int] = field(default_factory=dict)
     original: dict[str, int] = field(default_factory=dict)
+    narrowed: Narrow = field(default_factory=dict)
 
     def followed_by(self, later: Resized, renamed: Mapping[str, str]) -> Resized:
         """Both together.
@@ -55,6 +58,7 @@ class Resized:
             {p: {**mine.get(p, {}), **later.attributes.get(p, {})} for p in sorted(paths)},
             {**self.settings, **later.settings},
             {**later.original, **self.original},
+            later.narrowed,
         )
 
 
@@ -103,6 +107,7 @@ def resize(model: nn.Module, record: Resized, shapes: Mapping[str, Sequence[int]
         table[slot.name] = tensor
     for path, module in model.named_modules():
         restate(module, _groups(path, module, record.attributes.get(path, {})))
+    narrow_as(model, record.narrowed)
     _check_attributes(model, record.attributes)
     set_attributes(dict(model.named_modules()), record.attributes)
     config = getattr(model, "config", None)

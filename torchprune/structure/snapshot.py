@@ -8,7 +8,10 @@ from torch import nn
 
 from torchprune.masking.mask import keep_zeros
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+_TABLES = (
+    *("_parameters", "_buffers", "_modules"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 
 
 class Snapshot:

@@ -13,7 +13,7 @@ AMX. Then nonzeros are read from memory and unpacked on the way.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class Quantized:
 
 
 def quantize(
-    model: Any, runs: Sequence[Sequence[np.ndarray]], ignore: Sequence[str]
+    model: Any, runs: Iterable[Sequence[np.ndarray]], ignore: Sequence[str]
 ) -> list[Quantized]:
     """Put weights and activations of all products with a weight into eight bits, in place.
 
@@ -68,7 +68,8 @@ def quantize(
         what was quantized.
 
     Raises:
-        ExportError: a glob that fits no weight, nothing to quantize, or a zero that did not stay.
+        ExportError: a glob that fits no weight, nothing to quantize, no run, or a zero that did not
+            stay.
     """
     from openvino import opset13 as ops
     from openvino._offline_transformations import (
@@ -144,7 +145,7 @@ def _scale(node: Any, weight: np.ndarray) -> np.ndarray:
 
 
 def _ranges(
-    model: Any, runs: Sequence[Sequence[np.ndarray]]
+    model: Any, runs: Iterable[Sequence[np.ndarray]]
 ) -> dict[tuple[str, int], tuple[float, float]]:
     """Least and largest value of what each product reads, zero among them."""
     import openvino
@@ -159,6 +160,8 @@ def _ranges(
     watched = openvino.Model([ops.result(end) for end in ends], model.get_parameters(), "ranges")
     compiled = openvino.Core().compile_model(watched, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     seen = np.array([[float(x) for x in compiled(list(run)).to_tuple()] for run in runs])
+    if not len(seen):
+        raise ExportError("int8: there is no batch in data to read ranges from")
     found = {}
     for index, key in enumerate(sources):
         low = min(0.0, float(seen[:, 2 * index].min()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError, MissingExtraError
-from torchprune.export.call import Call, Sample, file_bytes, folder_of, prepare
+from torchprune.export.cached import CachedModel
+from torchprune.export.call import Call, Sample, as_call, file_bytes, folder_of, prepare
 from torchprune.export.judged import check, holding
 from torchprune.export.onnx_graph import (
     allowed_of,
@@ -25,7 +26,7 @@ from torchprune.export.onnx_graph import (
 )
 from torchprune.export.openvino_int8 import RATE, SPARSE, Quantized, quantize
 from torchprune.export.promises import promised
-from torchprune.export.written import ExportReport, few
+from torchprune.export.written import ExportReport, few, tensors_of
 
 _BRINGS = (
     "OpenVINO stores and multiplies zeros like all numbers: neither smaller nor faster. (What it "
@@ -42,6 +43,7 @@ def to_openvino(
     dynamic_shapes: Any = None,
     int8: bool = False,
     int8_ignore: Sequence[str] = (),
+    data: Iterable[Any] | None = None,
 ) -> ExportReport:
     """Write a model for OpenVINO with its masks folded, run it there, and compare with torch.
 
@@ -51,11 +53,12 @@ def to_openvino(
             the .bin file first.
         example_inputs, with_cache, dynamic_shapes: as for `to_onnx`, which makes the graph.
         int8: weights in eight bits, a scale for each output, zeros still zero, and what they are
-            multiplied by too, within the range seen on `example_inputs`: give some that are like
-            what will come (float32 models only). A quarter of the bytes, and products in whole
-            numbers. The report says what it costs, which weights OpenVINO can leave zeros out of
-            where there is AMX, and whether this processor does.
+            multiplied by too, within the range seen on `data` (float32 models only). A quarter of
+            the bytes, and products in whole numbers. The report says what it costs, which weights
+            OpenVINO can leave zeros out of where there is AMX, and whether this processor does.
         int8_ignore: globs over names of weights that stay float32.
+        data: batches of the form of `example_inputs` that are like what will come, for int8's
+            ranges, one at a time in memory; the example alone, if None.
 
     Returns:
         sizes, names and differences; print it. The differences are those of OpenVINO's own choice
@@ -67,6 +70,8 @@ def to_openvino(
     """
     if int8_ignore and not int8:
         raise ExportError("int8_ignore is for int8=True")
+    if data is not None and not int8:
+        raise ExportError("data is for int8=True")
     try:
         import openvino  # noqa: F401
     except ImportError:
@@ -83,10 +88,12 @@ def to_openvino(
         vary=True,
         accept=lambda plain: allowed_of(plain, int8, where="to_openvino"),
     )
-    return holding(call, lambda call: _write(call, target, int8, int8_ignore))
+    return holding(call, lambda call: _write(call, target, int8, int8_ignore, data))
 
 
-def _write(call: Call, target: Path, int8: bool, int8_ignore: Sequence[str]) -> ExportReport:
+def _write(
+    call: Call, target: Path, int8: bool, int8_ignore: Sequence[str], data: Iterable[Any] | None
+) -> ExportReport:
     import openvino
 
     graph, sizes = graph_of(call)
@@ -102,8 +109,7 @@ def _write(call: Call, target: Path, int8: bool, int8_ignore: Sequence[str]) -> 
                 model = openvino.convert_model(Path(home) / "model.onnx")
         if int8:
             with promised("OpenVINO cannot quantize this graph"):
-                runs = [_arrays(sample) for sample in call.samples]
-                quantized = quantize(model, runs, int8_ignore)
+                quantized = quantize(model, _runs(call, data), int8_ignore)
         with promised("OpenVINO cannot write this graph"):
             openvino.save_model(model, partial, compress_to_fp16=False)
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -144,6 +150,30 @@ def _write(call: Call, target: Path, int8: bool, int8_ignore: Sequence[str]) -> 
     )
 
 
+def _runs(call: Call, data: Iterable[Any] | None) -> Iterator[list[np.ndarray]]:
+    """What the graph is given, batch by batch.
+
+    Raises:
+        ExportError: a batch is not of the example's form.
+    """
+    if data is None:
+        yield from (_arrays(sample) for sample in call.samples)
+        return
+    expected = [t.dim() for t in call.samples[0].tensors]
+    for at, batch in enumerate(data):
+        args, kwargs = as_call(batch)
+        if isinstance(call.module, CachedModel):
+            (tokens,) = tensors_of((args, kwargs))
+            args, kwargs = call.module.example(tokens, len(tokens), 0, tokens.shape[1]), {}
+        given = tensors_of((args, kwargs))
+        if [t.dim() for t in given] != expected:
+            raise ExportError(
+                f"batch {at} of data has {len(given)} tensors of {[t.dim() for t in given]} axes, "
+                f"the example {len(expected)} of {expected}"
+            )
+        yield _arrays_of(given)
+
+
 def sparse_layers(path: Path, call: Call) -> list[str] | None:
     """Which products of a file leave zeros out on this processor; None if it has no AMX."""
     if not torch.cpu.get_capabilities().get("amx_int8"):
@@ -163,8 +193,8 @@ def _said(quantized: list[Quantized], took: list[str] | None) -> str:
         else f"this one has, and left them out of {len(took)} products ({few(took) or 'none'})"
     )
     return (
-        f"{len(quantized)} weights are in int8, and so is what they multiply, within ranges seen "
-        "on the example: measure what it costs. OpenVINO can leave zeros out of what it reads of "
+        f"{len(quantized)} weights are in int8, and so is what they multiply, within the ranges "
+        "that were seen: measure what it costs. OpenVINO can leave zeros out of what it reads of "
         f"{len(fit)} of them (sides that are multiples of 64, and {RATE:.0%} zeros or more), on "
         f"Intel processors with AMX; {here}. No file can ask for it: compile with "
         f"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE={RATE}."
@@ -196,4 +226,8 @@ def _run(compiled: Any, sample: Sample) -> list[Tensor]:
 
 
 def _arrays(sample: Sample) -> list[np.ndarray]:
-    return [t.detach().cpu().numpy() for t in sample.tensors]
+    return _arrays_of(sample.tensors)
+
+
+def _arrays_of(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    return [t.detach().cpu().numpy() for t in tensors]

@@ -450,8 +450,12 @@ def test_export_writes_an_archive_and_int8(pruned: Path, tmp_path: Path) -> None
     assert "int8 is what is faster" in said
     said = worked(
         "export", pruned, "--to", "openvino", "-o", tmp_path / "m.xml", "--int8", "--no-cache",
+        "--samples", "2", "--length", "16",
     )  # fmt: skip
     assert "weights are in int8" in said
+    assert "reads ranges from" in complaint(
+        "export", pruned, "--to", "onnx", "-o", tmp_path / "n.onnx", "--data", "x.txt", code=2
+    )
     assert "for --to onnx" in complaint(
         "export", pruned, "--to", "pt2", "-o", tmp_path / "x.pt2", "--int8", code=2
     )

@@ -145,6 +145,31 @@ def test_a_file_is_a_quarter_of_what_it_was(tmp_path: Path) -> None:
     assert small.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
+def test_ranges_are_those_of_the_data(tmp_path: Path) -> None:
+    model, path = nn.Linear(8, 4), tmp_path / "m.xml"
+    small, large = torch.randn(4, 8).clamp(-1, 1), 10 * torch.randn(3, 8)
+    export.to_openvino(model, path, small, int8=True, data=[small, large])
+    found = openvino.Core().compile_model(path, "CPU", EXACT)([large.numpy()])[0]
+    wanted = by_hand([model], large, torch.cat([small, large])).numpy()
+    assert np.abs(found - wanted).max() <= 2e-2 * np.abs(wanted).max()
+    export.to_openvino(model, path, small, int8=True)  # what is beyond is cut off
+    found = openvino.Core().compile_model(path, "CPU", EXACT)([large.numpy()])[0]
+    assert np.abs(found - wanted).max() > 0.1 * np.abs(wanted).max()
+
+
+def test_data_of_a_model_with_a_cache_are_tokens(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].make()
+    tokens = FAMILIES["llama"].data(torch.float32)[0][:, :4]
+    windows = [torch.randint(3, 50, (1, length)) for length in (9, 5)]
+    path = tmp_path / "m.xml"
+    report = export.to_openvino(
+        model, path, tokens, with_cache=True, int8=True, data=(w for w in windows)
+    )
+    assert report.relative < 0.1
+    with pytest.raises(ExportError, match="batch 0 of data has 1 tensors"):
+        export.to_openvino(model, path, tokens, int8=True, data=[windows[0][0]])
+
+
 def test_what_is_ignored_stays_as_it_is(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     path = tmp_path / "m.xml"
@@ -160,6 +185,10 @@ def test_eight_bits_are_refused_where_they_cannot_be(tmp_path: Path) -> None:
         export.to_openvino(model, path, x, int8=True, int8_ignore=["*"])
     with pytest.raises(ExportError, match="int8_ignore is for int8=True"):
         export.to_openvino(model, path, x, int8_ignore=["*"])
+    with pytest.raises(ExportError, match="data is for int8=True"):
+        export.to_openvino(model, path, x, data=[x])
+    with pytest.raises(ExportError, match="no batch in data"):
+        export.to_openvino(model, path, x, int8=True, data=[])
     with pytest.raises(ExportError, match="float32"):
         export.to_openvino(nn.Linear(8, 8).half(), path, x.half(), int8=True)
     assert not list(tmp_path.iterdir())

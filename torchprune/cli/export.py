@@ -24,6 +24,7 @@ from torchprune.cli.loading import Loading
 from torchprune.cli.noise import without_runtime_lines
 from torchprune.cli.places import check_place
 from torchprune.cli.result_files import check_form
+from torchprune.cli.samples import Calibration
 from torchprune.cli.saving import check_free_for_hf, with_memory
 from torchprune.errors import InputError
 
@@ -80,8 +81,8 @@ def export(
         bool,
         typer.Option(
             "--int8",
-            help="onnx, openvino: quantize products, weights and activations. coreml: round the "
-            "nonzeros.",
+            help="onnx, openvino: quantize products, weights and activations (openvino within the "
+            "ranges that it sees on --data). coreml: round the nonzeros.",
         ),
     ] = False,
     keep_float: Annotated[
@@ -100,6 +101,7 @@ def export(
             "zeros bring: bytes, milliseconds, and which kernels leave them out.",
         ),
     ] = False,
+    calibration: Calibration = Calibration(samples=8, length=256),
     dtype: DtypeOption = Dtype.auto,
     speech: Speech = Speech(),
 ) -> None:
@@ -124,6 +126,8 @@ def export(
 
       torchprune export smol-2of4 --to pt2 --measure --output smol.pt2
 
+      torchprune export smol-2of4 --to openvino --int8 --data notes.txt --output smol.xml
+
       torchprune export smol-2of4 --to hf --output smol-folded
     """
     with one_line(speech.debug):
@@ -135,6 +139,11 @@ def export(
             raise typer.BadParameter(
                 "--keep-float says what --int8 leaves; add --int8, or leave it out",
                 param_hint="--keep-float",
+            )
+        ranged = int8 and to is Format.openvino
+        if calibration.data and not ranged:
+            raise typer.BadParameter(
+                "--data is what --to openvino --int8 reads ranges from", param_hint="--data"
             )
         if measure and to is Format.hf:
             raise typer.BadParameter(
@@ -152,6 +161,7 @@ def export(
 
         # Usage is right: what follows needs torch, which takes seconds to import.
         loader = Loading(dtype, "cpu").loader(speech.bars)
+        sources = calibration.sources(speech.bars)
         net = loader.model(model)
         writers = import_module("torchprune.export")
         if to is Format.onnx:
@@ -170,6 +180,11 @@ def export(
                 options["weights"] = "packed" if packed else "dense"
             if int8:
                 options |= {"int8": True, "int8_ignore": keep_float or ()}
+            if ranged and _is_text(tokens):
+                tokenizer = loader.tokenizer(model, required=bool(sources))
+                options["data"], _ = calibration.windows(
+                    net, tokenizer, sources, say=speech.say, progress=speech.bars
+                )
             write = getattr(writers, f"to_{to.value}")
             loud = to in (Format.executorch, Format.litert)
             with without_runtime_lines() if loud else nullcontext():
@@ -212,6 +227,12 @@ def _example(net: Any, cache: bool) -> Any:
         return read
     written = given.get("decoder_input_ids", given.get("input_ids"))
     return {name: read, "decoder_input_ids": written[: len(read), few] % net.config.vocab_size}
+
+
+def _is_text(example: Any) -> bool:
+    """Whether a model reads tokens alone."""
+    floating = getattr(example, "is_floating_point", None)
+    return floating is not None and not floating()
 
 
 def _measured(write: Any, net: Any, report: Any, tokens: Any, options: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from families import FAMILIES
 import torchprune
 from torchprune import MagnitudeSpec, SparseGPTSpec, WandaSpec
 from torchprune.errors import LoweringError
+from torchprune.lowering import few_rows
 from torchprune.lowering.bitmask import Bitmask
 from torchprune.specs.spec import Spec
 
@@ -53,9 +54,12 @@ def test_semi_structured_layers_compute_what_dense_ones_do(dtype: torch.dtype) -
     torchprune.fold(torchprune.sparsify(model, MagnitudeSpec(pattern="2:4"), progress=False))
     folded = copy.deepcopy(model)
     torchprune.lower(model, "semi_structured")
-    for rows in (1, 8, 100):
+    for rows in (1, 8, 15, 16, 100):
         x = torch.randn(rows, 256, device="cuda", dtype=dtype)
         torch.testing.assert_close(model(x), folded(x), rtol=2e-2, atol=2e-2)
+    if few_rows.has_kernels(torch.device("cuda")):  # else values do not lie as is expected of them
+        assert isinstance(model[0], few_rows.SemiStructuredLinear)
+        assert model[0].few_values.data_ptr() == model[0].weight.values().data_ptr()
     torchprune.lift(model)
     for name, tensor in folded.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

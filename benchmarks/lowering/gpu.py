@@ -30,7 +30,7 @@ from torch.sparse import SparseSemiStructuredTensor
 
 import torchprune
 from torchprune import MagnitudeSpec
-from torchprune.lowering import semi_structured
+from torchprune.lowering import few_rows, semi_structured
 from torchprune.lowering.bitmask import Bitmask
 from torchprune.lowering.kernels import launching
 from torchprune.lowering.kernels.launching import Tiles
@@ -116,6 +116,10 @@ def contenders(
         each, kind = copies(semi_structured.compressed_bytes(two)), semi_structured.backend()
         some_two = [semi_structured.compress(two, kind) for _ in range(each)]
         ways["2:4"] = [lambda x, w=w: F.linear(x, w) for w in some_two]
+        few = [it for it in map(few_rows.parts_of, some_two) if it is not None]
+        if few:  # what `lower(model, "semi_structured")` takes for up to 15 rows
+            weights["2:4 by its bits"] = two
+            ways["2:4 by its bits"] = [lambda x, it=it: multiply(it, x) for it in few]
     return ways, weights
 
 

@@ -23,7 +23,7 @@ from torch.sparse import (
 import torchprune
 from torchprune import MagnitudeSpec
 from torchprune.errors import LoweringError
-from torchprune.lowering import lower
+from torchprune.lowering import few_rows, lower
 from torchprune.lowering import semi_structured as two_of_four
 
 CUTLASS = SparseSemiStructuredTensorCUTLASS
@@ -161,6 +161,103 @@ def test_lowered_layers_compute_the_same_and_come_back() -> None:
         p.requires_grad for p in folded.parameters()
     ]
     assert torch.equal(torchprune.lift(other)[0].weight, folded[0].weight)
+
+
+# -- few rows of input, by the bitmask kernels -----------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's bitmask kernels in the place of Triton's."""
+    monkeypatch.setattr(few_rows, "has_kernels", lambda _: True)
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.integers(0, 2**31),
+)
+def test_bits_over_a_weights_own_values_are_the_weight(
+    rows: int, cols: int, dtype: torch.dtype, share: float, seed: int
+) -> None:
+    weight = weights(32 * rows, 64 * cols, dtype, seed, share)
+    packed = two_of_four.compress(weight, CUTLASS)
+    found = few_rows.parts_of(packed)
+    assert found is not None
+    assert torch.equal(found.unpack(), weight)
+    assert torch.equal(found.values[: packed.packed.numel()], packed.packed.flatten())
+    found.check("it", rows=len(weight))
+    own = found.nbytes - found.values.nbytes
+    assert own == few_rows.bytes_of(weight)
+
+
+def test_values_that_lie_otherwise_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = two_of_four.compress(weights(32, 64, torch.float16, 1), CUTLASS)
+    monkeypatch.setattr(CUTLASS, "values", lambda it: it.packed.flip(0))
+    assert few_rows.parts_of(packed) is None
+    monkeypatch.setattr(CUTLASS, "values", lambda it: it.packed[1:])
+    assert few_rows.parts_of(packed) is None
+
+
+def lowered_for_few() -> tuple[nn.Sequential, nn.Sequential]:
+    model = pruned()
+    folded = torchprune.fold(copy.deepcopy(model))
+    plan = torchprune.plan_lowering(model, "semi_structured")
+    assert "up to 15 rows of input by the bitmask kernels" in str(plan)
+    assert 0.625 < plan.layers[0].after / plan.layers[0].before < 0.68
+    return torchprune.lower(model, "semi_structured"), folded
+
+
+@pytest.mark.usefixtures("on_cpu", "reference_kernel", "few")
+@pytest.mark.parametrize("shape", [(), (1,), (15,), (3, 5), (16,), (2, 8), (40,), (0,)], ids=str)
+def test_rows_choose_the_kernel(shape: tuple[int, ...]) -> None:
+    model, folded = lowered_for_few()
+    assert isinstance(model[0], few_rows.SemiStructuredLinear)
+    x = torch.randn(*shape, 64).half().requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    with torch.profiler.profile() as profile:
+        found = model[0](x)
+    ran = [event.name for event in profile.events() if "::" in event.name]
+    few = torch.Size(shape).numel() < 16
+    assert ("torchprune::bitmask_linear" in ran) is few
+    wanted = folded[0](y)
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+    if few:
+        found.sum().backward()
+        wanted.sum().backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("on_cpu", "reference_kernel", "few")
+def test_what_has_two_ways_is_copied_compiled_and_lifted() -> None:
+    model, folded = lowered_for_few()
+    x = torch.randn(4, 64).half()
+    other = copy.deepcopy(model)
+    assert other[0].weight is not model[0].weight
+    assert other[0].weight is other[0].__dict__["_torchprune_few_of"]
+    assert set(model.state_dict()) == set(folded.state_dict())
+    with torch.no_grad():
+        expected = folded(x)
+        torch.testing.assert_close(other(x), expected, rtol=1e-2, atol=1e-2)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-2, atol=1e-2)
+    torchprune.lift(model)
+    assert type(model[0]) is nn.Linear
+    assert not dict(model.named_buffers())
+    for name, tensor in folded.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.usefixtures("on_cpu", "reference_kernel", "few")
+def test_another_weight_is_not_read_by_the_bits_of_the_first() -> None:
+    model, folded = lowered_for_few()
+    fresh = two_of_four.compress(weights(96, 64, torch.float16, 5), CUTLASS)
+    model[0]._parameters["weight"] = nn.Parameter(fresh, requires_grad=False)
+    x = torch.randn(2, 64).half()
+    wanted = nn.functional.linear(x, two_of_four.decompress(fresh), folded[0].bias)
+    torch.testing.assert_close(model[0](x), wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import LoweringError
-from torchprune.lowering import bitmask, semi_structured
+from torchprune.lowering import bitmask, few_rows, semi_structured
 from torchprune.lowering.bitmask import DTYPES, Bitmask
 from torchprune.lowering.convolutions import BitmaskConv, convolves, objection
 from torchprune.lowering.kernels import operators as kernels
@@ -117,7 +117,9 @@ def lower(
       has few positions alone.
     - "semi_structured": 2:4 linear layers on a CUDA device, in float16 or bfloat16, hold torch's
       semi-structured tensors (cuSPARSELt, or CUTLASS). They stay `nn.Linear`; products with many
-      rows of input are faster, those with one are slower. What is not 2:4 is left, and said.
+      rows of input are faster. With fewer than 16 they are slower than dense: there, if Triton is
+      installed, the bitmask kernels multiply, by one bit more a weight and the same values. What is
+      not 2:4 is left, and said.
     - "dense": masks are folded and that is all: plain modules for any runtime.
 
     Args:
@@ -182,6 +184,7 @@ def lift_forms(model: Model, forms: Collection[str]) -> Model:
             module._parameters.get("weight")
         ):
             dense = semi_structured.decompress(cast(Tensor, module.weight))
+            few_rows.take_off(module)
             trained = module.__dict__.pop(_TRAINED, True)
             module._parameters["weight"] = nn.Parameter(dense, requires_grad=trained)
     return model
@@ -233,6 +236,7 @@ def _plan(
         else:
             why = semi_structured.obstacle(weight, kind)
             after = semi_structured.compressed_bytes(weight)
+            after += few_rows.bytes_of(weight) if few_rows.has_kernels(weight.device) else 0
         if why:
             left[layer.name] = why
             continue
@@ -241,7 +245,7 @@ def _plan(
             LoweredLayer(layer.name, tuple(weight.shape), name, zeros, weight.nbytes, after)
         )
         chosen.append(layer)
-    runs_on = f"2:4 products by {kind.__name__}" if target != "bitmask" else _runs_on(chosen)
+    runs_on = _runs_on(chosen) if target == "bitmask" else _two_of_four_on(chosen, kind.__name__)
     return LoweringPlan(target, lowered, left, runs_on), chosen
 
 
@@ -250,6 +254,14 @@ def _runs_on(chosen: list[Layer]) -> str:
     places = dict.fromkeys(original_of(y.module, y.tensor).device for y in chosen)
     told = dict.fromkeys(str(kernels.native(place)) for place in places or ("cpu",))
     return "\n".join(told)
+
+
+def _two_of_four_on(chosen: list[Layer], kind: str) -> str:
+    """What multiplies 2:4 weights."""
+    places = {original_of(y.module, y.tensor).device for y in chosen}
+    few = bool(places) and all(few_rows.has_kernels(place) for place in places)
+    own = f", up to {few_rows.FEW} rows of input by the bitmask kernels" if few else ""
+    return f"2:4 products by {kind}{own}"
 
 
 def _bitmask_bytes(layer: Layer, weight: Tensor, zeros: float, dtype: torch.dtype | None) -> int:
@@ -312,6 +324,8 @@ def _compress(layer: Layer) -> None:
         detach(module, layer.tensor)
     module.__dict__[_TRAINED] = trained
     module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    if few_rows.has_kernels(weight.device):
+        few_rows.put_on(cast(nn.Linear, module))
 
 
 def _pack(layer: Layer, dtype: torch.dtype | None) -> Bitmask:

@@ -153,10 +153,11 @@ def reseal(directory: Path) -> None:
     content = weights.read_bytes() if weights.is_file() else b""
     length = int.from_bytes(content[:8], "little")
     manifest["header"] = checksum([content[: 8 + length]])
-    for name in manifest["settings"]:
-        if (directory / name).is_file():
-            manifest["settings"][name] = checksum([(directory / name).read_bytes()])
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(KeyError, TypeError, ValueError):  # a flipped byte made it none, or its name
+        for name in manifest["settings"]:
+            if (directory / name).is_file():
+                manifest["settings"][name] = checksum([(directory / name).read_bytes()])
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
         header = json.loads(content[8 : 8 + length])
         spans = {blob: header[blob]["data_offsets"] for blob in header if blob != "__metadata__"}
         for key, entry in tensors.items():

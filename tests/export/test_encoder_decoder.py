@@ -133,7 +133,9 @@ def greedy(model: Any, given: dict[str, Tensor]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", sample(MODELS, "bart"))
-@pytest.mark.parametrize("merged", [True, False], ids=["merged", "apart"])
+@pytest.mark.parametrize(
+    "merged", [True, pytest.param(False, marks=pytest.mark.sweep)], ids=["merged", "apart"]
+)
 def test_texts_are_those_of_generate(name: str, merged: bool, tmp_path: Path) -> None:
     model, given = made(name), source(name)
     start = model.config.decoder_start_token_id

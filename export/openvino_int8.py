@@ -30,6 +30,10 @@ SPARSE = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": RATE}
 _SCALED = "{}/int8"
 """What a weight's bytes times their scales are called."""
 
+COARSE = 0.3
+"""What a step of eight bits may be, of the root mean square of what is rounded: beyond, outliers
+would leave little but themselves."""
+
 _SIDE = 64
 """What the sides of such a weight must be multiples of."""
 
@@ -56,7 +60,7 @@ class Quantized:
 
 def quantize(
     model: Any, runs: Iterable[Sequence[np.ndarray]], ignore: Sequence[str]
-) -> list[Quantized]:
+) -> tuple[list[Quantized], list[str]]:
     """Put weights and activations of all products with a weight into eight bits, in place.
 
     Args:
@@ -65,7 +69,8 @@ def quantize(
         ignore: globs over names of weights that stay floating point.
 
     Returns:
-        what was quantized.
+        what was quantized, and the names of weights that were not, as what they multiply has such
+        outliers that steps of their range are too coarse for the rest.
 
     Raises:
         ExportError: a glob that fits no weight, nothing to quantize, no run, or a zero that did not
@@ -90,13 +95,20 @@ def quantize(
     if not chosen:
         raise ExportError("int8: there is no product with a weight to quantize")
     ranges = _ranges(model, runs)
+    coarse = {key for key, seen in ranges.items() if seen.step > COARSE * seen.usual}
+    fine = [node for node in chosen if _key(node.input(0).get_source_output()) not in coarse]
+    left = [_weight(node).get_friendly_name() for node in chosen if node not in fine]
+    if not fine:
+        raise ExportError(
+            "int8: what every product reads has outliers, beside which eight bits leave nothing"
+        )
     rounded: dict[Any, Any] = {}
     weights: dict[str, np.ndarray] = {}
-    for node in chosen:
+    for node in fine:
         source = node.input(0).get_source_output()
         key = _key(source)
         if key not in rounded:
-            low, high = (ops.constant(np.float32(x)) for x in ranges[key])
+            low, high = (ops.constant(np.float32(x)) for x in (ranges[key].low, ranges[key].high))
             rounded[key] = ops.fake_quantize(source, low, high, low, high, 256).output(0)
         node.input(0).replace_source_output(rounded[key])
         held = node.input(1).get_source_output()
@@ -111,7 +123,7 @@ def quantize(
     apply_moc_transformations(model, cf=False)
     compress_quantize_weights_transformation(model)
     _check_zeros(model, weights)
-    return [_told(name, weight) for name, weight in weights.items()]
+    return [_told(name, weight) for name, weight in weights.items()], left
 
 
 def _products(model: Any) -> list[Any]:
@@ -144,19 +156,34 @@ def _scale(node: Any, weight: np.ndarray) -> np.ndarray:
     return np.where(largest > 0, largest, 1).astype(np.float32)
 
 
-def _ranges(
-    model: Any, runs: Iterable[Sequence[np.ndarray]]
-) -> dict[tuple[str, int], tuple[float, float]]:
-    """Least and largest value of what each product reads, zero among them."""
+@dataclass(frozen=True)
+class _Seen:
+    """What a product reads: least and largest, zero among them, and the root mean square."""
+
+    low: float
+    high: float
+    usual: float
+
+    @property
+    def step(self) -> float:
+        """Of eight bits over the range."""
+        return (self.high - self.low) / 255
+
+
+def _ranges(model: Any, runs: Iterable[Sequence[np.ndarray]]) -> dict[tuple[str, int], _Seen]:
+    """What each product reads."""
     import openvino
     from openvino import opset13 as ops
 
     sources = {_key(s): s for n in _products(model) for s in [n.input(0).get_source_output()]}
-    ends = [
-        reduce(source, np.arange(len(source.get_partial_shape())), keep_dims=False)
-        for source in sources.values()
-        for reduce in (ops.reduce_min, ops.reduce_max)
-    ]
+    ends = []
+    for source in sources.values():
+        axes = np.arange(len(source.get_partial_shape()))
+        ends += [
+            ops.reduce_min(source, axes, keep_dims=False),
+            ops.reduce_max(source, axes, keep_dims=False),
+            ops.reduce_mean(ops.multiply(source, source), axes, keep_dims=False),
+        ]
     watched = openvino.Model([ops.result(end) for end in ends], model.get_parameters(), "ranges")
     compiled = openvino.Core().compile_model(watched, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     seen = np.array([[float(x) for x in compiled(list(run)).to_tuple()] for run in runs])
@@ -164,9 +191,12 @@ def _ranges(
         raise ExportError("int8: there is no batch in data to read ranges from")
     found = {}
     for index, key in enumerate(sources):
-        low = min(0.0, float(seen[:, 2 * index].min()))
-        high = max(0.0, float(seen[:, 2 * index + 1].max()))
-        found[key] = (low, high) if high > low else (low, 1.0)
+        some = seen[:, 3 * index : 3 * index + 3]
+        low, high = min(0.0, float(some[:, 0].min())), max(0.0, float(some[:, 1].max()))
+        if high <= low:  # zeros alone
+            high = 1.0
+            some = np.ones_like(some)
+        found[key] = _Seen(low, high, float(np.sqrt(some[:, 2].mean())))
     return found
 
 

@@ -54,7 +54,9 @@ def to_openvino(
         example_inputs, with_cache, dynamic_shapes: as for `to_onnx`, which makes the graph.
         int8: weights in eight bits, a scale for each output, zeros still zero, and what they are
             multiplied by too, within the range seen on `data` (float32 models only). A quarter of
-            the bytes, and products in whole numbers. The report says what it costs, which weights
+            the bytes, and products in whole numbers. A product whose input has outliers, so that a
+            step of eight bits is more than 0.3 of the root mean square, stays in float32, as
+            `down_proj` of many language models. The report says what it costs, which weights
             OpenVINO can leave zeros out of where there is AMX, and whether this processor does.
         int8_ignore: globs over names of weights that stay float32.
         data: batches of the form of `example_inputs` that are like what will come, for int8's
@@ -102,6 +104,7 @@ def _write(
         partial = Path(home) / target.name
         save_graph(graph, Path(home) / "model.onnx")
         quantized: list[Quantized] = []
+        left: list[str] = []
         with promised("OpenVINO cannot read this graph"):
             if int8:  # whose weights still have their names
                 model = openvino.Core().read_model(Path(home) / "model.onnx")
@@ -109,7 +112,7 @@ def _write(
                 model = openvino.convert_model(Path(home) / "model.onnx")
         if int8:
             with promised("OpenVINO cannot quantize this graph"):
-                quantized = quantize(model, _runs(call, data), int8_ignore)
+                quantized, left = quantize(model, _runs(call, data), int8_ignore)
         with promised("OpenVINO cannot write this graph"):
             openvino.save_model(model, partial, compress_to_fp16=False)
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -119,7 +122,7 @@ def _write(
         inputs = _inputs(precise, call)
         allowed = float("inf") if int8 else allowed_of(call.module)
         found = check(call, "OpenVINO", lambda s: _run(precise, s), allowed)
-        brings = _said(quantized, sparse_layers(partial, call)) if int8 else _BRINGS
+        brings = _said(quantized, left, sparse_layers(partial, call)) if int8 else _BRINGS
         if usual is not precise:
             there = found
             found = check(call, "OpenVINO", lambda s: _run(usual, s), float("inf"))
@@ -184,7 +187,7 @@ def sparse_layers(path: Path, call: Call) -> list[str] | None:
     return [one.node_name for one in request.profiling_info if "sparse" in one.exec_type.lower()]
 
 
-def _said(quantized: list[Quantized], took: list[str] | None) -> str:
+def _said(quantized: list[Quantized], left: list[str], took: list[str] | None) -> str:
     """What int8 and zeros bring in OpenVINO."""
     fit = [one for one in quantized if one.fit]
     here = (
@@ -192,11 +195,17 @@ def _said(quantized: list[Quantized], took: list[str] | None) -> str:
         if took is None
         else f"this one has, and left them out of {len(took)} products ({few(took) or 'none'})"
     )
+    kept = (
+        f" {len(left)} stay in float32, as what they multiply has outliers beside which eight bits "
+        f"leave little of the rest ({few(left)})."
+        if left
+        else ""
+    )
     return (
         f"{len(quantized)} weights are in int8, and so is what they multiply, within the ranges "
-        "that were seen: measure what it costs. OpenVINO can leave zeros out of what it reads of "
-        f"{len(fit)} of them (sides that are multiples of 64, and {RATE:.0%} zeros or more), on "
-        f"Intel processors with AMX; {here}. No file can ask for it: compile with "
+        f"that were seen: measure what it costs.{kept} OpenVINO can leave zeros out of what it "
+        f"reads of {len(fit)} of the weights in int8 (sides that are multiples of 64, and "
+        f"{RATE:.0%} zeros or more), on Intel processors with AMX; {here}. No file can ask for it: compile with "
         f"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE={RATE}."
     )
 

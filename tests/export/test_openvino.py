@@ -128,7 +128,9 @@ def test_the_report_says_which_weights_could_do_without_zeros(tmp_path: Path) ->
     torchprune.sparsify(model, MagnitudeSpec(0.8, ignore=["2"]), progress=False)
     x = torch.randn(4, 128)
     said = str(export.to_openvino(model, tmp_path / "m.xml", x, int8=True))
-    assert "of 1 of them" in said  # the second has no zeros, the third is no multiple of 64
+    assert (
+        "of 1 of the weights in int8" in said
+    )  # the second has no zeros, the third is no multiple of 64
     assert "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE=0.4" in said
     if torch.cpu.get_capabilities().get("amx_int8"):
         assert "this one has, and left them out of 1 products" in said
@@ -168,6 +170,20 @@ def test_data_of_a_model_with_a_cache_are_tokens(tmp_path: Path) -> None:
     assert report.relative < 0.1
     with pytest.raises(ExportError, match="batch 0 of data has 1 tensors"):
         export.to_openvino(model, path, tokens, int8=True, data=[windows[0][0]])
+
+
+def test_what_reads_outliers_stays_as_it_is(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 8))
+    x = torch.randn(64, 256)
+    x[5, 7] = 3000.0  # a step of eight bits is 12 then, where others are about 1
+    path = tmp_path / "m.xml"
+    report = export.to_openvino(model, path, x, int8=True)
+    assert list(weights_of(path)) == ["2.weight"]
+    assert "1 stay in float32" in report.brings
+    assert "(0.weight)" in report.brings
+    assert report.relative < 3e-2
+    with pytest.raises(ExportError, match="every product reads has outliers"):
+        export.to_openvino(model[0], path, x, int8=True)
 
 
 def test_what_is_ignored_stays_as_it_is(tmp_path: Path) -> None:

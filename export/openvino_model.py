@@ -205,8 +205,8 @@ def _said(quantized: list[Quantized], left: list[str], took: list[str] | None) -
         f"{len(quantized)} weights are in int8, and so is what they multiply, within the ranges "
         f"that were seen: measure what it costs.{kept} OpenVINO can leave zeros out of what it "
         f"reads of {len(fit)} of the weights in int8 (sides that are multiples of 64, and "
-        f"{RATE:.0%} zeros or more), on Intel processors with AMX; {here}. No file can ask for it: compile with "
-        f"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE={RATE}."
+        f"{RATE:.0%} zeros or more), on Intel processors with AMX; {here}. No file can ask for "
+        f"it: compile with CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE={RATE}."
     )
 
 

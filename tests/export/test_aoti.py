@@ -141,11 +141,14 @@ def test_the_example_in_cpp_runs_it_without_python(report: ExportReport, tmp_pat
     if tool is None:
         pytest.skip("cmake is not installed")
     build, prefix = tmp_path / "build", torch.utils.cmake_prefix_path
+    # What others in this process set for compilers of theirs is not for this one.
+    foreign = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in foreign}
     for words in (
         [tool, "-S", EXAMPLE, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}"],
         [tool, "--build", build],
     ):
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     x = torch.randn(3, 256)
     given, found = tmp_path / "input.f32", tmp_path / "output.f32"

@@ -13,12 +13,17 @@ make, are given back as they came.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import onnx_ir as ir
 
 from torchprune.export.encoder_decoder import MERGED, SWITCH
+from torchprune.export.written import letter_of
+
+_LETTERS = "[a-z]+"
 
 _PAST, _PRESENT = "past_key_values.", "present."
 
@@ -131,15 +136,24 @@ def same_letters(first: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
         first, after: see `written.sizes_of`.
     """
     one, two = first["sizes"], after["sizes"]
-    known: dict[Any, Any] = {}
-    for name in one.keys() & two.keys():
-        known |= dict(zip(one[name], two[name], strict=True))
-    spare = iter(
-        sorted(set("abcdefghijklmnopqrstuvwxyz") - {x for some in two.values() for x in some})
-    )
-    letters = {x for some in one.values() for x in some if isinstance(x, str)}
-    known |= {letter: next(spare) for letter in sorted(letters - known.keys())}
-    sizes = {name: tuple(known.get(x, x) for x in some) for name, some in one.items()} | two
-    bounds = {known[x]: bound for x, bound in first["bounds"].items()} | after["bounds"]
+    known = {
+        x: y
+        for name in one.keys() & two.keys()
+        for x, y in zip(one[name], two[name], strict=True)
+        if isinstance(x, str) and isinstance(y, str)
+    }
+    taken = set(re.findall(_LETTERS, str(list(two.values()))))
+    fresh = (letter for letter in map(letter_of, count()) if letter not in taken)
+
+    def named(size: Any) -> Any:
+        def other(found: re.Match[str]) -> str:
+            if found[0] not in known:
+                known[found[0]] = next(fresh)
+            return known[found[0]]
+
+        return re.sub(_LETTERS, other, size) if isinstance(size, str) else size
+
+    sizes = {name: tuple(map(named, some)) for name, some in one.items()} | two
+    bounds = {named(x): bound for x, bound in first["bounds"].items()} | after["bounds"]
     unmoved = list(dict.fromkeys([*first["unmoved"], *after["unmoved"]]))
     return {"sizes": sizes, "bounds": bounds, "unmoved": unmoved}

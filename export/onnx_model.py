@@ -77,7 +77,8 @@ def to_onnx(
             For encoder-decoders (T5, BART, Whisper) `path` is a folder, and the example has what
             the encoder reads. It gets `encoder_model.onnx` and `decoder_model_merged.onnx`, with
             the names that optimum and transformers.js give their inputs and outputs,
-            `past_key_values.N.decoder.key` and so on; see `merged`.
+            `past_key_values.N.decoder.key` and so on; see `merged`. Decoders of another form that
+            an earlier export left there are removed.
         dynamic_shapes: as for `torch.export.export`; by default the first size of every input
             varies, and the second of integer ones (tokens), where the model runs at other sizes.
             Inputs equally long in the example stay so, unless the model runs only otherwise. With

@@ -60,7 +60,7 @@ def to_openvino(
             OpenVINO can leave zeros out of where there is AMX, and whether this processor does.
         int8_ignore: globs over names of weights that stay float32.
         data: batches of the form of `example_inputs` that are like what will come, for int8's
-            ranges, one at a time in memory; the example alone, if None.
+            ranges, run one at a time; the example alone, if None.
 
     Returns:
         sizes, names and differences; print it. The differences are those of OpenVINO's own choice
@@ -90,11 +90,12 @@ def to_openvino(
         vary=True,
         accept=lambda plain: allowed_of(plain, int8, where="to_openvino"),
     )
-    return holding(call, lambda call: _write(call, target, int8, int8_ignore, data))
+    batches = None if data is None else list(data)  # a second try reads them again
+    return holding(call, lambda call: _write(call, target, int8, int8_ignore, batches))
 
 
 def _write(
-    call: Call, target: Path, int8: bool, int8_ignore: Sequence[str], data: Iterable[Any] | None
+    call: Call, target: Path, int8: bool, int8_ignore: Sequence[str], data: Sequence[Any] | None
 ) -> ExportReport:
     import openvino
 
@@ -153,7 +154,7 @@ def _write(
     )
 
 
-def _runs(call: Call, data: Iterable[Any] | None) -> Iterator[list[np.ndarray]]:
+def _runs(call: Call, data: Sequence[Any] | None) -> Iterator[list[np.ndarray]]:
     """What the graph is given, batch by batch.
 
     Raises:

@@ -135,7 +135,7 @@ def sizes_of(
     bounds: dict[str, tuple[int, int | None]] = {}
     for symbol in (symbol for value in values for size in value.shape for symbol in _symbols(size)):
         if str(symbol) not in letters:
-            letter = letters[str(symbol)] = _letter(len(letters))
+            letter = letters[str(symbol)] = letter_of(len(letters))
             known = program.range_constraints.get(symbol)
             low, high = (0, None) if known is None else (known.lower, known.upper)
             high = int(high) if high is not None and high < sys.maxsize else None
@@ -169,7 +169,7 @@ def _symbols(size: Any) -> list[Any]:
     return [] if isinstance(size, int) else sorted(size.node.expr.free_symbols, key=str)
 
 
-def _letter(number: int) -> str:
+def letter_of(number: int) -> str:
     return "abcdefghijklmnopqrstuvwxyz"[number % 26] * (1 + number // 26)
 
 

@@ -15,7 +15,7 @@ import itertools
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,16 +26,10 @@ from torch import nn
 import torchprune
 from torchprune import MagnitudeSpec, export
 from torchprune.export.openvino_int8 import SPARSE
+from torchprune.study.speed.turns import Pace, take_turns
 
 WIDTHS = (1024, 4096, 1024, 4096, 1024)
 ONE = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Processor time of one call, on however many threads."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def main() -> None:
@@ -76,9 +70,9 @@ def row(share: float, rows: int, rounds: int) -> str:
         request = watched.create_infer_request()
         request.infer(given)
         sparse = [x for x in request.profiling_info if "sparse" in x.exec_type.lower()]
-        for _ in range(3):
-            _ = [one(given) for one in made]
-        times = [[seconds(lambda: one(given)) for one in made] for _ in range(rounds)]  # noqa: B023
+        contenders = {str(n): partial(one, given) for n, one in enumerate(made)}
+        turns = take_turns(contenders, Pace(least=rounds, most=rounds), clock=time.process_time)
+    times = list(zip(*(turns.seconds[name] for name in contenders), strict=True))
     first, second = (1e3 * median(some[i] for some in times) for i in (0, 1))
     by_int8 = median(some[1] / some[0] for some in times)
     by_zeros = median(some[2] / some[1] for some in times)

@@ -190,6 +190,24 @@ def test_a_merged_decoder_holds_its_weights_once(tmp_path: Path) -> None:
     assert [len(text) for text in texts] == [10] * 3
 
 
+def test_two_reports_of_sizes_speak_in_the_same_letters() -> None:
+    from torchprune.export.merged_decoder import same_letters
+
+    first = {
+        "sizes": {"ids": ("a", "b"), "states": ("a", "c", 8), "both": ("b + c",)},
+        "bounds": {"c": (2, 9)},
+        "unmoved": ["x"],
+    }
+    past = {f"past{i}": ("c", letter) for i, letter in enumerate("abdefghijklmnopqrstuvwxyz")}
+    after = {"sizes": {"ids": ("c", 1), **past}, "bounds": {"d": (0, 5)}, "unmoved": ["x", "y"]}
+    made = same_letters(first, after)
+    states, both = ("c", "bb", 8), ("aa + bb",)
+    assert made["sizes"] == {"ids": ("c", 1), "states": states, "both": both, **past}
+    assert made["sizes"]["states"][1] in made["bounds"]
+    assert made["bounds"]["d"] == (0, 5)
+    assert made["unmoved"] == ["x", "y"]
+
+
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     model, given = made("t5"), source("t5")
     (tmp_path / "file").write_text("mine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import MagnitudeSpec, export
 from torchprune.errors import ExportError
+from torchprune.export import openvino_model
+from torchprune.export.promises import SizesError
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.filterwarnings("ignore")  # while exporting, of third parties
@@ -170,6 +173,27 @@ def test_data_of_a_model_with_a_cache_are_tokens(tmp_path: Path) -> None:
     assert report.relative < 0.1
     with pytest.raises(ExportError, match="batch 0 of data has 1 tensors"):
         export.to_openvino(model, path, tokens, int8=True, data=[windows[0][0]])
+
+
+def test_data_are_read_again_where_a_graph_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    real = openvino_model.check
+
+    def at_the_example_alone(call: Any, *rest: Any) -> Any:
+        tried.append(len(call.samples))
+        if len(call.samples) > 1:
+            raise SizesError("not at other sizes")
+        return real(call, *rest)
+
+    monkeypatch.setattr(openvino_model, "check", at_the_example_alone)
+    x = torch.randn(4, 8)
+    model, path = nn.Linear(8, 4), tmp_path / "m.xml"
+    report = export.to_openvino(model, path, x, int8=True, data=(y for y in [x, 2 * x]))
+    assert tried[0] > 1
+    assert tried[-1] == 1
+    assert report.note == "not at other sizes"
 
 
 def test_what_reads_outliers_stays_as_it_is(tmp_path: Path) -> None:

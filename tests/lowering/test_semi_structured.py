@@ -40,13 +40,17 @@ def weights(rows: int, cols: int, dtype: torch.dtype, seed: int, share: float = 
     return weight.to(dtype)
 
 
-@given(
+given_weights = given(
     st.integers(1, 3),
     st.integers(1, 3),
     st.sampled_from(DTYPES),
     st.sampled_from([0.0, 0.3, 1.0]),
     st.integers(0, 2**31),
 )
+"""What `weights` may be asked for: tiles of rows and columns, dtype, share, seed."""
+
+
+@given_weights
 def test_packing_loses_no_bit(
     rows: int, cols: int, dtype: torch.dtype, share: float, seed: int
 ) -> None:
@@ -172,13 +176,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "has_kernels", lambda _: True)
 
 
-@given(
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.sampled_from(DTYPES),
-    st.sampled_from([0.0, 0.3, 1.0]),
-    st.integers(0, 2**31),
-)
+@given_weights
 def test_bits_over_a_weights_own_values_are_the_weight(
     rows: int, cols: int, dtype: torch.dtype, share: float, seed: int
 ) -> None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from torchprune.errors import ExportError
 from torchprune.export import written
+from torchprune.export.bfloat16 import holds_bfloat16, in_float32, inputs_in_float32
 from torchprune.export.cached import PAST, CachedModel
 from torchprune.export.graph_names import output_names
 from torchprune.export.hf import folded_copy
@@ -56,6 +57,7 @@ class Call:
         size_names: for each input what its axes count, where formats have usual names for it.
         retreat: the same call with all sizes fixed, for when it does not hold at others.
         note: why it is that one, if it is.
+        widened: module and inputs are a bfloat16 model's in float32.
     """
 
     module: nn.Module
@@ -69,6 +71,7 @@ class Call:
     size_names: list[dict[int, str]] = field(default_factory=list)
     retreat: Call | None = None
     note: str = ""
+    widened: bool = False
 
 
 def prepare(
@@ -80,12 +83,14 @@ def prepare(
     vary: bool,
     packed: bool = False,
     accept: Callable[[nn.Module], object] = lambda _: None,
+    wide: bool = False,
 ) -> Call:
     """Fold a copy of the model and read the example; see `to_onnx` for the arguments.
 
     Args:
         packed: keep layers that are lowered to bitmasks; else they are dense again.
         accept: is given the copy before anything runs, and raises what speaks against it.
+        wide: a model with bfloat16 parameters is computed in float32, from then on.
         vary: let sizes vary where `dynamic_shapes` says nothing; else all are as in the example.
 
     Raises:
@@ -94,12 +99,35 @@ def prepare(
     plain = plain_of(model, packed=packed)
     args, kwargs = _contiguous(as_call(example_inputs))
     accept(plain)
+    if not (wide and holds_bfloat16(plain)):
+        return _call_of(plain, args, kwargs, with_cache, dynamic_shapes, vary)
+    args, kwargs = inputs_in_float32((args, kwargs))
+    call = _call_of(
+        in_float32(plain), args, kwargs, with_cache, dynamic_shapes, vary, " in float32"
+    )
+    return replace(call, widened=True)
+
+
+def _call_of(
+    plain: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    with_cache: bool,
+    dynamic_shapes: Any,
+    vary: bool,
+    how: str = "",
+) -> Call:
+    """The call of a module that is ready; see `prepare`.
+
+    Args:
+        how: what an error says of the way in which it is called.
+    """
     if with_cache:
         tokens = _tokens_of(args, kwargs)
-        with promised(f"with_cache: a {type(plain).__name__} cannot take steps with a cache"):
+        with promised(f"with_cache: a {type(plain).__name__} cannot take steps with a cache{how}"):
             return _cached(CachedModel(plain), tokens, dynamic_shapes, vary)
     _without_cache(plain)
-    with promised("the model cannot be called with the example"):
+    with promised(f"the model cannot be called with the example{how}"):
         outputs = _outputs(plain, args, kwargs)
     if dynamic_shapes is not None:
         asked = _as_asked(plain, args, kwargs, dynamic_shapes)

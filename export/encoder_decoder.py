@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError, MissingExtraError
+from torchprune.export.bfloat16 import holds_bfloat16, in_float32, inputs_in_float32
 from torchprune.export.call import Call, Sample, as_call, plain_of, run
 from torchprune.export.promises import promised
 
@@ -99,7 +101,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def prepare_three(
     model: nn.Module, example_inputs: Any, accept: Callable[[nn.Module], object]
 ) -> dict[str, Call]:
-    """The three calls, by the names of their graphs.
+    """The three calls, by the names of their graphs; a bfloat16 model's are in float32.
 
     Args:
         example_inputs: with what the encoder reads: ids (batch, length), or features (batch, ...),
@@ -116,12 +118,16 @@ def prepare_three(
         raise MissingExtraError("transformers", "transformers", "with_cache") from None
     plain: Any = plain_of(model)
     accept(plain)
+    widened = holds_bfloat16(plain)
+    if widened:
+        plain, example_inputs = in_float32(plain), inputs_in_float32(example_inputs)
     args, kwargs = as_call(example_inputs)
     given = kwargs.get(plain.main_input_name, args[0] if args else None)
     if not isinstance(given, Tensor) or given.dim() < 2:
         raise ExportError(f"with_cache needs {plain.main_input_name} of a batch as the example")
     with promised(f"with_cache: a {type(plain).__name__} cannot take steps with a cache"):
-        return _calls_of(plain, given.contiguous())
+        calls = _calls_of(plain, given.contiguous())
+    return {name: replace(call, widened=widened) for name, call in calls.items()}
 
 
 def _calls_of(model: Any, example: Tensor) -> dict[str, Call]:

@@ -29,7 +29,7 @@ def holding(call: Call, write: Callable[[Call], T]) -> T:
     except SizesError as error:
         if call.retreat is None:
             raise
-        return write(replace(call.retreat, note=str(error)))
+        return write(replace(call.retreat, note=str(error), widened=call.widened))
 
 
 def admit(program: ExportedProgram, call: Call) -> None:
@@ -103,21 +103,29 @@ def check(
     return worst[0], worst[1]
 
 
-def dtype_of(model: nn.Module, accepted: Sequence[torch.dtype], where: str) -> torch.dtype:
+def dtype_of(
+    model: nn.Module, accepted: Sequence[torch.dtype], where: str, wide: bool = False
+) -> torch.dtype:
     """The dtype of all floating parameters.
+
+    Args:
+        wide: bfloat16 counts as float32, in which it will be computed.
 
     Raises:
         ExportError: there are several, or one that is not accepted.
     """
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if len(found) != 1 or not found <= set(accepted):
+    counted = {torch.float32 if wide and d is torch.bfloat16 else d for d in found}
+    if len(counted) != 1 or not counted <= set(accepted):
         known = [str(dtype).removeprefix("torch.") for dtype in accepted]
+        or_narrow = " or bfloat16" if wide else ""
+        named = [f"{name}{or_narrow if name == 'float32' else ''}" for name in known]
         raise ExportError(
-            f"{where} writes models whose floating parameters are all {' or all '.join(known)}, "
+            f"{where} writes models whose floating parameters are all {' or all '.join(named)}, "
             f"got {', '.join(sorted(str(d) for d in found)) or 'none'}: model.to(torch.{known[0]}) "
             f"before, or --dtype {known[0]} on the command line"
         )
-    return found.pop()
+    return counted.pop()
 
 
 def _shapes(call: Call, sample: Sample) -> str:

@@ -18,6 +18,9 @@ from torchprune.export.openvino_int8 import SPARSE
 from torchprune.export.promises import promised
 from torchprune.export.written import ExportReport
 
+_WIDE = (".onnx", ".xml")
+"""Files that compute in float32 what was bfloat16."""
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -47,9 +50,16 @@ class LoadedFile:
     kernels: Callable[[], Kernels] | None
 
 
-def example_of(model: Any, example_inputs: Any, *, with_cache: bool) -> Call:
-    """One call of a model as its exports take it."""
-    return prepare(model, example_inputs, with_cache=with_cache, dynamic_shapes=None, vary=False)
+def example_of(report: ExportReport, model: Any, example_inputs: Any, *, with_cache: bool) -> Call:
+    """One call of a model as the file that was made of it takes it."""
+    return prepare(
+        model,
+        example_inputs,
+        with_cache=with_cache,
+        dynamic_shapes=None,
+        vary=False,
+        wide=report.path.suffix in _WIDE,
+    )
 
 
 def loaded_file(report: ExportReport, call: Call) -> LoadedFile:

@@ -75,8 +75,9 @@ def data_of(path: Path) -> Path | None:
 
 
 def allowed_of(model: nn.Module, int8: bool = False, where: str = "to_onnx") -> float:
-    """The difference allowed to a model's dtype; see `dtype_of` for errors."""
-    return _ALLOWED[dtype_of(model, tuple(_ALLOWED)[: 1 if int8 else 2], where)]
+    """The difference allowed to a model's dtype, to bfloat16 that of float32, in which it computes;
+    see `dtype_of` for errors."""
+    return _ALLOWED[dtype_of(model, tuple(_ALLOWED)[: 1 if int8 else 2], where, wide=True)]
 
 
 def require_onnx(caller: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError
+from torchprune.export.bfloat16 import said_of
 from torchprune.export.call import Call, Sample, file_bytes, folder_of, prepare
 from torchprune.export.encoder_decoder import (
     FIRST,
@@ -123,6 +124,7 @@ def to_onnx(
         dynamic_shapes=dynamic_shapes,
         vary=True,
         accept=lambda plain: allowed_of(plain, int8),
+        wide=True,
     )
     return holding(call, lambda call: write_onnx(call, target, *how))
 
@@ -232,9 +234,13 @@ def _finish(
     made: _Made, target: Path, home: Path, packing: bool, min_sparsity: float
 ) -> ExportReport:
     """Pack, save, run and compare a graph, and put it in its place."""
+    from torchprune.export.narrow_weights import narrow_initializers
     from torchprune.export.packing_pass import pack_initializers
 
     graph = made.graph
+    widened = any(call.widened for call, _ in made.checks)
+    if widened:
+        narrow_initializers(graph)
     dense = graph_bytes(graph)
     packed = pack_initializers(graph, min_sparsity) if packing else []
     saved = dense - graph_bytes(graph)
@@ -265,7 +271,7 @@ def _finish(
         difference=max(difference for difference, _ in found),
         relative=max(relative for _, relative in found),
         load_seconds=seconds,
-        brings=_BRINGS + (_INT8 if made.int8 else ""),
+        brings=_BRINGS + (_INT8 if made.int8 else "") + said_of(widened, made.int8),
         inputs=inputs,
         outputs=[o.name for o in session.get_outputs()],
         **made.sizes,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import ExportError, MissingExtraError
+from torchprune.export.bfloat16 import inputs_in_float32, said_of
 from torchprune.export.cached import CachedModel
 from torchprune.export.call import Call, Sample, as_call, file_bytes, folder_of, prepare
 from torchprune.export.judged import check, holding
@@ -89,6 +90,7 @@ def to_openvino(
         dynamic_shapes=dynamic_shapes,
         vary=True,
         accept=lambda plain: allowed_of(plain, int8, where="to_openvino"),
+        wide=True,
     )
     batches = None if data is None else list(data)  # a second try reads them again
     return holding(call, lambda call: _write(call, target, int8, int8_ignore, batches))
@@ -99,7 +101,11 @@ def _write(
 ) -> ExportReport:
     import openvino
 
+    from torchprune.export.narrow_weights import narrow_initializers
+
     graph, sizes = graph_of(call)
+    if call.widened and not int8:  # which wants float32 to make eight bits of
+        narrow_initializers(graph)
     outputs = [str(value.name) for value in graph.graph.outputs]
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
         partial = Path(home) / target.name
@@ -107,7 +113,7 @@ def _write(
         quantized: list[Quantized] = []
         left: list[str] = []
         with promised("OpenVINO cannot read this graph"):
-            if int8:  # whose weights still have their names
+            if int8 or call.widened:  # weights still have their names, and their bfloat16
                 model = openvino.Core().read_model(Path(home) / "model.onnx")
             else:
                 model = openvino.convert_model(Path(home) / "model.onnx")
@@ -124,6 +130,7 @@ def _write(
         allowed = float("inf") if int8 else allowed_of(call.module)
         found = check(call, "OpenVINO", lambda s: _run(precise, s), allowed)
         brings = _said(quantized, left, sparse_layers(partial, call)) if int8 else _BRINGS
+        brings += said_of(call.widened, int8)
         if usual is not precise:
             there = found
             found = check(call, "OpenVINO", lambda s: _run(usual, s), float("inf"))
@@ -165,7 +172,7 @@ def _runs(call: Call, data: Sequence[Any] | None) -> Iterator[list[np.ndarray]]:
         return
     expected = [t.dim() for t in call.samples[0].tensors]
     for at, batch in enumerate(data):
-        args, kwargs = as_call(batch)
+        args, kwargs = as_call(inputs_in_float32(batch) if call.widened else batch)
         if isinstance(call.module, CachedModel):
             (tokens,) = tensors_of((args, kwargs))
             args, kwargs = call.module.example(tokens, len(tokens), 0, tokens.shape[1]), {}

@@ -7,6 +7,7 @@ A weight W of n elements becomes `bits`, one a weight, least significant first a
     places = Compress(count, mask)                      where its nonzeros are
     weight = Reshape(ScatterElements(zeros, places, values))
 
+The values of a bfloat16 weight, of which a `Cast` makes float32, have that `Cast` behind them.
 `table` has the eight bits of each of the 256 bytes, `count` the numbers from zero on, `zeros` as
 many zeros as the weight has elements. All inputs are constant, so a runtime that folds constants
 does this once, at load, and then runs the dense graph. ONNX Runtime folds only what it knows the
@@ -38,6 +39,8 @@ CHAIN, SHARED = 600, 2500
 pieces share."""
 
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8)
+
+_NARROW = ir.DataType.BFLOAT16.numpy()
 
 _TABLE = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(bool)
 
@@ -71,12 +74,16 @@ def pack_initializers(model: ir.Model, min_sparsity: float) -> list[PackedWeight
         return []
     chains = _Chains(graph, chosen)
     for value in chosen:
-        tensor = value.const_value
+        tensor, read = value.const_value, _read_of(value)
         assert tensor is not None
+        assert read is not None
         nodes, after = chains.unpacked(str(value.name), tensor.numpy())
         whole = nodes[-1].outputs[0]
-        whole.dtype, whole.shape = value.dtype, value.shape
-        ir.convenience.replace_all_uses_with(value, whole)
+        whole.dtype = value.dtype if read is value else ir.DataType.FLOAT
+        whole.shape = value.shape
+        ir.convenience.replace_all_uses_with(read, whole)
+        if (cast := read.producer()) is not None:
+            graph.remove(cast, safe=True)
         graph.initializers.pop(str(value.name))
         chains.nodes += nodes
         packed.append(PackedWeight(str(value.name), tensor.nbytes, after))
@@ -87,7 +94,7 @@ def pack_initializers(model: ir.Model, min_sparsity: float) -> list[PackedWeight
 def _saved(value: ir.Value, min_sparsity: float) -> int:
     """Bytes that packing a value saves in the file, at least; 0 for what is not to be packed."""
     tensor = value.const_value
-    if tensor is None or tensor.dtype not in _DTYPES or len(tensor.shape) < 2:
+    if tensor is None or _read_of(value) is None or len(tensor.shape) < 2:
         return 0  # no weight: scales, zero points, norms
     size, least = int(tensor.size), -(-int(tensor.size) // 8)
     if not least + CHAIN < tensor.nbytes <= LARGEST:
@@ -97,6 +104,19 @@ def _saved(value: ir.Value, min_sparsity: float) -> int:
         return 0
     operators = -(-size // PIECE) * (CHAIN + 6 * len(str(value.name)))
     return tensor.nbytes - least - nonzeros * tensor.dtype.itemsize - operators
+
+
+def _read_of(value: ir.Value) -> ir.Value | None:
+    """What a graph reads of a weight: itself, or float32 that a `Cast` makes of bfloat16; None of
+    what is not to be packed."""
+    dtype = None if value.const_value is None else value.const_value.dtype
+    if dtype != ir.DataType.BFLOAT16:
+        return value if dtype in _DTYPES else None
+    users = value.consumers()
+    if len(users) != 1 or users[0].op_type != "Cast" or value.is_graph_output():
+        return None
+    to_float = users[0].attributes.get_int("to", 0) == ir.DataType.FLOAT
+    return users[0].outputs[0] if to_float else None
 
 
 class _Chains:
@@ -136,6 +156,8 @@ class _Chains:
         packed, nonzeros = np.packbits(kept, bitorder="little"), flat[kept]
         bits = constant(self._graph, f"{name}.bits", packed)
         values = constant(self._graph, f"{name}.values", nonzeros)
+        if flat.dtype == _NARROW:
+            values = then(nodes, "Cast", values, to=ir.DataType.FLOAT)
         gate = self._stages.open(self._done, nodes)
         self._done += flat.size
         zeros = self._zeros_of(flat, gate, nodes)
@@ -149,14 +171,15 @@ class _Chains:
 
     def _zeros_of(self, flat: Any, gate: ir.Value | None, nodes: list[ir.Node]) -> ir.Value:
         """As many zeros as a piece has weights, for all pieces like it in its stage."""
-        key = flat.size, flat.dtype, gate
+        dtype = np.dtype(np.float32) if flat.dtype == _NARROW else flat.dtype
+        key = flat.size, dtype, gate
         if key not in self._zeros:
             name = f"torchprune.size.{flat.size}"
             size = self._graph.initializers.get(name)
             if size is None:
                 size = constant(self._graph, name, np.array([flat.size], np.int64))
             many = size if gate is None else then(nodes, "Mul", size, gate)
-            zero = ir.tensor(np.zeros(1, flat.dtype))
+            zero = ir.tensor(np.zeros(1, dtype))
             self._zeros[key] = then(nodes, "ConstantOfShape", many, value=zero)
         return self._zeros[key]
 

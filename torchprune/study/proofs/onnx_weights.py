@@ -70,11 +70,14 @@ _ENDS = (".bits", ".values")
 
 
 def _array(constant: Any) -> Tensor:
+    """A constant; bfloat16, which graphs cast to float32, as float32."""
     import numpy as np
-    from onnx import numpy_helper
+    from onnx import TensorProto, numpy_helper
 
     try:
         array = np.ascontiguousarray(numpy_helper.to_array(constant))
+        if constant.data_type == TensorProto.BFLOAT16:
+            array = array.astype(np.float32)
         return torch.from_numpy(array.copy())
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{constant.name}: cannot be read ({error!s:.200})") from None

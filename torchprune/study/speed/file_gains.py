@@ -99,7 +99,7 @@ def file_gains(
         found = report.bytes, full.bytes
         try:
             example = files.example_of(
-                model, example_inputs, with_cache=options.get("with_cache", False)
+                report, model, example_inputs, with_cache=options.get("with_cache", False)
             )
             ours = files.loaded_file(report, example)
             theirs = files.loaded_file(full, example)

@@ -15,6 +15,7 @@ from torchprune.export import written
 from torchprune.export.call import Call, Sample
 from torchprune.export.promises import SizesError, reason_of
 from torchprune.export.written import few
+from torchprune.lowering.modules import BitmaskLinear
 
 T = TypeVar("T")
 
@@ -104,12 +105,13 @@ def check(
 
 
 def dtype_of(model: nn.Module, accepted: Sequence[torch.dtype], where: str) -> torch.dtype:
-    """The dtype of all floating parameters.
+    """The dtype of all floating parameters, and of layers that are lowered.
 
     Raises:
         ExportError: there are several, or one that is not accepted.
     """
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    found |= {y.layer_dtype for y in model.modules() if isinstance(y, BitmaskLinear)}
     if len(found) != 1 or not found <= set(accepted):
         known = [str(dtype).removeprefix("torch.") for dtype in accepted]
         raise ExportError(

@@ -14,7 +14,7 @@ namespace torchprune {
 namespace {
 
 constexpr int64_t kGrain = 1 << 16;  // weights below which a thread is not worth waking
-constexpr int64_t kAtOnce = 512;     // rows of input, which bounds the room for their sums
+constexpr int64_t kAtOnce = 256;     // rows of input, which bounds the room for their sums
 
 std::atomic<const Form*> chosen{nullptr};
 

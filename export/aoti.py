@@ -154,6 +154,7 @@ def _write(
         **sizes,
         note=call.note,
         library=None if kernels is None else beside,
+        loading="in C++; in Python import torchprune will do",
     )
 
 

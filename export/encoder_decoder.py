@@ -99,14 +99,18 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def prepare_three(
-    model: nn.Module, example_inputs: Any, accept: Callable[[nn.Module], object]
+    model: nn.Module,
+    example_inputs: Any,
+    accept: Callable[[nn.Module], object],
+    *,
+    packed: bool = False,
 ) -> dict[str, Call]:
     """The three calls, by the names of their graphs; a bfloat16 model's are in float32.
 
     Args:
         example_inputs: with what the encoder reads: ids (batch, length), or features (batch, ...),
             of which only the batch may vary. Other inputs are not read.
-        accept: as for `prepare`.
+        accept, packed: as for `prepare`.
 
     Raises:
         MissingExtraError: without transformers.
@@ -116,7 +120,7 @@ def prepare_three(
         import transformers  # noqa: F401
     except ImportError:
         raise MissingExtraError("transformers", "transformers", "with_cache") from None
-    plain: Any = plain_of(model)
+    plain: Any = plain_of(model, packed=packed)
     accept(plain)
     widened = holds_bfloat16(plain)
     if widened:

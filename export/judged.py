@@ -15,6 +15,7 @@ from torchprune.export import written
 from torchprune.export.call import Call, Sample
 from torchprune.export.promises import SizesError, reason_of
 from torchprune.export.written import few
+from torchprune.lowering.modules import BitmaskLinear
 
 T = TypeVar("T")
 
@@ -106,7 +107,7 @@ def check(
 def dtype_of(
     model: nn.Module, accepted: Sequence[torch.dtype], where: str, wide: bool = False
 ) -> torch.dtype:
-    """The dtype of all floating parameters.
+    """The dtype of all floating parameters, and of layers that are lowered.
 
     Args:
         wide: bfloat16 counts as float32, in which it will be computed.
@@ -115,6 +116,7 @@ def dtype_of(
         ExportError: there are several, or one that is not accepted.
     """
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    found |= {y.layer_dtype for y in model.modules() if isinstance(y, BitmaskLinear)}
     counted = {torch.float32 if wide and d is torch.bfloat16 else d for d in found}
     if len(counted) != 1 or not counted <= set(accepted):
         known = [str(dtype).removeprefix("torch.") for dtype in accepted]

@@ -83,10 +83,10 @@ def loaded_file(report: ExportReport, call: Call) -> LoadedFile:
     if path.suffix not in known:
         raise ExportError(f"no runtime is known that runs {path.name}")
     with promised(f"{path.name} cannot be loaded"):
-        return known[path.suffix](path, call)
+        return known[path.suffix](report, call)
 
 
-def _onnx(path: Path, call: Call) -> LoadedFile:
+def _onnx(report: ExportReport, call: Call) -> LoadedFile:
     import onnxruntime
 
     arrays = [t.detach().cpu().numpy() for t in call.samples[0].tensors]
@@ -100,7 +100,11 @@ def _onnx(path: Path, call: Call) -> LoadedFile:
         if folder:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-        made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if report.library is not None:
+            options.register_custom_ops_library(str(report.library))
+        made = onnxruntime.InferenceSession(
+            str(report.path), options, providers=["CPUExecutionProvider"]
+        )
         names = [given.name for given in made.get_inputs()]
         return made, dict(zip(names, arrays, strict=True))
 
@@ -115,7 +119,7 @@ def _onnx(path: Path, call: Call) -> LoadedFile:
         sparse = [
             e["name"].removesuffix("_kernel_time")
             for e in ran
-            if e["args"].get("op_name", "").startswith("Sparse")
+            if e["args"].get("op_name", "").startswith(("Sparse", "BitmaskLinear"))
         ]
         return Kernels(sparse, len(ran), "ONNX Runtime")
 
@@ -158,7 +162,7 @@ def _in_torch(
 _PACKED = "torchprune::bitmask_linear"
 
 
-def _openvino(path: Path, call: Call) -> LoadedFile:
+def _openvino(report: ExportReport, call: Call) -> LoadedFile:
     import openvino
 
     hints = {
@@ -166,11 +170,12 @@ def _openvino(path: Path, call: Call) -> LoadedFile:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         **SPARSE,
     }
-    compiled = openvino.Core().compile_model(str(path), "CPU", hints)
+    compiled = openvino.Core().compile_model(str(report.path), "CPU", hints)
     arrays = [t.detach().cpu().numpy() for t in call.samples[0].tensors]
 
     def kernels() -> Kernels:
-        watched = openvino.Core().compile_model(str(path), "CPU", {**hints, "PERF_COUNT": True})
+        measured = {**hints, "PERF_COUNT": True}
+        watched = openvino.Core().compile_model(str(report.path), "CPU", measured)
         request = watched.create_infer_request()
         request.infer(arrays)
         ran = [one for one in request.profiling_info if one.status == one.Status.EXECUTED]
@@ -180,18 +185,18 @@ def _openvino(path: Path, call: Call) -> LoadedFile:
     return LoadedFile(lambda: compiled(arrays), kernels)
 
 
-def _executorch(path: Path, call: Call) -> LoadedFile:
+def _executorch(report: ExportReport, call: Call) -> LoadedFile:
     from executorch.runtime import Runtime, Verification
 
-    program = Runtime.get().load_program(path, verification=Verification.Minimal)
+    program = Runtime.get().load_program(report.path, verification=Verification.Minimal)
     method = program.load_method("forward")
     given = [t.contiguous() for t in call.samples[0].tensors]
     return LoadedFile(lambda: (program, method.execute(given)), None)
 
 
-def _litert(path: Path, call: Call) -> LoadedFile:
+def _litert(report: ExportReport, call: Call) -> LoadedFile:
     from torchprune.export.litert_model import inputs_of, opened
 
-    runner = opened(path)
+    runner = opened(report.path)
     given = inputs_of(runner, call, call.samples[0])
     return LoadedFile(lambda: runner(**given), None)

@@ -29,15 +29,23 @@ _FIELD = 3
 """Bytes of a file that say what follows and how long it is, mostly."""
 
 
-def graph_of(call: Call) -> tuple[Any, dict[str, Any]]:
+def graph_of(call: Call, kernels: float | None = None) -> tuple[Any, dict[str, Any]]:
     """A call as an `onnx_ir` model, and what a report says of its sizes.
+
+    Args:
+        kernels: the least sparsity of weights that operators of ours are to read packed.
 
     Raises:
         ExportError: torch cannot export it, or not with such sizes.
     """
     from torchprune.export.simplify import simplify
 
-    program = _exported(call)
+    if kernels is not None:
+        from torchprune.export.onnx_kernels import program_with_kernels
+
+        program = program_with_kernels(call, kernels)
+    else:
+        program = _exported(call)
     admit(program.exported_program, call)
     sizes = told(program.exported_program, call)
     with promised("the graph could not be simplified"):

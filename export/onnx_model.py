@@ -40,9 +40,20 @@ from torchprune.export.onnx_graph import (
 )
 from torchprune.export.promises import reason_of
 from torchprune.export.written import WEIGHTS, ExportReport, together
+from torchprune.lowering.kernels.build import is_library
 
 _BRINGS = "Sparsity makes the file smaller; the runtime unpacks it and runs at dense speed."
 _INT8 = " int8 is what is faster; it rounds activations too, so measure what it costs."
+_KERNELS = (
+    "Products read their weights packed, by operators of ours that are in the library beside the "
+    "file: smaller, there and in memory, and for few rows of input faster."
+)
+_NO_KERNELS = "No product is sparse enough to be packed, so there is no library beside the file."
+_KERNELS_INT8 = " Nonzeros are rounded to eight bits, activations are not: measure what it costs."
+_REGISTER = "SessionOptions.register_custom_ops_library in Python, its like in C, C++, C# and Java"
+
+FORMS = (*WEIGHTS, "kernels")
+"""How an ONNX file may hold sparse weights."""
 
 
 def to_onnx(
@@ -64,12 +75,19 @@ def to_onnx(
     bytes in the file; one that would not be smaller so stays dense. Stock operators unpack it when
     a session loads; from then on it is the dense model: same outputs, speed and memory.
 
+    With `weights="kernels"` linear layers multiply by their packed weights, as lowered ones do (see
+    `torchprune.lower`): the session holds no more than the file, and decoding is faster. Layers
+    that are lowered stay so, int8 too. The operators are in a library that is written beside the
+    file, NAME.onnxruntime.so, for processors of this machine's kind and ONNX Runtime from 1.17 on:
+    `options.register_custom_ops_library("NAME.onnxruntime.so")` before a session is made. Neither
+    torch nor torchprune is needed there. It is native code: load only what you trust.
+
     Args:
         model: masked, folded, lowered or dense; float32 or float16. It is not changed.
         path: of the file, replaced if it exists, whole or not at all. A model whose initialisers
             exceed a gigabyte has them in a second file, `path` with `.data` added.
         example_inputs: a tensor or tuple (positional) or a mapping (keywords).
-        weights: "packed", or "dense" for zeros as they are.
+        weights: "packed", "kernels", or "dense" for zeros as they are.
         with_cache: for decoder-only language models of transformers: the graph takes `input_ids`,
             `attention_mask` (past and present), what else `generate` gives the model (mostly
             `position_ids` of the new tokens, which do not count padding), and
@@ -88,7 +106,9 @@ def to_onnx(
         int8: quantize products by ONNX Runtime's own quantizer (float32 models only): int8 weights
             with a scale for every output, zeros still zero, and activations rounded to eight bits
             as they come. Faster on CPUs with VNNI. How far outputs then differ is the model's
-            affair: it is reported, not judged, so measure what matters to you.
+            affair: it is reported, not judged, so measure what matters to you. With
+            `weights="kernels"` the nonzeros of sparse layers are rounded instead, as by
+            `lower(dtype=torch.int8)`, and activations stay as they are.
         int8_ignore: globs over names of weights that stay float32, such as "*.down_proj.*", whose
             inputs have outliers in many language models.
         merged: an encoder-decoder's decoder as one graph, in which `use_cache_branch` says whether
@@ -105,16 +125,17 @@ def to_onnx(
     Raises:
         MissingExtraError: the extra "onnx" is absent.
         ExportError: a dtype that ONNX Runtime does not compute with, a model that torch cannot
-            export (with its reason), or a graph that computes otherwise, be it at other sizes that
-            `dynamic_shapes` asks for. No file is left then.
+            export (with its reason), kernels without a compiler to make them, or a graph that
+            computes otherwise, be it at other sizes that `dynamic_shapes` asks for. No file is
+            left then.
     """
     if int8_ignore and not int8:
         raise ExportError("int8_ignore is for int8=True")
-    if weights not in WEIGHTS:
-        raise ExportError(f"weights must be {' or '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    if weights not in FORMS:
+        raise ExportError(f"weights must be {', '.join(map(repr, FORMS))}, got {weights!r}")
     require_onnx("torchprune.export.to_onnx")
     target = Path(path)
-    how = (weights == "packed", min_sparsity, int8, int8_ignore)
+    how = Form(weights, min_sparsity, int8, tuple(int8_ignore))
     if with_cache and is_encoder_decoder(model):
         return _write_parts(model, target, example_inputs, dynamic_shapes, how, merged)
     call = prepare(
@@ -123,10 +144,35 @@ def to_onnx(
         with_cache=with_cache,
         dynamic_shapes=dynamic_shapes,
         vary=True,
-        accept=lambda plain: allowed_of(plain, int8),
+        packed=how.keeps_lowered,
+        accept=how.accept,
         wide=True,
     )
-    return holding(call, lambda call: write_onnx(call, target, *how))
+    return holding(call, lambda call: write_onnx(call, target, how))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a graph holds its weights; see `to_onnx`."""
+
+    weights: str = "packed"
+    min_sparsity: float = 0.25
+    int8: bool = False
+    int8_ignore: tuple[str, ...] = ()
+
+    @property
+    def kernels(self) -> bool:
+        """Whether operators of ours read them."""
+        return self.weights == "kernels"
+
+    @property
+    def keeps_lowered(self) -> bool:
+        """Whether layers that are lowered stay so."""
+        return self.kernels and not self.int8
+
+    def accept(self, plain: nn.Module) -> float:
+        """The difference allowed to a model; raises what `allowed_of` does."""
+        return allowed_of(plain, self.int8 and not self.kernels)
 
 
 def _write_parts(
@@ -134,7 +180,7 @@ def _write_parts(
     target: Path,
     example: Any,
     dynamic_shapes: Any,
-    how: tuple[Any, ...],
+    how: Form,
     merged: bool,
 ) -> ExportReport:
     """The graphs of an encoder-decoder, in a folder; all or none."""
@@ -142,150 +188,182 @@ def _write_parts(
         raise ExportError("with_cache: an encoder-decoder's sizes are found, not given")
     if target.is_file():
         raise ExportError(f"{target} is a file; an encoder-decoder's graphs go to a folder")
-    calls = prepare_three(model, example, lambda plain: allowed_of(plain, how[2]))
+    calls = prepare_three(model, example, how.accept, packed=how.keeps_lowered)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as home:
         two = [calls.pop(FIRST), calls.pop(NEXT)] if merged else None
         parts = {
-            name: write_onnx(call, Path(home) / f"{name}.onnx", *how)
-            for name, call in calls.items()
+            name: write_onnx(call, Path(home) / f"{name}.onnx", how) for name, call in calls.items()
         }
         if two is not None:
-            parts[MERGED] = _write_merged(two[0], two[1], Path(home) / f"{MERGED}.onnx", *how)
+            parts[MERGED] = _write_merged(two[0], two[1], Path(home) / f"{MERGED}.onnx", how)
         target.mkdir(exist_ok=True)
         moved = {}
         for name, part in parts.items():
-            data = data_of(target / f"{name}.onnx") if part.data is None else None
-            for file in (part.data, part.path):
-                if file is not None:
-                    file.replace(target / file.name)
-            if data is not None:
-                data.unlink(missing_ok=True)
-            beside = None if part.data is None else target / part.data.name
-            moved[name] = replace(part, path=target / part.path.name, data=beside)
+            moved[name] = _moved(part, target)
         for name in {FIRST, NEXT, MERGED} - moved.keys():  # readers would take these of before
             old = target / f"{name}.onnx"
-            for file in (old, data_of(old)):
-                if file is not None:
-                    file.unlink(missing_ok=True)
+            _remove(data_of(old), library_of(old), old)
     return together(target, moved)
 
 
-def write_onnx(
-    call: Call,
-    target: Path,
-    packing: bool,
-    min_sparsity: float = 0.25,
-    int8: bool = False,
-    int8_ignore: Sequence[str] = (),
-) -> ExportReport:
+def library_of(graph: Path) -> Path:
+    """The file beside a graph that holds operators of ours, if it needs any."""
+    return graph.with_name(f"{graph.stem}.onnxruntime.so")
+
+
+def _moved(report: ExportReport, folder: Path) -> ExportReport:
+    """What was written, in its place, without what was beside a file of before."""
+    target = folder / report.path.name
+    stale = data_of(target) if report.data is None else None
+    files = [report.data, report.library, report.path]
+    places = [None if file is None else folder / file.name for file in files]
+    for file, place in zip(files, places, strict=True):
+        if file is not None and place is not None:
+            file.replace(place)
+    _remove(stale, library_of(target) if report.library is None else None)
+    return replace(report, path=target, data=places[0], library=places[1])
+
+
+def _remove(data: Path | None, library: Path | None, graph: Path | None = None) -> None:
+    """Remove files of an earlier graph, as far as they are there and ours."""
+    for file in (data, graph):
+        if file is not None:
+            file.unlink(missing_ok=True)
+    if library is not None and is_library(library):
+        library.unlink()
+
+
+def write_onnx(call: Call, target: Path, how: Form) -> ExportReport:
     """Write a call; see `to_onnx`."""
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
-        graph, sizes = _int8_or_not(call, Path(home), int8, int8_ignore)
-        made = _Made(graph, sizes, int8, [(call, _run)], call.note)
-        return _finish(made, target, Path(home), packing, min_sparsity)
+        graph, sizes, judged = _graph_of(call, Path(home), how)
+        made = _Made(graph, sizes, how, [(judged, _run)], [call], call.note)
+        return _moved(_finish(made, Path(home) / target.name), target.parent)
 
 
-def _write_merged(
-    first: Call,
-    after: Call,
-    target: Path,
-    packing: bool,
-    min_sparsity: float,
-    int8: bool,
-    int8_ignore: Sequence[str],
-) -> ExportReport:
+def _write_merged(first: Call, after: Call, target: Path, how: Form) -> ExportReport:
     """Write a decoder's two kinds of steps as one graph."""
     from torchprune.export.merged_decoder import merge, same_letters
 
     with tempfile.TemporaryDirectory(dir=folder_of(target)) as home:
-        graphs, sizes = zip(
-            *(_int8_or_not(call, Path(home), int8, int8_ignore) for call in (first, after)),
-            strict=True,
+        graphs, sizes, judged = zip(
+            *(_graph_of(call, Path(home), how) for call in (first, after)), strict=True
         )
-        checks = [(first, partial(_run_branch, False)), (after, partial(_run_branch, True))]
-        made = _Made(merge(*graphs), same_letters(*sizes), int8, checks)
-        return _finish(made, target, Path(home), packing, min_sparsity)
+        runs = [partial(_run_branch, False), partial(_run_branch, True)]
+        checks = list(zip(judged, runs, strict=True))
+        made = _Made(merge(*graphs), same_letters(*sizes), how, checks, [first, after])
+        return _moved(_finish(made, Path(home) / target.name), target.parent)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A graph, what is told of its sizes, and how the calls that it is made of are run by it."""
+    """A graph, and what is told of it.
+
+    Attributes:
+        sizes: what a report says of sizes.
+        checks: calls that it must compute as torch does, and how it is run for each.
+        asked: the same calls of the model that was given, before anything was rounded.
+    """
 
     graph: Any
     sizes: dict[str, Any]
-    int8: bool
+    how: Form
     checks: list[tuple[Call, Callable[[Any, Call, Sample], list[Tensor]]]]
+    asked: list[Call]
     note: str = ""
 
 
-def _int8_or_not(
-    call: Call, home: Path, int8: bool, int8_ignore: Sequence[str]
-) -> tuple[Any, dict[str, Any]]:
-    from torchprune.export.int8 import quantize
+def _graph_of(call: Call, home: Path, how: Form) -> tuple[Any, dict[str, Any], Call]:
+    """A call's graph, what a report says of its sizes, and what it is judged by."""
+    if how.kernels:
+        from torchprune.export.onnx_kernels import rounded
 
+        judged = rounded(call, how.int8_ignore, how.min_sparsity) if how.int8 else call
+        return *graph_of(judged, kernels=how.min_sparsity), judged
     graph, sizes = graph_of(call)
-    if int8:
-        graph = quantize(graph, home, int8_ignore, weights_bytes(graph) > EXTERNAL)
-    return graph, sizes
+    if how.int8:
+        from torchprune.export.int8 import quantize
+
+        graph = quantize(graph, home, how.int8_ignore, weights_bytes(graph) > EXTERNAL)
+    return graph, sizes, call
 
 
-def _finish(
-    made: _Made, target: Path, home: Path, packing: bool, min_sparsity: float
-) -> ExportReport:
-    """Pack, save, run and compare a graph, and put it in its place."""
+def _finish(made: _Made, written: Path) -> ExportReport:
+    """Pack, save, run and compare a graph.
+
+    Args:
+        written: its file, with nothing beside it yet.
+    """
     from torchprune.export.narrow_weights import narrow_initializers
+    from torchprune.export.onnx_kernels import copy_library, narrow_values, packed_products
     from torchprune.export.packing_pass import pack_initializers
 
-    graph = made.graph
-    widened = any(call.widened for call, _ in made.checks)
+    graph, how = made.graph, made.how
+    widened = any(call.widened for call in made.asked)
     if widened:
+        narrow_values(graph.graph)
         narrow_initializers(graph)
-    dense = graph_bytes(graph)
-    packed = pack_initializers(graph, min_sparsity) if packing else []
-    saved = dense - graph_bytes(graph)
-    written = home / target.name
+    packed = packed_products(graph.graph) if how.kernels else []
+    saved = sum(p.before - p.after for p in packed)
+    library = copy_library(library_of(written)) if packed else None
+    if how.weights != "dense":
+        dense = graph_bytes(graph)
+        packed += pack_initializers(graph, how.min_sparsity)
+        saved += dense - graph_bytes(graph)
     data = save_graph(graph, written)
-    seconds, session = _session(written)
+    seconds, session = _session(written, library)
     inputs = [i.name for i in session.get_inputs()]
-    found = []
-    for call, compute in made.checks:
+    found, rounds = [], how.int8 and not how.kernels
+    for (call, compute), asked in zip(made.checks, made.asked, strict=True):
         if len(made.checks) == 1:
             check_inputs(inputs, call)
-        allowed = float("inf") if made.int8 else allowed_of(call.module)
-        found.append(check(call, "ONNX Runtime", lambda s: compute(session, call, s), allowed))  # noqa: B023
-    files = [f for f in (data, written) if f is not None]
+
+        def outputs(sample: Sample, call: Call = call, compute: Any = compute) -> list[Tensor]:
+            found: list[Tensor] = compute(session, call, sample)
+            return found
+
+        allowed = float("inf") if rounds else allowed_of(call.module)
+        differs = check(call, "ONNX Runtime", outputs, allowed)
+        if asked is not call:
+            differs = check(asked, "ONNX Runtime", outputs, float("inf"))
+        found.append(differs)
+    files = [f for f in (data, written, library) if f is not None]
     total = file_bytes(*files)
-    stale = None if data is not None else data_of(target)
-    for file in files:
-        file.replace(target.parent / file.name)
-    if stale is not None:
-        stale.unlink(missing_ok=True)
+    own = total - (0 if library is None else file_bytes(library))
+    if how.kernels:
+        brings = _KERNELS + (_KERNELS_INT8 if how.int8 else "") if library else _NO_KERNELS
+    else:
+        brings = _BRINGS + (_INT8 if how.int8 else "")
     return ExportReport(
-        path=target,
-        data=None if data is None else target.parent / data.name,
+        path=written,
+        data=data,
         runtime="ONNX Runtime",
         bytes=total,
-        dense_bytes=total + saved,
+        dense_bytes=own + saved,
         packed=[p.name for p in packed],
         difference=max(difference for difference, _ in found),
         relative=max(relative for _, relative in found),
         load_seconds=seconds,
-        brings=_BRINGS + (_INT8 if made.int8 else "") + said_of(widened, made.int8),
+        brings=brings + said_of(widened, rounds),
         inputs=inputs,
         outputs=[o.name for o in session.get_outputs()],
         **made.sizes,
         note=made.note,
+        library=library,
+        loading=_REGISTER,
     )
 
 
-def _session(path: Path) -> tuple[float, Any]:
+def _session(path: Path, library: Path | None) -> tuple[float, Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     start = time.perf_counter()
     try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot run this graph: {reason_of(error)}") from error

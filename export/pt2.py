@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchprune import passes
@@ -200,11 +201,15 @@ def exported(call: Call) -> ExportedProgram:
     Raises:
         ExportError: torch cannot export the model.
     """
+    # Of a view torch notes the tensor behind it, and asks for that of every later input.
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs)
+    )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch.export's own making
         try:
             program = torch.export.export(
-                call.module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes
+                call.module, args, kwargs, dynamic_shapes=call.dynamic_shapes
             )
         except Exception as error:
             raise SizesError(f"torch could not export this model: {reason_of(error)}") from error

@@ -42,7 +42,8 @@ class ExportReport:
         unmoved: axes that were to vary and are fixed, in words.
         note: why they are, where the graph did not hold at other sizes.
         parts: the graphs by name, where there are several: `path` is their folder.
-        library: the kernels beside the file, which whoever runs it loads first, if it needs any.
+        library: the kernels beside the file, which whoever runs it loads first, if it needs any;
+            `loading` says how.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class ExportReport:
     note: str = ""
     parts: dict[str, ExportReport] = field(default_factory=dict)
     library: Path | None = None
+    loading: str = ""
 
     def __str__(self) -> str:
         share = self.bytes / self.dense_bytes if self.dense_bytes else 1.0
@@ -72,9 +74,7 @@ class ExportReport:
             f"most {self.difference:.3g} ({self.relative:.2g} of the largest output)"
         ]
         if self.library is not None:
-            lines.append(
-                f"load {self.library} before it, in C++; in Python import torchprune will do"
-            )
+            lines.append(f"load {self.library} before it: {self.loading}")
         for what, names in (("inputs", self.inputs), ("outputs", self.outputs)):
             if names:
                 lines.append(f"{what}: {few(names)}")

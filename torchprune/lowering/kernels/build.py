@@ -23,7 +23,10 @@ _UNITS = {
     "avx2.cpp": ["-mavx2", *_X86],
     "avx512.cpp": _AVX512,
     "avx512_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "product.cpp": [],
 }
+_OPERATORS = {"kernels": "ops.cpp", "onnxruntime": "onnx_ops.cpp"}
+"""What a library is called that lets torch, or ONNX Runtime, call the kernels: and by what."""
 _HERE = platform.machine().lower()
 _SEAL = b"torchprune kernels, sha256: "
 _MINIMAL_TORCH = "0x020a000000000000"  # the stable interface as of 2.10
@@ -49,14 +52,26 @@ def library(folder: Path | None = None, machine: str | None = None) -> Path:
         BuildError: none is there and it cannot be made: no compiler, one that fails, or no place to
             keep the result.
     """
+    return _library("kernels", folder, machine)
+
+
+def onnx_library(folder: Path | None = None, machine: str | None = None) -> Path:
+    """The same kernels as operators of ONNX Runtime, for any from 1.17 on; torch is not in it.
+
+    See `library` for arguments and errors.
+    """
+    return _library("onnxruntime", folder, machine)
+
+
+def _library(name: str, folder: Path | None, machine: str | None) -> Path:
     extra = shlex.split(os.environ.get("TORCHPRUNE_CXXFLAGS", ""))
     machine = (machine or platform.machine()).lower()
-    target = _cache(folder) / f"kernels-{machine}-{_fingerprint(extra, machine)}.so"
+    target = _cache(folder) / f"{name}-{machine}-{_fingerprint(extra, machine)}.so"
     damage = _damage(target)
     if damage is None:
         return target
     try:
-        _compile(_compiler(), extra, target, machine)
+        _compile(_compiler(), extra, target, machine, _OPERATORS[name])
     except BuildError as error:
         raise BuildError(f"{damage}, and {error}" if target.exists() else str(error)) from None
     return target
@@ -124,16 +139,19 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _compile(compiler: list[str], extra: list[str], target: Path, machine: str) -> None:
+def _compile(
+    compiler: list[str], extra: list[str], target: Path, machine: str, operators: str
+) -> None:
     root = Path(torch.__file__).resolve().parent
     x86 = machine in ("x86_64", "amd64")
     units = {name: flags if x86 else [] for name, flags in _UNITS.items()}
-    units["ops.cpp"] = [f"-DTORCH_TARGET_VERSION={_MINIMAL_TORCH}", "-isystem", f"{root}/include"]
+    units[operators] = [f"-DTORCH_TARGET_VERSION={_MINIMAL_TORCH}"]
+    headers = ["-isystem", f"{root}/include"]
     with _beside(target) as folder:
         objects = [f"{folder}/{Path(name).stem}.o" for name in units]
         running = [
             subprocess.Popen(
-                [*compiler, *_COMMON, *flags, *extra, "-c", str(_SOURCES / name), "-o", into],
+                [*compiler, *_COMMON, *headers, *flags, *extra, "-c", str(_SOURCES / name), "-o", into],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -145,7 +163,8 @@ def _compile(compiler: list[str], extra: list[str], target: Path, machine: str) 
             _check(process.returncode, process.args, output)
         made = f"{folder}/{target.name}"
         # Of another machine there is no torch here to link with; whoever loads it has one.
-        libraries = [f"-L{root}/lib", "-ltorch_cpu"] if machine == _HERE else []
+        torch_here = machine == _HERE and operators == _OPERATORS["kernels"]
+        libraries = [f"-L{root}/lib", "-ltorch_cpu"] if torch_here else []
         link = [*compiler, "-shared", *objects, *extra, *libraries, "-o", made]
         linked = subprocess.run(link, capture_output=True, text=True, check=False)
         _check(linked.returncode, link, linked.stdout + linked.stderr)

@@ -92,9 +92,10 @@ bool few(const Packed& m, const void* x, int64_t, int64_t begin, int64_t end, fl
   return right;
 }
 
-// R unpacked rows of weights times B rows of input.
+// R unpacked rows of weights times B rows of input, over some of their columns.
 template <class V, int R, int B>
-void tile(const void* w, const void* x, int64_t vectors, float* out, int64_t out_stride) {
+void tile(const void* w, const void* x, int64_t stride, int64_t vectors, bool first, float* out,
+          int64_t out_stride) {
   typename V::Vector sums[R][B];
   UNROLLED for (int r = 0; r < R; ++r) {
     UNROLLED for (int b = 0; b < B; ++b) sums[r][b] = V::zero();
@@ -103,47 +104,57 @@ void tile(const void* w, const void* x, int64_t vectors, float* out, int64_t out
     typename V::Vector now[R];
     UNROLLED for (int r = 0; r < R; ++r) now[r] = V::load(w, r * vectors + at);
     UNROLLED for (int b = 0; b < B; ++b) {
-      const typename V::Vector input = V::load(x, b * vectors + at);
+      const typename V::Vector input = V::load(x, b * stride + at);
       UNROLLED for (int r = 0; r < R; ++r) sums[r][b] = V::fma(now[r], input, sums[r][b]);
     }
   }
   UNROLLED for (int b = 0; b < B; ++b) {
+    float found[R];
     if constexpr (R == 4) {
-      V::sum_four(sums[0][b], sums[1][b], sums[2][b], sums[3][b], out + b * out_stride);
+      V::sum_four(sums[0][b], sums[1][b], sums[2][b], sums[3][b], found);
     } else {
-      UNROLLED for (int r = 0; r < R; ++r) out[b * out_stride + r] = V::sum(sums[r][b]);
+      UNROLLED for (int r = 0; r < R; ++r) found[r] = V::sum(sums[r][b]);
     }
+    float* to = out + b * out_stride;
+    UNROLLED for (int r = 0; r < R; ++r) to[r] = first ? found[r] : to[r] + found[r];
   }
 }
 
 template <class V, int R, int B>
-void tiles(const void* w, const void* x, int64_t batch, int64_t vectors, float* out,
-           int64_t out_stride) {
+void tiles(const void* w, const void* x, int64_t batch, int64_t stride, int64_t vectors, bool first,
+           float* out, int64_t out_stride) {
   const auto* bytes = static_cast<const char*>(x);
-  const int64_t step = vectors * int64_t(sizeof(typename V::Vector));
+  const int64_t step = stride * int64_t(sizeof(typename V::Vector));
   int64_t b = 0;
   for (; b + B <= batch; b += B) {
-    tile<V, R, B>(w, bytes + b * step, vectors, out + b * out_stride, out_stride);
+    tile<V, R, B>(w, bytes + b * step, stride, vectors, first, out + b * out_stride, out_stride);
   }
   if constexpr (B > 1) {
     if (b < batch) {
-      tiles<V, R, B - 1>(w, bytes + b * step, batch - b, vectors, out + b * out_stride, out_stride);
+      tiles<V, R, B - 1>(w, bytes + b * step, batch - b, stride, vectors, first,
+                         out + b * out_stride, out_stride);
     }
   }
 }
 
+// Words of the bitmask, as many in each row.
+struct Block {
+  int64_t begin, end;
+};
+
+// R rows of weights, unpacked over a block, times all inputs. `counted` has the rows' values so far.
 template <class V, Kind K, int R>
-bool unpacked_rows(const Packed& m, const void* x, int64_t batch, int64_t begin, void* room,
-                   float* out, int64_t out_stride) {
+void unpacked_rows(const Packed& m, const void* x, int64_t batch, int64_t begin, Block block,
+                   int64_t* counted, void* room, float* out, int64_t out_stride) {
   constexpr int kTakes = int(kWord) / (V::kTaken * V::kColumns);
-  const int64_t vectors = m.words * kTakes * V::kTaken;
-  bool right = true;
+  constexpr int64_t kPerWord = kTakes * V::kTaken;
+  const int64_t vectors = (block.end - block.begin) * kPerWord;
   UNROLLED for (int r = 0; r < R; ++r) {
     const uint64_t* bits = m.bits + (begin + r) * m.words;
-    int64_t to = r * vectors, counted = m.starts[begin + r];
-    for (int64_t at = 0; at < m.words; ++at) {
-      const char* from = values_at<bytes_of<K>()>(m, counted);
-      counted += __builtin_popcountll(bits[at]);
+    int64_t to = r * vectors;
+    for (int64_t at = block.begin; at < block.end; ++at) {
+      const char* from = values_at<bytes_of<K>()>(m, counted[r]);
+      counted[r] += __builtin_popcountll(bits[at]);
       V::ahead(from);
       UNROLLED for (int t = 0; t < kTakes; ++t) {
         typename V::Vector w[V::kTaken];
@@ -151,24 +162,48 @@ bool unpacked_rows(const Packed& m, const void* x, int64_t batch, int64_t begin,
         UNROLLED for (int i = 0; i < V::kTaken; ++i) V::store(room, to++, w[i]);
       }
     }
-    right &= agrees(m, begin + r, counted);
   }
-  tiles<V, R, V::kInputs>(room, x, batch, vectors, out + begin, out_stride);
-  return right;
+  const auto* input = static_cast<const char*>(x) +
+                      block.begin * kPerWord * int64_t(sizeof(typename V::Vector));
+  tiles<V, R, V::kInputs>(room, input, batch, m.words * kPerWord, vectors, block.begin == 0,
+                          out + begin, out_stride);
 }
 
-// Some rows of weights at a time are unpacked to a buffer that stays in the nearest caches.
+// Words of a block: of so many columns the inputs stay in L2 while all rows of weights go by, of
+// which some at a time are unpacked to a buffer that stays in L1.
+template <class V>
+int64_t block_words(int64_t batch, int64_t words) {
+  constexpr int64_t kHeld = 1 << 19, kLeast = 8, kWhole = 64;  // bytes, words, rows of input
+  if (batch <= kWhole || words <= kLeast) return words;
+  const int64_t fit = kHeld / (batch * kWord / V::kColumns * int64_t(sizeof(typename V::Vector)));
+  const int64_t most = fit < kLeast ? kLeast : fit;
+  const int64_t blocks = (words + most - 1) / most;
+  return (words + blocks - 1) / blocks;
+}
+
 template <class V, Kind K>
 bool many(const Packed& m, const void* x, int64_t batch, int64_t begin, int64_t end, float* out,
           int64_t out_stride) {
-  const int64_t row = m.words * kWord / V::kColumns * int64_t(sizeof(typename V::Vector));
+  const int64_t step = block_words<V>(batch, m.words);
+  const int64_t row = step * kWord / V::kColumns * int64_t(sizeof(typename V::Vector));
   void* room = std::aligned_alloc(64, size_t((V::kRows * row + 63) / 64 * 64));
+  auto* counted = static_cast<int64_t*>(std::malloc(size_t(end - begin) * sizeof(int64_t)));
+  for (int64_t r = begin; r < end; ++r) counted[r - begin] = m.starts[r];
+  Block block{0, 0};
+  do {
+    block = {block.end, block.end + step < m.words ? block.end + step : m.words};
+    int64_t r = begin;
+    for (; r + V::kRows <= end; r += V::kRows) {
+      unpacked_rows<V, K, V::kRows>(m, x, batch, r, block, counted + r - begin, room, out,
+                                    out_stride);
+    }
+    for (; r < end; ++r) {
+      unpacked_rows<V, K, 1>(m, x, batch, r, block, counted + r - begin, room, out, out_stride);
+    }
+  } while (block.end < m.words);
   bool right = true;
-  int64_t r = begin;
-  for (; r + V::kRows <= end; r += V::kRows) {
-    right &= unpacked_rows<V, K, V::kRows>(m, x, batch, r, room, out, out_stride);
-  }
-  for (; r < end; ++r) right &= unpacked_rows<V, K, 1>(m, x, batch, r, room, out, out_stride);
+  for (int64_t r = begin; r < end; ++r) right &= agrees(m, r, counted[r - begin]);
+  std::free(counted);
   std::free(room);
   return right;
 }

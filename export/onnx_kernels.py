@@ -1,0 +1,165 @@
+"""ONNX graphs whose products read packed weights, by operators of our own for ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from torchprune.errors import ExportError, LoweringError
+from torchprune.export.call import Call, run
+from torchprune.export.narrow_weights import bfloat16_of
+from torchprune.export.packing_pass import PackedWeight
+from torchprune.export.promises import promised
+from torchprune.export.pt2 import exported, slim
+from torchprune.lowering.kernels.build import BuildError, onnx_library
+from torchprune.lowering.lower import lower, plan_lowering
+
+DOMAIN, OPERATOR = "torchprune", "BitmaskLinear"
+
+_ENTRIES = 500
+"""About what a file holds of a packed weight beside its numbers, more than of a dense one."""
+
+
+def copy_library(path: Path) -> Path:
+    """
+    Raises:
+        ExportError: there is none, and none can be compiled.
+    """
+    try:
+        shutil.copyfile(onnx_library(), path)
+    except BuildError as error:
+        raise ExportError(
+            f"the kernels cannot be compiled: {error}; weights='packed' needs none"
+        ) from error
+    return path
+
+
+def program_with_kernels(call: Call, min_sparsity: float) -> Any:
+    """A call as torch's ONNX program, with packed products.
+
+    Raises:
+        ExportError: torch cannot export it.
+    """
+    program, _, _ = slim(exported(call), call.module, "packed", min_sparsity, _ENTRIES)
+    with promised("torch could not write this program as ONNX"), torch.no_grad():
+        return torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            input_names=call.names[0],
+            custom_translation_table={torch.ops.torchprune.bitmask_linear.default: _translation()},
+        )
+
+
+def packed_products(graph: ir.Graph) -> list[PackedWeight]:
+    """The weights that operators of ours read, each once."""
+    found: dict[str, PackedWeight] = {}
+    for node in _products_of(graph):
+        parts = [value.const_value for value in node.inputs[1:5] if value is not None]
+        bits, values = parts[0], parts[1]
+        name = str(node.inputs[1].name)  # NAME_bits of a weight, or LAYER.bits of what was lowered
+        name = name.removesuffix("_bits") if name.endswith("_bits") else f"{name[:-5]}.weight"
+        size = values.dtype.itemsize if values.dtype.is_floating_point() else 4
+        before = bits.shape[0] * node.attributes.get_int("cols") * size
+        found[name] = PackedWeight(name, int(before), sum(int(part.nbytes) for part in parts))
+    return list(found.values())
+
+
+def narrow_values(graph: ir.Graph) -> None:
+    """Let products read nonzeros as bfloat16 that all are such numbers, bit for bit, in place."""
+    for node in _products_of(graph):
+        value = node.inputs[2]
+        tensor = None if value is None else value.const_value
+        if value is None or tensor is None or tensor.dtype != ir.DataType.FLOAT:
+            continue
+        halves = bfloat16_of(tensor.numpy())
+        if halves is None:
+            continue
+        narrow = ir.Value(name=value.name, const_value=ir.tensor(halves, name=value.name))
+        narrow.dtype, narrow.shape = ir.DataType.BFLOAT16, ir.Shape(halves.shape)
+        ir.convenience.replace_all_uses_with(value, narrow)
+        graph.initializers.pop(str(value.name))
+        graph.register_initializer(narrow)
+
+
+def _products_of(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The products of ours, in branches too."""
+    return (n for n in graph.all_nodes() if (n.domain, n.op_type) == (DOMAIN, OPERATOR))
+
+
+def rounded(call: Call, ignore: Sequence[str], min_sparsity: float) -> Call:
+    """The same call of a model whose sparse layers hold int8, a scale for each output.
+
+    Args:
+        ignore: globs over names of weights that are not rounded.
+
+    Raises:
+        ExportError: a glob that fits no weight, or nothing that can be rounded.
+    """
+    module = copy.deepcopy(call.module)
+    names = [y.name for y in plan_lowering(module, "bitmask", min_sparsity=min_sparsity).layers]
+    weights = {name: f"{name}.weight" for name in names}
+    for glob in ignore:
+        if not fnmatch.filter(weights.values(), glob):
+            some = ", ".join(list(weights.values())[:4])
+            raise ExportError(f"int8_ignore: {glob!r} fits none of {some}…")
+    left = [n for n, weight in weights.items() if any(fnmatch.fnmatch(weight, g) for g in ignore)]
+    try:
+        lower(
+            module,
+            "bitmask",
+            dtype=torch.int8,
+            ignore=left or None,
+            min_sparsity=min_sparsity,
+        )
+    except LoweringError as error:
+        raise ExportError(f"int8: {error}") from error
+    samples = [replace(s, outputs=run(module, s.args, s.kwargs)) for s in call.samples]
+    return replace(call, module=module, samples=samples)
+
+
+@cache
+def _translation() -> Callable[..., Any]:
+    from onnx.defs import OpSchema
+    from onnxscript.values import Op, Opset
+
+    part, absent = OpSchema.FormalParameter, OpSchema.FormalParameterOption.Optional
+    floats = ["tensor(float)", "tensor(float16)"]
+    schema = OpSchema(
+        OPERATOR,
+        DOMAIN,
+        1,
+        doc="y = x @ W.T + bias, with W as a bitmask and its nonzeros.",
+        inputs=[
+            part("x", "T"),
+            part("bits", "tensor(int64)"),
+            part("values", "V"),
+            part("starts", "tensor(int32)"),
+            part("scales", "tensor(float)", param_option=absent),
+            part("bias", "T", param_option=absent),
+        ],
+        outputs=[part("y", "T")],
+        type_constraints=[
+            ("T", floats, "inputs and outputs"),
+            ("V", [*floats, "tensor(bfloat16)", "tensor(int8)"], "nonzeros"),
+        ],
+        attributes=[OpSchema.Attribute("cols", OpSchema.AttrType.INT, "columns of W")],
+    )
+    operator = Op(Opset(DOMAIN, 1), OPERATOR, schema)
+
+    def bitmask_linear(
+        x: Any, bits: Any, values: Any, starts: Any, scales: Any, bias: Any, cols: int
+    ) -> Any:
+        return operator(x, bits, values, starts, scales, bias, cols=cols)
+
+    return bitmask_linear

@@ -119,7 +119,7 @@ def _onnx(report: ExportReport, call: Call) -> LoadedFile:
         sparse = [
             e["name"].removesuffix("_kernel_time")
             for e in ran
-            if e["args"].get("op_name", "").startswith(("Sparse", "BitmaskLinear"))
+            if e["args"].get("op_name", "").startswith(("Sparse", "Bitmask"))
         ]
         return Kernels(sparse, len(ran), "ONNX Runtime")
 

@@ -23,7 +23,7 @@ from torchprune.export.pt2 import exported, slim
 from torchprune.lowering.kernels.build import BuildError, onnx_library
 from torchprune.lowering.lower import lower, plan_lowering
 
-DOMAIN, OPERATOR = "torchprune", "BitmaskLinear"
+DOMAIN, PRODUCT, MATRIX = "torchprune", "BitmaskLinear", "BitmaskUnpack"
 
 _ENTRIES = 500
 """About what a file holds of a packed weight beside its numbers, more than of a dense one."""
@@ -57,30 +57,31 @@ def program_with_kernels(call: Call, min_sparsity: float) -> Any:
             optimize=False,
             verbose=False,
             input_names=call.names[0],
-            custom_translation_table={torch.ops.torchprune.bitmask_linear.default: _translation()},
+            custom_translation_table=_translations(),
         )
 
 
 def packed_products(graph: ir.Graph) -> list[PackedWeight]:
     """The weights that operators of ours read, each once."""
     found: dict[str, PackedWeight] = {}
-    for node in _products_of(graph):
-        parts = [value.const_value for value in node.inputs[1:5] if value is not None]
-        bits, values = parts[0], parts[1]
-        name = str(node.inputs[1].name)  # NAME_bits of a weight, or LAYER.bits of what was lowered
+    for node in _ours(graph):
+        bits, values, *others = _parts_of(node)
+        name = str(bits.name)  # NAME_bits of a weight, or LAYER.bits of what was lowered
         name = name.removesuffix("_bits") if name.endswith("_bits") else f"{name[:-5]}.weight"
-        size = values.dtype.itemsize if values.dtype.is_floating_point() else 4
-        before = bits.shape[0] * node.attributes.get_int("cols") * size
-        found[name] = PackedWeight(name, int(before), sum(int(part.nbytes) for part in parts))
+        held = [part.const_value for part in (bits, values, *others)]
+        dtype = values.const_value.dtype
+        size = dtype.itemsize if dtype.is_floating_point() else 4
+        before = held[0].shape[0] * node.attributes.get_int("cols") * size
+        found[name] = PackedWeight(name, int(before), sum(int(part.nbytes) for part in held))
     return list(found.values())
 
 
 def narrow_values(graph: ir.Graph) -> None:
     """Let products read nonzeros as bfloat16 that all are such numbers, bit for bit, in place."""
-    for node in _products_of(graph):
-        value = node.inputs[2]
-        tensor = None if value is None else value.const_value
-        if value is None or tensor is None or tensor.dtype != ir.DataType.FLOAT:
+    for node in _ours(graph):
+        value = _parts_of(node)[1]
+        tensor = value.const_value
+        if node.op_type != PRODUCT or tensor.dtype != ir.DataType.FLOAT:
             continue
         halves = bfloat16_of(tensor.numpy())
         if halves is None:
@@ -92,9 +93,15 @@ def narrow_values(graph: ir.Graph) -> None:
         graph.register_initializer(narrow)
 
 
-def _products_of(graph: ir.Graph) -> Iterator[ir.Node]:
-    """The products of ours, in branches too."""
-    return (n for n in graph.all_nodes() if (n.domain, n.op_type) == (DOMAIN, OPERATOR))
+def _ours(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The nodes of operators of ours, in branches too."""
+    return (n for n in graph.all_nodes() if n.domain == DOMAIN and n.op_type in (PRODUCT, MATRIX))
+
+
+def _parts_of(node: ir.Node) -> list[Any]:
+    """Bits, values, starts and perhaps scales."""
+    parts = node.inputs[1:5] if node.op_type == PRODUCT else node.inputs
+    return [part for part in parts if part is not None]
 
 
 def rounded(call: Call, ignore: Sequence[str], min_sparsity: float) -> Call:
@@ -129,37 +136,59 @@ def rounded(call: Call, ignore: Sequence[str], min_sparsity: float) -> Call:
 
 
 @cache
-def _translation() -> Callable[..., Any]:
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """How torch's ONNX exporter writes our operators."""
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
 
     part, absent = OpSchema.FormalParameter, OpSchema.FormalParameterOption.Optional
     floats = ["tensor(float)", "tensor(float16)"]
-    schema = OpSchema(
-        OPERATOR,
-        DOMAIN,
-        1,
-        doc="y = x @ W.T + bias, with W as a bitmask and its nonzeros.",
-        inputs=[
+    bits, values, starts = (
+        part(*names)
+        for names in (("bits", "tensor(int64)"), ("values", "V"), ("starts", "tensor(int32)"))
+    )
+    kept = ("V", [*floats, "tensor(bfloat16)", "tensor(int8)"], "nonzeros")
+    cols = OpSchema.Attribute("cols", OpSchema.AttrType.INT, "columns of W")
+
+    def operator(name: str, doc: str, inputs: Any, output: Any, types: Any) -> Any:
+        schema = OpSchema(
+            name,
+            DOMAIN,
+            1,
+            doc=doc,
+            inputs=inputs,
+            outputs=[output],
+            type_constraints=types,
+            attributes=[cols],
+        )
+        return Op(Opset(DOMAIN, 1), name, schema)
+
+    product = operator(
+        PRODUCT,
+        "y = x @ W.T + bias, with W as a bitmask and its nonzeros.",
+        [
             part("x", "T"),
-            part("bits", "tensor(int64)"),
-            part("values", "V"),
-            part("starts", "tensor(int32)"),
+            bits,
+            values,
+            starts,
             part("scales", "tensor(float)", param_option=absent),
             part("bias", "T", param_option=absent),
         ],
-        outputs=[part("y", "T")],
-        type_constraints=[
-            ("T", floats, "inputs and outputs"),
-            ("V", [*floats, "tensor(bfloat16)", "tensor(int8)"], "nonzeros"),
-        ],
-        attributes=[OpSchema.Attribute("cols", OpSchema.AttrType.INT, "columns of W")],
+        part("y", "T"),
+        [("T", floats, "inputs and outputs"), kept],
     )
-    operator = Op(Opset(DOMAIN, 1), OPERATOR, schema)
+    matrix = operator(MATRIX, "W.", [bits, values, starts], part("w", "V"), [kept])
 
     def bitmask_linear(
         x: Any, bits: Any, values: Any, starts: Any, scales: Any, bias: Any, cols: int
     ) -> Any:
-        return operator(x, bits, values, starts, scales, bias, cols=cols)
+        return product(x, bits, values, starts, scales, bias, cols=cols)
 
-    return bitmask_linear
+    def bitmask_unpack(bits: Any, values: Any, starts: Any, cols: int) -> Any:
+        return matrix(bits, values, starts, cols=cols)
+
+    ops = torch.ops.torchprune
+    return {
+        ops.bitmask_linear.default: bitmask_linear,
+        ops.bitmask_unpack.default: bitmask_unpack,
+    }

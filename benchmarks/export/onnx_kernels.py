@@ -80,7 +80,9 @@ def library_of(path: Path) -> Path | None:
 def opened(path: Path) -> dict[str, float]:
     """What opening a file took, in a process of its own."""
     code = [sys.executable, "-c", OPEN, str(path), str(library_of(path) or "")]
-    found: dict[str, float] = json.loads(subprocess.run(code, capture_output=True, check=True).stdout)
+    found: dict[str, float] = json.loads(
+        subprocess.run(code, capture_output=True, check=True).stdout
+    )
     return found
 
 
@@ -103,7 +105,9 @@ def step_of(session: Any, new: int) -> Callable[[], object]:
     sizes = {"batch_size": 1, "sequence_length": new, "past_sequence_length": PAST}
     given = {}
     for value in session.get_inputs():
-        shape = [size if isinstance(size, int) else sizes.get(size, PAST + new) for size in value.shape]
+        shape = [
+            size if isinstance(size, int) else sizes.get(size, PAST + new) for size in value.shape
+        ]
         if value.name.startswith("past"):
             given[value.name] = np.zeros((1, shape[1], PAST, shape[3]), np.float32)
         elif value.name == "attention_mask":
@@ -135,9 +139,13 @@ def smollm2_table(home: Path, asked: argparse.Namespace) -> None:
         measured({n: step_of(s, new) for n, s in sessions.items()}, asked.rounds)
         for new in (1, PAST)
     ]
-    print("| file | MB | of dense | peak, GB | kept, GB | one token, ms | of dense | 64, ms | of dense |")
+    print(
+        "| file | MB | of dense | peak, GB | kept, GB | one token, ms | of dense | 64, ms | of dense |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    sizes = {n: sum(f.stat().st_size for f in (p, library_of(p)) if f) / 1e6 for n, p in paths.items()}
+    sizes = {
+        n: sum(f.stat().st_size for f in (p, library_of(p)) if f) / 1e6 for n, p in paths.items()
+    }
     for name in paths:
         cells = [name, f"{sizes[name]:.1f}", f"{sizes[name] / sizes['dense']:.2f}"]
         cells += [f"{costs[name][key]:.2f}" for key in ("peak", "kept")]

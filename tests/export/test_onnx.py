@@ -318,8 +318,8 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("make", "example", "options", "match"),
     [
-        (lambda: nn.Linear(64, 64).bfloat16(), torch.ones(1, 64), {}, "bfloat16"),
-        (lambda: nn.Linear(64, 64), torch.ones(1, 64), {"weights": "small"}, "'packed' or 'dense'"),
+        (lambda: nn.Linear(64, 64).double(), torch.ones(1, 64).double(), {}, "float64"),
+        (lambda: nn.Linear(64, 64), torch.ones(1, 64), {"weights": "small"}, "'dense', 'kernels'"),
         (lambda: nn.Linear(64, 64), 7, {}, "must be a tensor"),
         (lambda: nn.Linear(64, 64), torch.ones(1, 64), {"with_cache": True}, "token ids"),
         (Branching, torch.ones(2, 64), {}, "could not export"),

@@ -150,6 +150,10 @@ def test_the_command_builds_into_a_folder(compiler: Callable[..., Path], tmp_pat
     told = json.loads(worked("build-kernels", "--output", folder, "--machine", "aarch64", "--json"))
     (path,) = folder.iterdir()
     assert told == {"path": str(path), "bytes": path.stat().st_size, "machine": "aarch64"}
+    words = ("--output", folder, "--machine", "aarch64", "--onnxruntime", "--json")
+    other = Path(json.loads(worked("build-kernels", *words))["path"])
+    assert other in folder.iterdir()
+    assert other.name.startswith("onnxruntime-aarch64-")
     compiler(there=False)
     said = complaint("build-kernels", "--output", tmp_path / "other")
     assert "CXX names 'no-such-compiler'" in said

@@ -19,6 +19,13 @@ def build_kernels(
             "CXX names a compiler that makes code for it.",
         ),
     ] = platform.machine(),
+    onnxruntime: Annotated[
+        bool,
+        typer.Option(
+            "--onnxruntime",
+            help="Those that `torchprune export --to onnx --kernels` writes beside its files.",
+        ),
+    ] = False,
     speech: Speech = Speech(),
 ) -> None:
     """Compile the CPU kernels now, for where there is no compiler.
@@ -32,12 +39,14 @@ def build_kernels(
       torchprune build-kernels
 
       torchprune build-kernels --output /opt/kernels
+
+      torchprune build-kernels --onnxruntime --output /opt/kernels
     """
     with one_line(speech.debug):
-        from torchprune.lowering.kernels.build import BuildError, library
+        from torchprune.lowering.kernels.build import BuildError, library, onnx_library
 
         try:
-            path = library(output, machine)
+            path = (onnx_library if onnxruntime else library)(output, machine)
         except BuildError as error:
             raise InputError(str(error)) from error
         told = {"path": str(path), "bytes": path.stat().st_size, "machine": machine}

@@ -74,6 +74,14 @@ def export(
             help="onnx, pt2, aoti, coreml, litert: weights as bits and nonzeros, or as they are.",
         ),
     ] = True,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="onnx: packed weights are multiplied by our kernels, in a library of operators "
+            "that is written beside the file, and not unpacked.",
+        ),
+    ] = False,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="With the key-value cache in and out.")
     ] = True,
@@ -82,7 +90,7 @@ def export(
         typer.Option(
             "--int8",
             help="onnx, openvino: quantize products, weights and activations (openvino within the "
-            "ranges that it sees on --data). coreml: round the nonzeros.",
+            "ranges that it sees on --data). coreml, and onnx with --kernels: round the nonzeros.",
         ),
     ] = False,
     keep_float: Annotated[
@@ -108,21 +116,24 @@ def export(
     """Write a pruned model for another runtime, masks folded, and compare it with torch.
 
     ONNX Runtime unpacks packed weights when it loads the file and runs at dense speed: sparsity
-    makes the file smaller, not the runtime faster. A packed pt2 is smaller and faster, and needs
-    torchprune where it runs. So is a packed aoti package, compiled code for processors like this
-    one, which runs without Python too, with the library that is written beside it. OpenVINO gains
-    from zeros with --int8 alone, on processors with AMX, and ExecuTorch nothing. It plans its
-    memory beforehand: its program takes 2 rows of 4 tokens, with the cache after 3 others, and no
-    other sizes; bounds for others are given in Python. Core ML stores bits and nonzeros as it runs
-    them: its program takes one token at a time, with the last 512 as state, or without a cache
-    texts of up to 512 tokens. LiteRT stores nonzeros and their places; its program takes what
-    ExecuTorch's does. --output is a file (.onnx, .pt2 for pt2 and aoti, OpenVINO's .xml,
+    makes the file smaller, not the runtime faster; with --kernels it is faster too, and takes no
+    more memory than the file, where the library beside it is registered. A packed pt2 is smaller
+    and faster, and needs torchprune where it runs. So is a packed aoti package, compiled code for
+    processors like this one, which runs without Python too, with the library that is written beside
+    it. OpenVINO gains from zeros with --int8 alone, on processors with AMX, and ExecuTorch nothing.
+    It plans its memory beforehand: its program takes 2 rows of 4 tokens, with the cache after 3
+    others, and no other sizes; bounds for others are given in Python. Core ML stores bits and
+    nonzeros as it runs them: its program takes one token at a time, with the last 512 as state, or
+    without a cache texts of up to 512 tokens. LiteRT stores nonzeros and their places; its program
+    takes what ExecuTorch's does. --output is a file (.onnx, .pt2 for pt2 and aoti, OpenVINO's .xml,
     ExecuTorch's .pte, LiteRT's .tflite), and for hf and coreml (.mlpackage) a directory; so it is
     for an encoder-decoder's graphs of ONNX.
 
     [bold]Examples[/bold]
 
-      torchprune export smol-2of4 --to onnx --dtype float32 --output smol.onnx
+      torchprune export smol-2of4 --to onnx --output smol.onnx
+
+      torchprune export smol-2of4 --to onnx --kernels --measure --output smol.onnx
 
       torchprune export smol-2of4 --to pt2 --measure --output smol.pt2
 
@@ -139,6 +150,11 @@ def export(
             raise typer.BadParameter(
                 "--keep-float says what --int8 leaves; add --int8, or leave it out",
                 param_hint="--keep-float",
+            )
+        if kernels and not (to is Format.onnx and packed):
+            raise typer.BadParameter(
+                "--kernels is for --to onnx, and not with --dense; pt2 and aoti use them anyway",
+                param_hint="--kernels",
             )
         ranged = int8 and to is Format.openvino
         if calibration.data and not ranged:
@@ -177,7 +193,7 @@ def export(
                 tokens, sizes = _for_coreml(net, tokens, cache)
                 options |= sizes
             if to in (Format.onnx, Format.pt2, Format.aoti, Format.coreml, Format.litert):
-                options["weights"] = "packed" if packed else "dense"
+                options["weights"] = "kernels" if kernels else "packed" if packed else "dense"
             if int8:
                 options |= {"int8": True, "int8_ignore": keep_float or ()}
             if ranged and _is_text(tokens):

@@ -151,7 +151,17 @@ def _compile(
         objects = [f"{folder}/{Path(name).stem}.o" for name in units]
         running = [
             subprocess.Popen(
-                [*compiler, *_COMMON, *headers, *flags, *extra, "-c", str(_SOURCES / name), "-o", into],
+                [
+                    *compiler,
+                    *_COMMON,
+                    *headers,
+                    *flags,
+                    *extra,
+                    "-c",
+                    str(_SOURCES / name),
+                    "-o",
+                    into,
+                ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -4,7 +4,12 @@
 //
 // of the domain "torchprune", version 1. x is (..., cols), float32 or float16, y is (..., rows) like
 // it; bits, values, starts and scales are those of `torchprune.lowering.bitmask.Bitmask`, bias is
-// (rows,) and of x's dtype. What the parts say of each other is checked in every call.
+// (rows,) and of x's dtype.
+//
+//   BitmaskUnpack(bits, values, starts) -> w                           attribute: cols
+//
+// w is (rows, cols) and of the values' dtype. What the parts say of each other is checked in every
+// call.
 
 #include <algorithm>
 #include <array>
@@ -21,7 +26,7 @@ namespace {
 
 namespace ort = onnxruntime_abi;
 
-constexpr size_t kInputs = 6;
+constexpr size_t kInputs = 6, kParts = 3;
 constexpr int64_t kPieces = 64;  // most that work is cut into; the runtime's threads share them
 constexpr char kDisagree[] =
     "torchprune: bits and starts of a packed weight contradict each other: they are parts of "
@@ -121,16 +126,13 @@ void run_piece(void* given, size_t index) {
   (*job.part)(job.count * at / job.pieces, job.count * (at + 1) / job.pieces);
 }
 
-void compute(const Kernel& kernel, ort::KernelContext* context) {
+// A matrix of three inputs that fit together as far as their sizes go.
+Packed packed_of(const Kernel& kernel, const std::optional<Tensor>* parts) {
   const ort::Api* api = kernel.api;
-  std::array<std::optional<Tensor>, kInputs> given;
-  for (size_t index = 0; index < kInputs; ++index) given[index] = input_of(kernel, context, index);
-  require(api, given[0] && given[1] && given[2] && given[3],
-          "torchprune: BitmaskLinear needs x, bits, values and starts");
-  const Tensor &x = *given[0], &bits = *given[1], &values = *given[2], &starts = *given[3];
   const int64_t cols = kernel.cols;
-  require(api, !x.sizes.empty() && x.sizes.back() == cols,
-          "torchprune: the input's last size must be " + std::to_string(cols));
+  require(api, parts[0] && parts[1] && parts[2],
+          "torchprune: an operator needs bits, values and starts");
+  const Tensor &bits = *parts[0], &values = *parts[1], &starts = *parts[2];
   require(api,
           bits.element == ort::kInt64 && bits.sizes.size() == 2 &&
               bits.sizes[1] == (cols + kWord - 1) / kWord,
@@ -141,21 +143,22 @@ void compute(const Kernel& kernel, ort::KernelContext* context) {
   const auto* first = static_cast<const int32_t*>(starts.data);
   require(api, values.sizes.size() == 1 && fits(first, rows, values.sizes[0]),
           "torchprune: starts must begin with 0, and values hold 64 more beyond the last nonzero");
-  const Kind kind = kind_of(kernel, values.element);
-  require(api, (kind == kInt8) <= given[4].has_value(), "torchprune: int8 values need scales");
-  const auto scales = floats_of(kernel, given[4], rows, "scales");
-  const auto bias = floats_of(kernel, given[5], rows, "bias");
+  return packed_from(bits.data, values.data, first, rows, cols);
+}
 
-  std::vector<int64_t> sizes = x.sizes;
-  sizes.back() = rows;
+void* output_of(const Kernel& kernel, ort::KernelContext* context,
+                const std::vector<int64_t>& sizes) {
   ort::Value* out = nullptr;
-  check(ort::output(api, context, 0, sizes.data(), sizes.size(), &out));
+  check(ort::output(kernel.api, context, 0, sizes.data(), sizes.size(), &out));
   void* to = nullptr;
-  check(ort::data(api, out, &to));
-  int64_t batch = 1;
-  for (size_t d = 0; d + 1 < sizes.size(); ++d) batch *= sizes[d];
-  if (batch == 0 || rows == 0) return;
+  check(ort::data(kernel.api, out, &to));
+  return to;
+}
 
+// Do something with the runtime's threads that tells whether bits and starts agree.
+template <class Run>
+void in_threads(const Kernel& kernel, ort::KernelContext* context, const Run& run) {
+  const ort::Api* api = kernel.api;
   ort::Status* failed = nullptr;
   const Threads threads = [&](int64_t count, int64_t grain, const Part& part) {
     const int64_t pieces = std::clamp<int64_t>(count / std::max<int64_t>(1, grain), 1, kPieces);
@@ -165,12 +168,50 @@ void compute(const Kernel& kernel, ort::KernelContext* context) {
                                             static_cast<void*>(&job));
     if (status) failed = status;
   };
-  const bool agree = product(packed_from(bits.data, values.data, first, rows, cols), kind,
-                             x.element == ort::kFloat ? Number::kFloat32 : Number::kFloat16, x.data,
-                             batch, cols, rows, given[4] ? scales.data() : nullptr,
-                             given[5] ? bias.data() : nullptr, to, threads);
+  const bool agree = run(threads);
   check(failed);
   require(api, agree, kDisagree);
+}
+
+void compute_linear(const Kernel& kernel, ort::KernelContext* context) {
+  const ort::Api* api = kernel.api;
+  std::array<std::optional<Tensor>, kInputs> given;
+  for (size_t index = 0; index < kInputs; ++index) given[index] = input_of(kernel, context, index);
+  require(api, given[0].has_value(), "torchprune: BitmaskLinear needs x");
+  const Tensor& x = *given[0];
+  const int64_t cols = kernel.cols;
+  require(api, !x.sizes.empty() && x.sizes.back() == cols,
+          "torchprune: the input's last size must be " + std::to_string(cols));
+  const Packed m = packed_of(kernel, &given[1]);
+  const int64_t rows = given[1]->sizes[0];
+  const Kind kind = kind_of(kernel, given[2]->element);
+  require(api, kind != kInt8 || given[4], "torchprune: int8 values need scales");
+  const auto scales = floats_of(kernel, given[4], rows, "scales");
+  const auto bias = floats_of(kernel, given[5], rows, "bias");
+  std::vector<int64_t> sizes = x.sizes;
+  sizes.back() = rows;
+  void* to = output_of(kernel, context, sizes);
+  int64_t batch = 1;
+  for (size_t d = 0; d + 1 < sizes.size(); ++d) batch *= sizes[d];
+  if (batch == 0 || rows == 0) return;
+  const Number type = x.element == ort::kFloat ? Number::kFloat32 : Number::kFloat16;
+  in_threads(kernel, context, [&](const Threads& threads) {
+    return product(m, kind, type, x.data, batch, cols, rows, given[4] ? scales.data() : nullptr,
+                   given[5] ? bias.data() : nullptr, to, threads);
+  });
+}
+
+void compute_unpack(const Kernel& kernel, ort::KernelContext* context) {
+  std::array<std::optional<Tensor>, kParts> given;
+  for (size_t index = 0; index < kParts; ++index) given[index] = input_of(kernel, context, index);
+  const Packed m = packed_of(kernel, given.data());
+  const int64_t rows = given[0]->sizes[0];
+  const Kind kind = kind_of(kernel, given[1]->element);
+  void* to = output_of(kernel, context, {rows, kernel.cols});
+  const int64_t size = kind == kInt8 ? 1 : kind == kFloat32 ? 4 : 2;
+  in_threads(kernel, context, [&](const Threads& threads) {
+    return unpack(m, size, 0, rows, kernel.cols, to, threads);
+  });
 }
 
 template <class Run>
@@ -185,14 +226,42 @@ ort::Status* guarded(const ort::Api* api, const Run& run) {
   }
 }
 
-// The operator for inputs of one type.
+using Compute = void (*)(const Kernel&, ort::KernelContext*);
+
+// What all operators have in common.
+template <Compute kCompute>
+ort::Operator made_of() {
+  ort::Operator op{};
+  op.version = ort::kVersion;
+  op.provider = [](const ort::Operator*) -> const char* { return nullptr; };
+  op.input_memory = [](const ort::Operator*, size_t) { return 0; };
+  op.output_count = [](const ort::Operator*) { return size_t(1); };
+  op.output_presence = [](const ort::Operator*, size_t) -> int { return ort::kRequired; };
+  op.variadic_inputs = op.variadic_outputs = [](const ort::Operator*) { return 1; };
+  op.variadic_inputs_alike = op.variadic_outputs_alike = [](const ort::Operator*) { return 1; };
+  op.create_or_fail = [](const ort::Operator*, const ort::Api* api, const ort::KernelInfo* info,
+                         void** kernel) {
+    return guarded(api, [&] {
+      int64_t cols = 0;
+      check(ort::attribute(api, info, "cols", &cols));
+      require(api, cols >= 0, "torchprune: a matrix cannot have a negative number of columns");
+      *kernel = new Kernel{api, cols};
+    });
+  };
+  op.compute_or_fail = [](void* kernel, ort::KernelContext* context) {
+    const auto& known = *static_cast<const Kernel*>(kernel);
+    return guarded(known.api, [&] { kCompute(known, context); });
+  };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  return op;
+}
+
+// Products of inputs of one type.
 template <int Element>
-const ort::Operator* of() {
+const ort::Operator* linear() {
   static const ort::Operator made = [] {
-    ort::Operator op{};
-    op.version = ort::kVersion;
+    ort::Operator op = made_of<compute_linear>();
     op.name = [](const ort::Operator*) { return "BitmaskLinear"; };
-    op.provider = [](const ort::Operator*) -> const char* { return nullptr; };
     op.input_count = [](const ort::Operator*) { return kInputs; };
     op.input_type = [](const ort::Operator*, size_t index) -> int {
       const int types[kInputs] = {Element, ort::kInt64, ort::kAny, ort::kInt32, ort::kFloat, Element};
@@ -201,26 +270,25 @@ const ort::Operator* of() {
     op.input_presence = [](const ort::Operator*, size_t index) -> int {
       return index < 4 ? ort::kRequired : ort::kOptional;
     };
-    op.input_memory = [](const ort::Operator*, size_t) { return 0; };
-    op.output_count = [](const ort::Operator*) { return size_t(1); };
     op.output_type = [](const ort::Operator*, size_t) -> int { return Element; };
-    op.output_presence = [](const ort::Operator*, size_t) -> int { return ort::kRequired; };
-    op.variadic_inputs = op.variadic_outputs = [](const ort::Operator*) { return 1; };
-    op.variadic_inputs_alike = op.variadic_outputs_alike = [](const ort::Operator*) { return 1; };
-    op.create_or_fail = [](const ort::Operator*, const ort::Api* api, const ort::KernelInfo* info,
-                           void** kernel) {
-      return guarded(api, [&] {
-        int64_t cols = 0;
-        check(ort::attribute(api, info, "cols", &cols));
-        require(api, cols >= 0, "torchprune: a matrix cannot have a negative number of columns");
-        *kernel = new Kernel{api, cols};
-      });
+    return op;
+  }();
+  return &made;
+}
+
+// Matrices of values of one type.
+template <int Element>
+const ort::Operator* unpacking() {
+  static const ort::Operator made = [] {
+    ort::Operator op = made_of<compute_unpack>();
+    op.name = [](const ort::Operator*) { return "BitmaskUnpack"; };
+    op.input_count = [](const ort::Operator*) { return kParts; };
+    op.input_type = [](const ort::Operator*, size_t index) -> int {
+      const int types[kParts] = {ort::kInt64, Element, ort::kInt32};
+      return types[index];
     };
-    op.compute_or_fail = [](void* kernel, ort::KernelContext* context) {
-      const auto& known = *static_cast<const Kernel*>(kernel);
-      return guarded(known.api, [&] { compute(known, context); });
-    };
-    op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    op.input_presence = [](const ort::Operator*, size_t) -> int { return ort::kRequired; };
+    op.output_type = [](const ort::Operator*, size_t) -> int { return Element; };
     return op;
   }();
   return &made;
@@ -231,8 +299,10 @@ ort::Domain* domain(const ort::Api* api) {
   static ort::Domain* const made = [&] {
     ort::Domain* found = nullptr;
     check(ort::create_domain(api, "torchprune", &found));
-    check(ort::add_operator(api, found, of<ort::kFloat>()));
-    check(ort::add_operator(api, found, of<ort::kHalf>()));
+    const ort::Operator* all[] = {linear<ort::kFloat>(),        linear<ort::kHalf>(),
+                                  unpacking<ort::kFloat>(),     unpacking<ort::kHalf>(),
+                                  unpacking<ort::kBFloat16>(), unpacking<ort::kInt8>()};
+    for (const ort::Operator* one : all) check(ort::add_operator(api, found, one));
     return found;
   }();
   return made;

@@ -12,8 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from torchprune.errors import CheckpointError, ExportError, MissingExtraError
+from torchprune.lowering.kernels.build import onnx_library
 from torchprune.masking.plain_state import slots_of
-from torchprune.study.proofs.onnx_weights import compare_weight, owner_of, read_graph, weights_in
+from torchprune.study.proofs.onnx_weights import (
+    GraphFile,
+    compare_weight,
+    owner_of,
+    read_graph,
+    weights_in,
+)
 from torchprune.study.proofs.proof import Breaches, Check, broken, unchecked
 from torchprune.study.proofs.seeded_inputs import LENGTH, ROWS, seeded_inputs
 
@@ -33,12 +40,15 @@ def check_onnx(model: nn.Module, path: Path, pruned: Mapping[str, object]) -> Ch
         return unchecked("onnx", str(MissingExtraError("onnxruntime", "onnx", "reading ONNX")))
     found = Breaches()
     try:
-        numbers = _weights(model, path, pruned, found)
+        graph = read_graph(path)
+        numbers = _weights(model, graph, path, pruned, found)
     except CheckpointError as error:
         return broken("onnx", path.name, "weights that can be read", error)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
+        if graph.products:  # by our own operators, not by what lies beside the file
+            options.register_custom_ops_library(str(onnx_library()))
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
@@ -54,12 +64,16 @@ def check_onnx(model: nn.Module, path: Path, pruned: Mapping[str, object]) -> Ch
 
 
 def _weights(
-    model: nn.Module, path: Path, pruned: Mapping[str, object], found: Breaches
+    model: nn.Module,
+    graph: GraphFile,
+    path: Path,
+    pruned: Mapping[str, object],
+    found: Breaches,
 ) -> dict[str, int]:
     slots = slots_of(model)
     numbers = {"weights": 0, "packed": 0, "int8": 0, "unnamed": 0}
     seen: set[str] = set()
-    for weight in weights_in(read_graph(path)):
+    for weight in weights_in(graph):
         key = owner_of(weight.name, slots)
         if key is None:
             numbers["unnamed"] += 1

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprune.errors import CheckpointError
+from torchprune.errors import CheckpointError, LoweringError
+from torchprune.lowering.bitmask import Bitmask
 from torchprune.study.proofs.proof import Breaches
 
 _PACKED = re.compile(r"(.+)\.bits")
@@ -30,8 +31,22 @@ class GraphWeight:
     packed: bool
 
 
-def read_graph(path: Path) -> dict[str, Any]:
-    """The constants of a graph by name, as the file has them.
+@dataclass(frozen=True, eq=False)
+class GraphFile:
+    """What a file says of its weights.
+
+    Attributes:
+        constants: by name, as the file has them.
+        products: of operators of ours, by the names of their bits: the other parts' names, and how
+            many columns there are.
+    """
+
+    constants: Mapping[str, Any]
+    products: Mapping[str, tuple[list[str], int]]
+
+
+def read_graph(path: Path) -> GraphFile:
+    """The constants of a graph, and which of them its products read packed.
 
     Raises:
         CheckpointError: it is no ONNX file, or damaged.
@@ -42,15 +57,36 @@ def read_graph(path: Path) -> dict[str, Any]:
         model = onnx.load(str(path), load_external_data=True)
     except Exception as error:  # protobuf and onnx have errors of many kinds
         raise CheckpointError(f"{path.name}: no ONNX file, or damaged ({error!s:.200})") from None
-    return {tensor.name: tensor for tensor in model.graph.initializer}
+    products = {}
+    for node in _nodes_of(model.graph):
+        first = {"BitmaskLinear": 1, "BitmaskUnpack": 0}.get(node.op_type)
+        if node.domain == "torchprune" and first is not None and len(node.input) > first + 2:
+            (cols,) = [a.i for a in node.attribute if a.name == "cols"] or [-1]
+            products[node.input[first]] = list(node.input[first + 1 : first + 4]), cols
+    return GraphFile({tensor.name: tensor for tensor in model.graph.initializer}, products)
 
 
-def weights_in(constants: Mapping[str, Any]) -> Iterator[GraphWeight]:
+def _nodes_of(graph: Any) -> Iterator[Any]:
+    """All nodes, those of branches too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes_of(attribute.g)
+
+
+def weights_in(graph: GraphFile) -> Iterator[GraphWeight]:
     """Every weight of two or more axes.
 
     Raises:
         CheckpointError: bits and values of one disagree.
     """
+    read: set[str] = set()
+    for bits, (others, cols) in graph.products.items():
+        names = [bits, *(name for name in others if name)]
+        read.update(names)
+        yield GraphWeight(_weight_of(bits), _multiplied(names, cols, graph.constants), True)
+    constants = {n: constant for n, constant in graph.constants.items() if n not in read}
     packed: dict[str, list[str]] = {}
     for name in constants:
         if (found := _PACKED.fullmatch(name)) and f"{found[1]}.values" in constants:
@@ -67,6 +103,25 @@ def weights_in(constants: Mapping[str, Any]) -> Iterator[GraphWeight]:
 
 
 _ENDS = (".bits", ".values")
+
+
+def _weight_of(bits: str) -> str:
+    """NAME of NAME_bits, as programs call them, and LAYER.weight of a lowered layer's."""
+    layer = bits.removesuffix(".bits")
+    return bits.removesuffix("_bits") if layer == bits else f"{layer}.weight"
+
+
+def _multiplied(names: list[str], cols: int, constants: Mapping[str, Any]) -> Tensor:
+    """The matrix of bits, values, starts and perhaps scales; of int8 its codes."""
+    if absent := [name for name in names if name not in constants]:
+        raise CheckpointError(f"{absent[0]} is no constant of the graph")
+    bits, values, starts = (_array(constants[name]) for name in names[:3])
+    packed = Bitmask(bits, values, starts, None, cols)
+    try:
+        packed.check(_weight_of(names[0]), rows=len(bits))
+        return packed.unpack()
+    except (LoweringError, RuntimeError, IndexError) as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _array(constant: Any) -> Tensor:

@@ -113,6 +113,26 @@ def test_products_equal_float64(form: str, dtype: torch.dtype) -> None:
     check()
 
 
+@pytest.mark.parametrize("form", FORMS[:-1])
+@pytest.mark.parametrize("kind", [*DTYPES, torch.int8], ids=str)
+def test_many_rows_go_by_blocks_of_columns(form: str, kind: torch.dtype) -> None:
+    use(form)
+    for rows, cols, batch, wide in (
+        (6, 513, 300, torch.float32),  # more than a pass of rows, and a block of one word
+        (5, 1100, 256, torch.bfloat16),
+        (9, 2113, 65, torch.float16),
+        (1, 4200, 129, torch.float32),
+    ):
+        weight = sparse(rows, cols, 0.5, torch.float32, cols)
+        x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(batch)).to(wide)
+        if kind is torch.int8:
+            codes, scales = (20 * weight).round().clamp(-127, 127), torch.rand(rows) + 0.1
+            dense = codes.double() * scales.double()[:, None]
+            assert_product(product(x, Bitmask.pack(codes.to(kind), scales)), x, dense)
+        else:
+            assert_product(product(x, Bitmask.pack(weight.to(kind))), x, weight.to(kind))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_int8_products_equal_float64(form: str) -> None:
     use(form)

@@ -78,7 +78,7 @@ def to_onnx(
     With `weights="kernels"` linear layers multiply by their packed weights, as lowered ones do (see
     `torchprune.lower`): the session holds no more than the file, and decoding is faster. Layers
     that are lowered stay so, int8 too. The operators are in a library that is written beside the
-    file, NAME.onnxruntime.so, for processors of this machine's kind and ONNX Runtime from 1.17 on:
+    file, NAME.onnxruntime.so, for processors of this machine's kind and ONNX Runtime from 1.18 on:
     `options.register_custom_ops_library("NAME.onnxruntime.so")` before a session is made. Neither
     torch nor torchprune is needed there. It is native code: load only what you trust.
 

@@ -33,7 +33,8 @@ ARROWS = {
     "study.costs": "allocation checkpoint structure methods reports calibration masking"
     " specs modes errors",
     "study.speed": "export checkpoint reports lowering lowering.kernels calibration masking errors",
-    "study.proofs": "export checkpoint structure methods reports lowering masking specs errors",
+    "study.proofs": "export checkpoint structure methods reports lowering lowering.kernels masking"
+    " specs errors",
     "study.tasks": "training checkpoint reports calibration specs modes errors",
     "training": "sparsify checkpoint structure methods reports calibration masking specs modes"
     " errors",

@@ -50,7 +50,8 @@ HEAD = """# Families in runtimes
 A tiny model of each family, half of its weights pruned by magnitude, exported and run there:
 `tools/runtimes.py` makes this page. A number is the largest difference from torch, relative to the
 largest output; r1, r2 and so on is why there is none, in the words of the `ExportError`. Outputs of
-OpenVINO are those of the dtype that it chooses by itself.
+OpenVINO are those of the dtype that it chooses by itself. `to_onnx` and `to_openvino` compute a
+bfloat16 model in float32, and are compared with that.
 
 {where} Core ML runs on a Mac alone: what is compared there is the
 program's own operators, run in NumPy.

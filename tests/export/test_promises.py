@@ -112,7 +112,7 @@ def test_a_dtype_that_is_not_taken_names_what_to_do(to, tmp_path):
     ending = {"to_onnx": "onnx", "to_openvino": "xml", "to_executorch": "pte"}[to]
     if to != "to_onnx":
         pytest.importorskip(to.removeprefix("to_"))
-    other = torch.float64 if to == "to_executorch" else torch.bfloat16
+    other = torch.float64
     model = nn.Linear(8, 8).to(other)
     with pytest.raises(ExportError, match=f"{to} writes .*--dtype float32 on the command line"):
         getattr(export, to)(model, tmp_path / f"m.{ending}", torch.randn(2, 8).to(other))

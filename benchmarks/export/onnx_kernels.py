@@ -4,10 +4,10 @@
                                              [--threads 1] [--keep FOLDER]
 
 "smollm2" is a step of SmolLM2-135M with 64 tokens in its cache, for one new token and for 64, its
-blocks pruned by `MagnitudeSpec` (embeddings and head stay dense). "layer" is one 4096 x 4096 product
-in float32, beside the same kernels in torch. Contenders take turns; times are of the processor, and
-ratios are medians of those within a turn. The peak is resident memory beyond what a process of its
-own had before it opened the file.
+blocks pruned by `MagnitudeSpec` (embeddings and head stay dense). "layer" is one product of
+4096 x 4096 in float32, beside the same kernels in torch. Contenders take turns; times are of the
+processor, and ratios are medians of those within a turn. The peak is resident memory beyond what a
+process of its own had before it opened the file.
 """
 
 from __future__ import annotations
@@ -139,9 +139,8 @@ def smollm2_table(home: Path, asked: argparse.Namespace) -> None:
         measured({n: step_of(s, new) for n, s in sessions.items()}, asked.rounds)
         for new in (1, PAST)
     ]
-    print(
-        "| file | MB | of dense | peak, GB | kept, GB | one token, ms | of dense | 64, ms | of dense |"
-    )
+    times_of = [cell for what in ("one token", "64") for cell in (f"{what}, ms", "of dense")]
+    print("| " + " | ".join(["file", "MB", "of dense", "peak, GB", "kept, GB", *times_of]) + " |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     sizes = {
         n: sum(f.stat().st_size for f in (p, library_of(p)) if f) / 1e6 for n, p in paths.items()

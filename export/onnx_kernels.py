@@ -22,6 +22,7 @@ from torchprune.export.promises import promised
 from torchprune.export.pt2 import exported, slim
 from torchprune.lowering.kernels.build import BuildError, onnx_library
 from torchprune.lowering.lower import lower, plan_lowering
+from torchprune.lowering.packed_names import weight_names
 
 DOMAIN, PRODUCT, MATRIX = "torchprune", "BitmaskLinear", "BitmaskUnpack"
 
@@ -63,17 +64,19 @@ def program_with_kernels(call: Call, min_sparsity: float) -> Any:
 
 def packed_products(graph: ir.Graph) -> list[PackedWeight]:
     """The weights that operators of ours read, each once."""
-    found: dict[str, PackedWeight] = {}
+    held: dict[tuple[str, ...], tuple[list[Any], int]] = {}
     for node in _ours(graph):
-        bits, values, *others = _parts_of(node)
-        name = str(bits.name)  # NAME_bits of a weight, or LAYER.bits of what was lowered
-        name = name.removesuffix("_bits") if name.endswith("_bits") else f"{name[:-5]}.weight"
-        held = [part.const_value for part in (bits, values, *others)]
-        dtype = values.const_value.dtype
-        size = dtype.itemsize if dtype.is_floating_point() else 4
-        before = held[0].shape[0] * node.attributes.get_int("cols") * size
-        found[name] = PackedWeight(name, int(before), sum(int(part.nbytes) for part in held))
-    return list(found.values())
+        parts = _parts_of(node)
+        names = tuple(str(part.name) for part in parts)
+        held[names] = [part.const_value for part in parts], node.attributes.get_int("cols")
+    found, counted = [], set[str]()
+    for name, (names, (tensors, cols)) in zip(weight_names(held), held.items(), strict=True):
+        dtype = tensors[1].dtype
+        before = tensors[0].shape[0] * cols * (dtype.itemsize if dtype.is_floating_point() else 4)
+        own = {n: int(t.nbytes) for n, t in zip(names, tensors, strict=True) if n not in counted}
+        counted.update(own)
+        found.append(PackedWeight(name, int(before), sum(own.values())))
+    return found
 
 
 def narrow_values(graph: ir.Graph) -> None:

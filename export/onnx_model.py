@@ -351,7 +351,7 @@ def _finish(made: _Made, written: Path) -> ExportReport:
         **made.sizes,
         note=made.note,
         library=library,
-        loading=_REGISTER,
+        loading="" if library is None else _REGISTER,
     )
 
 

@@ -310,7 +310,7 @@ def test_models_compute_as_in_torch(
     operators = {node.op_type for node in onnx.load(report.path).graph.node}
     assert ("BitmaskUnpack" if name == "convolved" else "BitmaskLinear") in operators
     if dtype is torch.bfloat16:
-        kinds = {graph.constants[names[0]].data_type for names, _ in graph.products.values()}
+        kinds = {graph.constants[parts[1]].data_type for parts in graph.products}
         assert kinds == {TensorProto.BFLOAT16}
     owned = {f"{n}.weight": m for n, m in torchprune.fold(copy.deepcopy(model)).named_modules()}
     multiplied = 0
@@ -368,6 +368,37 @@ def test_lowered_layers_stay_so_and_int8_is_theirs(tmp_path: Path) -> None:
     kinds = {w.name: w.value.dtype for w in weights_in(read_graph(some.path)) if w.packed}
     assert kinds == {"0.weight": torch.int8, "2.weight": torch.float32}
     assert "Nonzeros are rounded to eight bits, activations are not" in str(some)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_layers_with_one_mask_share_its_bits_and_keep_their_names(
+    int8: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(96, 96, bias=False) for _ in range(3)]
+    kept = torch.rand(96, 96) < 0.5
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_(kept)
+        layers[2].weight.copy_(2 * layers[0].weight)  # the same codes, other scales
+    model, x = nn.Sequential(*layers), torch.randn(2, 96)
+    report = to_onnx(model, tmp_path / "m.onnx", x, weights="kernels", int8=int8)
+    assert report.packed == ["0.weight", "1.weight", "2.weight"]
+    graph = read_graph(report.path)
+    assert len({parts[0] for parts in graph.products}) == (2 if int8 else 1)  # codes of 0
+    found = {w.name: w.value for w in weights_in(graph)}
+    assert found.keys() == set(report.packed)
+    if int8:
+        assert len({parts[1] for parts in graph.products}) == 2
+        assert torch.equal(found["0.weight"], found["2.weight"])
+    else:
+        for name, value in found.items():
+            assert torch.equal(value, model.get_parameter(name)), name
+    assert report.library is not None
+    own = report.bytes - report.library.stat().st_size
+    dense = to_onnx(model, tmp_path / "d.onnx", x, weights="dense")
+    assert report.dense_bytes == pytest.approx(dense.bytes, rel=0.02)
+    assert own < (0.21 if int8 else 0.56) * dense.bytes
 
 
 def t5() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchprune.errors import CheckpointError, LoweringError
 from torchprune.lowering.bitmask import Bitmask
+from torchprune.lowering.packed_names import weight_names
 from torchprune.study.proofs.proof import Breaches
 
 _PACKED = re.compile(r"(.+)\.bits")
@@ -37,12 +38,12 @@ class GraphFile:
 
     Attributes:
         constants: by name, as the file has them.
-        products: of operators of ours, by the names of their bits: the other parts' names, and how
-            many columns there are.
+        products: of operators of ours: the names of bits, values, starts and perhaps scales, and
+            how many columns there are.
     """
 
     constants: Mapping[str, Any]
-    products: Mapping[str, tuple[list[str], int]]
+    products: Mapping[tuple[str, ...], int]
 
 
 def read_graph(path: Path) -> GraphFile:
@@ -62,7 +63,7 @@ def read_graph(path: Path) -> GraphFile:
         first = {"BitmaskLinear": 1, "BitmaskUnpack": 0}.get(node.op_type)
         if node.domain == "torchprune" and first is not None and len(node.input) > first + 2:
             (cols,) = [a.i for a in node.attribute if a.name == "cols"] or [-1]
-            products[node.input[first]] = list(node.input[first + 1 : first + 4]), cols
+            products[tuple(n for n in node.input[first : first + 4] if n)] = cols
     return GraphFile({tensor.name: tensor for tensor in model.graph.initializer}, products)
 
 
@@ -82,10 +83,11 @@ def weights_in(graph: GraphFile) -> Iterator[GraphWeight]:
         CheckpointError: bits and values of one disagree.
     """
     read: set[str] = set()
-    for bits, (others, cols) in graph.products.items():
-        names = [bits, *(name for name in others if name)]
+    for name, (names, cols) in zip(
+        weight_names(graph.products), graph.products.items(), strict=True
+    ):
         read.update(names)
-        yield GraphWeight(_weight_of(bits), _multiplied(names, cols, graph.constants), True)
+        yield GraphWeight(name, _multiplied(name, names, cols, graph.constants), True)
     constants = {n: constant for n, constant in graph.constants.items() if n not in read}
     packed: dict[str, list[str]] = {}
     for name in constants:
@@ -105,20 +107,15 @@ def weights_in(graph: GraphFile) -> Iterator[GraphWeight]:
 _ENDS = (".bits", ".values")
 
 
-def _weight_of(bits: str) -> str:
-    """NAME of NAME_bits, as programs call them, and LAYER.weight of a lowered layer's."""
-    layer = bits.removesuffix(".bits")
-    return bits.removesuffix("_bits") if layer == bits else f"{layer}.weight"
-
-
-def _multiplied(names: list[str], cols: int, constants: Mapping[str, Any]) -> Tensor:
+def _multiplied(name: str, parts: Sequence[str], cols: int, constants: Mapping[str, Any]) -> Tensor:
     """The matrix of bits, values, starts and perhaps scales; of int8 its codes."""
-    if absent := [name for name in names if name not in constants]:
-        raise CheckpointError(f"{absent[0]} is no constant of the graph")
-    bits, values, starts = (_array(constants[name]) for name in names[:3])
+    absent = [part for part in parts if part not in constants]
+    if absent or len(parts) < 3:
+        raise CheckpointError(f"{name}: {(absent or ['a part'])[0]} is no constant of the graph")
+    bits, values, starts = (_array(constants[part]) for part in parts[:3])
     packed = Bitmask(bits, values, starts, None, cols)
     try:
-        packed.check(_weight_of(names[0]), rows=len(bits))
+        packed.check(name, rows=len(bits))
         return packed.unpack()
     except (LoweringError, RuntimeError, IndexError) as error:
         raise CheckpointError(str(error)) from error

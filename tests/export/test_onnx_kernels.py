@@ -375,13 +375,13 @@ def test_layers_with_one_mask_share_its_bits_and_keep_their_names(
     int8: bool, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    layers = [nn.Linear(96, 96, bias=False) for _ in range(3)]
-    kept = torch.rand(96, 96) < 0.5
+    layers = [nn.Linear(40, 40, bias=False) for _ in range(3)]
+    kept = torch.rand(40, 40) < 0.5
     with torch.no_grad():
         for layer in layers:
             layer.weight.mul_(kept)
         layers[2].weight.copy_(2 * layers[0].weight)  # the same codes, other scales
-    model, x = nn.Sequential(*layers), torch.randn(2, 96)
+    model, x = nn.Sequential(*layers), torch.randn(2, 40)
     report = to_onnx(model, tmp_path / "m.onnx", x, weights="kernels", int8=int8)
     assert report.packed == ["0.weight", "1.weight", "2.weight"]
     graph = read_graph(report.path)
@@ -397,8 +397,8 @@ def test_layers_with_one_mask_share_its_bits_and_keep_their_names(
     assert report.library is not None
     own = report.bytes - report.library.stat().st_size
     dense = to_onnx(model, tmp_path / "d.onnx", x, weights="dense")
-    assert report.dense_bytes == pytest.approx(dense.bytes, rel=0.02)
-    assert own < (0.21 if int8 else 0.56) * dense.bytes
+    assert report.dense_bytes == pytest.approx(dense.bytes, rel=0.1)
+    assert own < (0.4 if int8 else 0.75) * dense.bytes
 
 
 def t5() -> Any:

@@ -152,6 +152,17 @@ def test_weights_are_loaded_to_the_bit_and_never_larger(
         assert found.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("letters", [1, 70, 140])
+def test_the_smallest_that_is_narrowed_is_smaller_so(letters: int) -> None:
+    name, least = "n" * letters, (100 + letters) // 2 + 1
+    for size in (1, 10, 30, least - 1, least):
+        model = graph_of({name: np.ones(size, np.float32)})
+        plain = len(ir.to_proto(model).SerializeToString())
+        narrowed = narrow_weights.narrow_initializers(model)
+        assert bool(narrowed) is (len(ir.to_proto(model).SerializeToString()) < plain)
+        assert bool(narrowed) is (size == least)
+
+
 def test_what_would_be_cast_in_every_run_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(narrow_weights, "LARGEST", 4000)
     model = graph_of({"large": np.ones((32, 32), np.float32), "small": np.ones((30, 30), "f4")})

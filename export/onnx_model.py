@@ -82,11 +82,18 @@ def to_onnx(
     `options.register_custom_ops_library("NAME.onnxruntime.so")` before a session is made. Neither
     torch nor torchprune is needed there. It is native code: load only what you trust.
 
+    A bfloat16 model computes in float32, which has every bfloat16 number: inputs, outputs and
+    caches too. Its weights are stored in bfloat16, in half of float32's bytes (packed, 0.56 of
+    that), and the runtime widens them when a session loads: the very same numbers, to the bit. The
+    graph is compared with the model in float32.
+
     Args:
-        model: masked, folded, lowered or dense; float32 or float16. It is not changed.
+        model: masked, folded, lowered or dense; float32, bfloat16 or both, or float16. It is not
+            changed.
         path: of the file, replaced if it exists, whole or not at all. A model whose initialisers
             exceed a gigabyte has them in a second file, `path` with `.data` added.
-        example_inputs: a tensor or tuple (positional) or a mapping (keywords).
+        example_inputs: a tensor or tuple (positional) or a mapping (keywords); those of a bfloat16
+            model may be of it.
         weights: "packed", "kernels", or "dense" for zeros as they are.
         with_cache: for decoder-only language models of transformers: the graph takes `input_ids`,
             `attention_mask` (past and present), what else `generate` gives the model (mostly
@@ -103,10 +110,10 @@ def to_onnx(
             Inputs equally long in the example stay so, unless the model runs only otherwise. With
             a cache, for (input_ids, attention_mask, [past, ...]).
         min_sparsity: weights with a smaller share of zeros stay dense.
-        int8: quantize products by ONNX Runtime's own quantizer (float32 models only): int8 weights
-            with a scale for every output, zeros still zero, and activations rounded to eight bits
-            as they come. Faster on CPUs with VNNI. How far outputs then differ is the model's
-            affair: it is reported, not judged, so measure what matters to you. With
+        int8: quantize products by ONNX Runtime's own quantizer (not of float16 models): int8
+            weights with a scale for every output, zeros still zero, and activations rounded to
+            eight bits as they come. Faster on CPUs with VNNI. How far outputs then differ is the
+            model's affair: it is reported, not judged, so measure what matters to you. With
             `weights="kernels"` the nonzeros of sparse layers are rounded instead, as by
             `lower(dtype=torch.int8)`, and activations stay as they are.
         int8_ignore: globs over names of weights that stay float32, such as "*.down_proj.*", whose

@@ -49,12 +49,13 @@ def to_openvino(
     """Write a model for OpenVINO with its masks folded, run it there, and compare with torch.
 
     Args:
-        model: masked, folded, lowered or dense; float32 or float16. It is not changed.
+        model: masked, folded, lowered or dense; float32, bfloat16 or both, which is a graph of
+            float32 with bfloat16 weights as of `to_onnx`, or float16. It is not changed.
         path: of the .xml file; the weights go beside it, in a .bin file. Both replace earlier ones,
             the .bin file first.
         example_inputs, with_cache, dynamic_shapes: as for `to_onnx`, which makes the graph.
         int8: weights in eight bits, a scale for each output, zeros still zero, and what they are
-            multiplied by too, within the range seen on `data` (float32 models only). A quarter of
+            multiplied by too, within the range seen on `data` (not of float16 models). A quarter of
             the bytes, and products in whole numbers. A product whose input has outliers, so that a
             step of eight bits is more than 0.3 of the root mean square, stays in float32, as
             `down_proj` of many language models. The report says what it costs, which weights

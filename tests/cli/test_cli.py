@@ -433,6 +433,18 @@ def test_export_writes_onnx_that_computes_the_same(pruned: Path, tmp_path: Path)
     assert "0 weights packed" in said
 
 
+def test_export_takes_a_bfloat16_checkpoint_as_it_is(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    half, path = tmp_path / "half", tmp_path / "m.onnx"
+    worked(
+        *("prune", home / "model", "--method", "magnitude", "-q"),
+        *("--dtype", "bfloat16", "--output", half),
+    )
+    figures = json.loads(worked("export", half, "--to", "onnx", "--output", path, "--json"))
+    assert figures["relative"] < 1e-5
+    assert "The model is of bfloat16 and its graph of float32" in figures["brings"]
+
+
 def test_export_writes_an_archive_and_int8(pruned: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
     said = worked("export", pruned, "--to", "pt2", "--measure", "--output", path, "--json")
@@ -515,7 +527,8 @@ def test_export_says_what_is_wrong(pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     out = ("--to", "onnx", "--output", tmp_path / "m.onnx")
     assert "no such directory" in complaint("export", "./nowhere", *out)
-    assert "bfloat16" in complaint("export", pruned, *out, "--dtype", "bfloat16")
+    said = complaint("export", pruned, *out, "--dtype", "float16", "--int8")
+    assert "all float32 or bfloat16, got torch.float16" in " ".join(said.split())
     assert call("export", pruned, "--to", "gguf", "--output", tmp_path / "x").exit_code == 2
     assert not list(tmp_path.iterdir())
 

@@ -1,11 +1,12 @@
-"""What opening an ONNX file costs: dense, packed, and packed with all weights unpacked at once.
+"""What opening an ONNX file costs: dense, packed, unpacked all at once, and with our kernels.
 
     python benchmarks/export/opening.py [--model smollm2|layers] [--layers 40] [--rounds 3]
                                [--keep FOLDER]
 
-The dense file is written by `to_onnx`, or found in FOLDER, and the others are packed from it. Each
-is opened by ONNX Runtime in a process of its own, in turn; medians of the rounds. The peak is the
-process's largest resident memory less what it had before; "kept" is what it holds afterwards.
+The dense file and that of our kernels are written by `to_onnx`, or found in FOLDER, and the others
+are packed from the first. Each is opened by ONNX Runtime in a process of its own, in turn; medians
+of the rounds. The peak is the process's largest resident memory less what it had before; "kept" is
+what it holds afterwards.
 "smollm2" is SmolLM2-135M at 50 % (embeddings and head dense), "layers" so many products with
 random 1232 x 1232 weights, half of them zero.
 """
@@ -37,6 +38,8 @@ def held(key):
 before = held("VmRSS")
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
+if sys.argv[2]:
+    options.register_custom_ops_library(sys.argv[2])
 wall, processor = time.perf_counter(), time.process_time()
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 found = {
@@ -73,12 +76,13 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as other:
         home = asked.keep or Path(other)
-        dense = home / f"{asked.model}.onnx"
-        if not dense.exists():
+        dense, kernels = home / f"{asked.model}.onnx", home / f"{asked.model}.kernels.onnx"
+        if not (dense.exists() and kernels.exists()):
             home.mkdir(exist_ok=True)
             model, example, cache = model_and_example(asked.model, asked.layers)
-            to_onnx(model, dense, example, weights="dense", with_cache=cache)
-        paths = {"dense": dense}
+            for path, weights in ((dense, "dense"), (kernels, "kernels")):
+                to_onnx(model, path, example, weights=weights, with_cache=cache)
+        paths = {"dense": dense, "kernels": kernels}
         for name, count in (("packed", unpacking_stages.STAGES), ("packed, at once", 1)):
             paths[name] = home / f"{asked.model}.{count}.onnx"
             pack(dense, paths[name], count)
@@ -106,7 +110,8 @@ def pack(dense: Path, packed: Path, stages: int) -> None:
 
 def opened(path: Path) -> dict[str, float]:
     """What opening it took."""
-    code = [sys.executable, "-c", OPEN, str(path)]
+    library = path.with_name(f"{path.stem}.onnxruntime.so")
+    code = [sys.executable, "-c", OPEN, str(path), str(library) if library.exists() else ""]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchprune.lowering.modules import BitmaskLinear
+
 _EXACT = (
     " The model is of bfloat16 and its graph of float32, inputs and outputs too, with the very "
     "same weights. It is compared with torch in float32, which is nearer to what the weights mean "
@@ -29,8 +31,9 @@ def said_of(widened: bool, int8: bool) -> str:
 
 
 def holds_bfloat16(model: nn.Module) -> bool:
-    """Whether a parameter is of bfloat16."""
-    return any(p.dtype is torch.bfloat16 for p in model.parameters())
+    """Whether a parameter is of bfloat16, or a layer that is lowered."""
+    lowered = (y.layer_dtype for y in model.modules() if isinstance(y, BitmaskLinear))
+    return torch.bfloat16 in (*lowered, *(p.dtype for p in model.parameters()))
 
 
 def in_float32(model: nn.Module) -> nn.Module:

@@ -13,9 +13,7 @@ process of its own had before it opened the file.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,33 +24,19 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from opening import opened
 from torch import nn
 
 import torchprune
 from torchprune import MagnitudeSpec
 from torchprune.export import to_onnx
+from torchprune.export.onnx_model import library_of
 from torchprune.study.speed.turns import Pace, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 PAST = 64
 SIZE = 4096
-
-OPEN = """
-import json, sys, time, onnxruntime
-def held(key):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith(key))
-before = held("VmRSS")
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-if sys.argv[2]:
-    options.register_custom_ops_library(sys.argv[2])
-start = time.process_time()
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-took = time.process_time() - start
-print(json.dumps({"peak": held("VmHWM") - before, "kept": held("VmRSS") - before, "opens": took}))
-"""
 
 FORMS: dict[str, dict[str, Any]] = {
     "dense": {"weights": "dense"},
@@ -70,20 +54,6 @@ def session_of(path: Path, library: Path | None, threads: int) -> Any:
     if library is not None:
         options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def library_of(path: Path) -> Path | None:
-    library = path.with_name(f"{path.stem}.onnxruntime.so")
-    return library if library.exists() else None
-
-
-def opened(path: Path) -> dict[str, float]:
-    """What opening a file took, in a process of its own."""
-    code = [sys.executable, "-c", OPEN, str(path), str(library_of(path) or "")]
-    found: dict[str, float] = json.loads(
-        subprocess.run(code, capture_output=True, check=True).stdout
-    )
-    return found
 
 
 def smollm2_files(home: Path, sparsity: float) -> dict[str, Path]:
@@ -134,7 +104,8 @@ def measured(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, tu
 def smollm2_table(home: Path, asked: argparse.Namespace) -> None:
     paths = smollm2_files(home, asked.sparsity)
     costs = {name: opened(path) for name, path in paths.items()}
-    sessions = {n: session_of(p, library_of(p), asked.threads) for n, p in paths.items()}
+    beside = {n: library_of(p) if library_of(p).exists() else None for n, p in paths.items()}
+    sessions = {n: session_of(p, beside[n], asked.threads) for n, p in paths.items()}
     times = [
         measured({n: step_of(s, new) for n, s in sessions.items()}, asked.rounds)
         for new in (1, PAST)
@@ -142,12 +113,10 @@ def smollm2_table(home: Path, asked: argparse.Namespace) -> None:
     times_of = [cell for what in ("one token", "64") for cell in (f"{what}, ms", "of dense")]
     print("| " + " | ".join(["file", "MB", "of dense", "peak, GB", "kept, GB", *times_of]) + " |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    sizes = {
-        n: sum(f.stat().st_size for f in (p, library_of(p)) if f) / 1e6 for n, p in paths.items()
-    }
+    sizes = {n: sum(f.stat().st_size for f in (p, beside[n]) if f) / 1e6 for n, p in paths.items()}
     for name in paths:
         cells = [name, f"{sizes[name]:.1f}", f"{sizes[name] / sizes['dense']:.2f}"]
-        cells += [f"{costs[name][key]:.2f}" for key in ("peak", "kept")]
+        cells += [f"{costs[name][key]:.2f}" for key in ("peak, GB", "kept, GB")]
         for found in times:
             cells += [f"{found[name][0]:.1f}", f"{found[name][1]:.2f}"]
         print("| " + " | ".join(cells) + " |")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import torchprune
 from torchprune import MagnitudeSpec
 from torchprune.export import to_onnx, unpacking_stages
+from torchprune.export.onnx_model import library_of
 from torchprune.export.packing_pass import pack_initializers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -110,7 +111,7 @@ def pack(dense: Path, packed: Path, stages: int) -> None:
 
 def opened(path: Path) -> dict[str, float]:
     """What opening it took."""
-    library = path.with_name(f"{path.stem}.onnxruntime.so")
+    library = library_of(path)
     code = [sys.executable, "-c", OPEN, str(path), str(library) if library.exists() else ""]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)

@@ -7,7 +7,7 @@
 blocks pruned by `MagnitudeSpec` (embeddings and head stay dense). "layer" is one product of
 4096 x 4096 in float32, beside the same kernels in torch. Contenders take turns; times are of the
 processor, and ratios are medians of those within a turn. The peak is resident memory beyond what a
-process of its own had before it opened the file.
+process of its own had before it opened the file, the median of three.
 """
 
 from __future__ import annotations
@@ -103,7 +103,10 @@ def measured(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, tu
 
 def smollm2_table(home: Path, asked: argparse.Namespace) -> None:
     paths = smollm2_files(home, asked.sparsity)
-    costs = {name: opened(path) for name, path in paths.items()}
+    rounds = [{name: opened(path) for name, path in paths.items()} for _ in range(3)]
+    costs = {
+        n: {k: statistics.median(r[n][k] for r in rounds) for k in rounds[0][n]} for n in paths
+    }
     beside = {n: library_of(p) if library_of(p).exists() else None for n, p in paths.items()}
     sessions = {n: session_of(p, beside[n], asked.threads) for n, p in paths.items()}
     times = [

@@ -1,4 +1,4 @@
-"""Models whose packed products ONNX Runtime multiplies by our operators, and what is beside them."""
+"""Models whose packed products ONNX Runtime multiplies by our operators, and files beside."""
 
 from __future__ import annotations
 
